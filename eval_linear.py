@@ -1,0 +1,459 @@
+"""Judge a checkpoint: linear probe and kNN on its frozen features (Caron et al. 2020, section 4.1 and appendix A).
+
+    python eval_linear.py                                              # newest checkpoint in runs/, on its own images
+    python eval_linear.py runs/shapes/checkpoint.pth --cached          # quick: one pass over the images, no crops
+    torchrun --nproc_per_node=4 eval_linear.py swav_800ep_pretrain.pth.tar --data_path imagenet
+
+Takes checkpoints of train.py, published SwAV files and torchvision ResNets; their architecture is read off the weights.
+Beside the results stand those of random weights and of raw pixels: features must beat both to be worth anything.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from data import DATASETS, CentreCrop, ProbeCrop, open_images, ordered_loader, training_loader
+from model import ARCHS, ResNet, architecture_of, backbone_weights
+
+LARGEST_PIXEL_TABLE = 2**30  # numbers; raw pixels of bigger sets are not compared
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="eval_linear.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("checkpoint", nargs="?", help="default: the newest runs/*/checkpoint.pth")
+    option("--pretrained", help="older spelling of the same")
+    option(
+        "--data_path",
+        help="folder with train/ and val/, in each a folder of images per class "
+        "(default: what the checkpoint was trained on)",
+    )
+    option(
+        "--dataset", choices=DATASETS, help="default: folder with --data_path, else what it was trained on, else shapes"
+    )
+    option("--arch", choices=ARCHS, help="refuse a checkpoint of another architecture (default: take any)")
+    option(
+        "--cached",
+        action="store_true",
+        help="probe features of one pass over uncropped images, by logistic "
+        "regression: minutes instead of hours, some points below the full probe",
+    )
+    option("--epochs", type=int, default=100, help="of the linear probe (default: 100)")
+    option("--batch_size", type=int, help="images per process (default: 256 over all processes)")
+    option(
+        "--lr",
+        type=float,
+        default=0.3,
+        help="at the start of the cosine, for a batch of 256 over all processes (default: 0.3)",
+    )
+    option("--wd", type=float, default=1e-6, help="weight decay (default: 1e-6)")
+    option("--knn_k", type=int, default=20, help="neighbours that vote (default: 20)")
+    option("--knn_temperature", type=float, default=0.07, help="of their votes (default: 0.07)")
+    option(
+        "--size", type=int, help="side of the images in pixels (default: that of the large crops in training, else 224)"
+    )
+    option(
+        "--resize",
+        type=int,
+        help="side to which a validation image is resized before the centre crop "
+        "(default: 8/7 of --size for --data_path, --size for the small built-in sets)",
+    )
+    option("--workers", type=int, help="processes that load images, per process (default: by the cores at hand)")
+    option("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
+    option(
+        "--seed", type=int, default=31, help="of the classifier and of the random weights compared with (default: 31)"
+    )
+    args = parser.parse_args([_underscored(word) for word in argv])
+    args.checkpoint = args.checkpoint or args.pretrained
+    return args
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming option, value and what is accepted."""
+    for name in ("epochs", "batch_size", "knn_k", "size", "resize", "lr", "knn_temperature"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name}: expected more than 0, got {value}")
+    for name in ("wd", "workers", "seed"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name}: expected 0 or more, got {value}")
+    if args.data_path is not None and not os.path.isdir(args.data_path):
+        raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+
+
+# Checkpoint and processes
+
+
+def newest_checkpoint() -> Path:
+    found = sorted(Path("runs").glob("*/checkpoint.pth"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            "checkpoint: none given and no runs/*/checkpoint.pth here; run python train.py first, or name one"
+        )
+    return found[-1]
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What torch.load gives; raises ValueError that names the file if it is missing or unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what unpickling happens to hit
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"checkpoint: cannot read {path}: {reason}") from None
+
+
+def setup_processes(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Join torchrun's other processes, if any: rank, world size and device of this one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and not gpus:
+        raise ValueError("--device cuda: torch finds no GPU here; write --device cpu, or install a CUDA build of torch")
+    if device == "cpu" or not gpus:
+        chosen = torch.device("cpu")
+    elif local_world_size > gpus:
+        raise ValueError(
+            f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write {gpus}, or --device cpu"
+        )
+    else:
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return rank, world_size, chosen
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print from the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, end=end, flush=True)
+
+
+# Features
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, **loading: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
+
+    Each process computes its share. loading: rank, world_size, workers, batch_size.
+    """
+    features, labels = [], []
+    for batch, batch_labels in ordered_loader(images, transform, **loading):
+        batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            features.append(backbone(batch).float())
+        labels.append(batch_labels.to(device))
+    return _gather(torch.cat(features), len(images)), _gather(torch.cat(labels), len(images))
+
+
+def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
+    """Put together what was dealt out as rank, rank + world_size, ..."""
+    if not dist.is_initialized():
+        return share
+    longest = math.ceil(total / dist.get_world_size())
+    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])])
+    shares = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, padded)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+
+
+@torch.no_grad()
+def take_batchnorm_statistics(
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, **loading: int
+) -> None:
+    """Set the running statistics of all BatchNorms to their average over (this process's share of) the images."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    backbone.train()
+    for batch, _ in ordered_loader(images, transform, **loading):
+        backbone(batch.to(device, memory_format=torch.channels_last))
+    backbone.eval()
+    if dist.is_initialized():
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()
+
+
+# Classifiers on features
+
+
+def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in percent, of scores [N, classes] and labels [N]."""
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    return {"top1": 100 * ranked[:, 0].double().mean().item(), "top5": 100 * ranked.any(1).double().mean().item()}
+
+
+@torch.no_grad()
+def knn(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    val_features: torch.Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> torch.Tensor:
+    """Scores [N, classes]: votes of the k nearest by cosine, each weighted exp(cosine / temperature)."""
+    train_features = F.normalize(train_features, dim=1)
+    scores = []
+    for chunk in F.normalize(val_features, dim=1).split(512):
+        cosines, neighbours = (chunk @ train_features.T).topk(min(k, len(train_features)), dim=1)  # [n, k]
+        votes = chunk.new_zeros(len(chunk), classes)
+        scores.append(votes.scatter_add_(1, train_labels[neighbours], (cosines / temperature).exp()))
+    return torch.cat(scores)
+
+
+def logistic_regression(
+    train_features: torch.Tensor, train_labels: torch.Tensor, val_features: torch.Tensor, *, classes: int
+) -> torch.Tensor:
+    """Scores [N, classes] of a linear classifier fitted to all features at once (L-BFGS, standardised, L2 of 1/N)."""
+    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
+    train_features, val_features = (train_features - mean) / std, (val_features - mean) / std
+    linear = nn.Linear(train_features.shape[1], classes, device=train_features.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(train_features), train_labels)
+        loss = loss + linear.weight.square().sum() / (2 * len(train_features))
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    with torch.no_grad():
+        return linear(val_features)
+
+
+def linear_probe(
+    backbone: ResNet,
+    train_images: Dataset,
+    val_images: Dataset,
+    train_transform: Callable,
+    val_transform: Callable,
+    device: torch.device,
+    *,
+    classes: int,
+    epochs: int = 100,
+    batch_size: int = 256,
+    lr: float = 0.3,
+    weight_decay: float = 1e-6,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published probe: SGD on random crops, cosine per epoch. Scores [N, classes] and labels of the val images."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(backbone.num_features, classes).to(device)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    probe = linear
+    if world_size > 1:
+        probe = DistributedDataParallel(linear, device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
+    batch_size = min(batch_size, len(train_images) // world_size)
+    loading = dict(rank=rank, world_size=world_size, workers=workers)
+    loader = training_loader(train_images, train_transform, batch_size, seed=seed, **loading)
+    start = time.perf_counter()
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+        loader.batch_sampler.epoch = epoch
+        total = torch.zeros((), device=device)
+        for images, labels in loader:
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                features = backbone(images).float()
+            loss = F.cross_entropy(probe(features), labels.to(device, non_blocking=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        left = (time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)
+        show_progress(
+            f"linear probe: epoch {epoch + 1}/{epochs}  loss {total.item() / len(loader):.4f}  "
+            f"ETA {timedelta(seconds=round(left))}",
+            last=epoch + 1 == epochs,
+        )
+    features, labels = extract_features(backbone, val_images, val_transform, device, batch_size=batch_size, **loading)
+    with torch.no_grad():
+        return linear(features), labels
+
+
+def show_progress(line: str, last: bool) -> None:
+    on_terminal = sys.stdout.isatty()
+    say(f"\r\033[2K{line}" if on_terminal else line, end="" if on_terminal and not last else "\n")
+
+
+# The whole judgement
+
+
+def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> dict:
+    """Load the checkpoint, judge it and what it is compared with, print the table; returns it as a dict."""
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    checkpoint = load_checkpoint(path)
+    weights = backbone_weights(checkpoint)
+    architecture = architecture_of(weights)
+    if args.arch not in (None, architecture["arch"]):
+        raise ValueError(f"--arch: {path} holds a {architecture['arch']}, got {args.arch}")
+    backbone = ResNet(**architecture)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
+    trained = checkpoint.get("options", {})
+    dataset, data_path = choose_images(args, trained)
+    train_images = open_images(dataset, data_path, "train")
+    val_images = open_images(dataset, data_path, "val")
+    classes = count_classes(train_images, val_images)
+
+    if dataset == "folder":
+        size = args.size or trained.get("size_crops", [224])[0]
+        resize = args.resize or round(size * 8 / 7)
+    else:
+        size = args.size or val_images[0][0].width
+        resize = args.resize or size
+    if resize < size:
+        raise ValueError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
+    whole = CentreCrop(resize, size)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2) if args.workers is None else args.workers
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, cores - workers))
+    batch_size = args.batch_size or max(1, 256 // world_size)
+    loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
+    say(
+        f"{path}: {architecture['arch']} of width {architecture['width']}, {backbone.num_features} features; "
+        f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
+        f"validation images of {classes} classes, {size} pixels; {device}, {world_size} process(es)"
+    )
+
+    def judge_features(network: nn.Module) -> dict[str, dict[str, float]]:
+        network.to(device, memory_format=torch.channels_last).eval()
+        features, labels = extract_features(network, train_images, whole, device, **loading)
+        val_features, val_labels = extract_features(network, val_images, whole, device, **loading)
+        votes = knn(features, labels, val_features, classes=classes, k=args.knn_k, temperature=args.knn_temperature)
+        linear_scores = logistic_regression(features, labels, val_features, classes=classes)
+        return {"linear": accuracies(linear_scores, val_labels), "knn": accuracies(votes, val_labels)}
+
+    rows = {}
+    say("features of the checkpoint ...")
+    rows["checkpoint"] = judge_features(backbone)
+    if not args.cached:
+        scores, labels = linear_probe(
+            backbone,
+            train_images,
+            val_images,
+            ProbeCrop(size),
+            whole,
+            device,
+            classes=classes,
+            epochs=args.epochs,
+            lr=args.lr,
+            weight_decay=args.wd,
+            seed=args.seed,
+            **loading,
+        )
+        rows["checkpoint"]["linear"] = accuracies(scores, labels)
+    say("features of random weights ...")
+    torch.manual_seed(args.seed)
+    random_backbone = ResNet(**architecture)
+    rows["random init, BatchNorm untouched"] = judge_features(random_backbone)
+    take_batchnorm_statistics(random_backbone, train_images, whole, device, **loading)
+    rows["random init, BatchNorm of the training images"] = judge_features(random_backbone)
+    if (len(train_images) + len(val_images)) * 3 * size**2 <= LARGEST_PIXEL_TABLE:
+        say("raw pixels ...")
+        rows["raw pixels"] = judge_features(nn.Flatten())
+    else:
+        say("raw pixels: left out, too many to hold")
+    return {
+        "checkpoint": str(path),
+        "dataset": dataset,
+        "data_path": data_path,
+        "size": size,
+        "resize": resize,
+        "linear_probe": "cached features" if args.cached else f"random crops, {args.epochs} epochs",
+        "knn_k": args.knn_k,
+        "knn_temperature": args.knn_temperature,
+        "seed": args.seed,
+        "rows": rows,
+    }
+
+
+def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
+    """Data set and folder to judge on: those asked for, else those of the checkpoint's training, else shapes."""
+    if args.dataset or args.data_path:
+        return args.dataset or "folder", args.data_path
+    return trained.get("dataset", "shapes"), trained.get("data_path")
+
+
+def count_classes(train_images: Dataset, val_images: Dataset) -> int:
+    names = [getattr(images, "classes", None) for images in (train_images, val_images)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"data_path: expected the same class folders in train/ and val/, got {names[0]} and {names[1]}"
+        )
+    return len(names[0])
+
+
+def print_table(result: dict) -> None:
+    say(f"\nlinear probe of the checkpoint: {result['linear_probe']}; of the others: cached features")
+    say(f"{'accuracy in %':50s} linear top-1  top-5    kNN top-1  top-5")
+    for name, row in result["rows"].items():
+        linear, knn = row["linear"], row["knn"]
+        say(f"{name:50s} {linear['top1']:12.1f} {linear['top5']:6.1f} {knn['top1']:12.1f} {knn['top5']:6.1f}")
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Judge, print, and write NAME.eval.json beside the checkpoint. Raises ValueError on bad options or files."""
+    check_args(args)
+    rank, world_size, device = setup_processes(args.device)
+    try:
+        result = evaluate(args, rank, world_size, device)
+        print_table(result)
+        if rank == 0:
+            path = Path(result["checkpoint"]).with_suffix(".eval.json")
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            say(f"written to {path}")
+        return result
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except ValueError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            time.sleep(60)  # the first process says the same, then torchrun ends this one
+        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,127 @@
+"""SwAV's loss: codes, queue and swapped prediction (Caron et al. 2020, sections 3.1-3.2 and 4.2, appendix A.1).
+
+    swav_loss = SwAVLoss(nmb_crops=8)
+    embeddings, scores = model(crops)          # [V*B, D], [V*B, K], crop after crop
+    loss = swav_loss(embeddings, scores, model.prototypes.weight)
+
+Take this file together with the folder sinkhorn_ext/.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sinkhorn_ext import sinkhorn_potentials, swav_loss
+
+
+class SwAVLoss(nn.Module):
+    """Loss of a batch of V crops of B images each, over all processes of the default group if there is one.
+
+    nmb_crops: V. crops_for_assign: the crops whose codes the others predict (the large ones).
+    temperature: of the prediction's softmax. epsilon, sinkhorn_iterations: of the codes, see `sinkhorn_ext.sinkhorn`.
+    queue_length: embeddings of past images kept per process and assigning crop; a multiple of B, 0 for none.
+    feat_dim: D, needed for the queue. Raises ValueError for values out of range.
+    """
+
+    def __init__(
+        self,
+        nmb_crops: int = 8,
+        crops_for_assign: Sequence[int] = (0, 1),
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_length: int = 0,
+        feat_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        crops_for_assign = tuple(crops_for_assign)
+        if nmb_crops < 2:
+            raise ValueError(f"nmb_crops: expected 2 or more, got {nmb_crops}")
+        if not crops_for_assign or not set(crops_for_assign) <= set(range(nmb_crops)):
+            raise ValueError(f"crops_for_assign: expected crops of 0..{nmb_crops - 1}, got {list(crops_for_assign)}")
+        if len(set(crops_for_assign)) < len(crops_for_assign):
+            raise ValueError(f"crops_for_assign: expected each crop once, got {list(crops_for_assign)}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        if epsilon <= 0:
+            raise ValueError(f"epsilon: expected a number > 0, got {epsilon}")
+        if sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations: expected 1 or more, got {sinkhorn_iterations}")
+        if queue_length < 0:
+            raise ValueError(f"queue_length: expected 0 or more, got {queue_length}")
+        self.nmb_crops = nmb_crops
+        self.crops_for_assign = crops_for_assign
+        self.temperature = temperature
+        self.epsilon = epsilon
+        self.sinkhorn_iterations = sinkhorn_iterations
+        # Embeddings, not scores: they are scored with today's prototypes. Newest first.
+        self.register_buffer("queue", torch.zeros(len(crops_for_assign), queue_length, feat_dim))  # [A, Q, D]
+        self.queue_started = False
+        self.queue_filled = 0  # slots that hold an embedding; counted here, as asking the buffer would wait for the GPU
+
+    def start_queue(self) -> None:
+        """From now on each batch enters the queue; codes use the queue once every slot holds an embedding."""
+        self.queue_started = True
+
+    def forward(self, embeddings: torch.Tensor, scores: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+        """embeddings [V*B, D] and scores [V*B, K] in crop order, prototypes [K, D] -> scalar loss of this process."""
+        if len(scores) != len(embeddings) or len(scores) % self.nmb_crops:
+            raise ValueError(
+                f"scores: expected [V*B, K] with V = {self.nmb_crops} crops and as many rows as embeddings, "
+                f"got {list(scores.shape)} and embeddings {list(embeddings.shape)}"
+            )
+        scores = scores.unflatten(0, (self.nmb_crops, -1))  # [V, B, K]
+        embeddings = embeddings.detach().unflatten(0, (self.nmb_crops, -1))  # [V, B, D]
+        assigning = list(self.crops_for_assign)
+
+        queue_is_full = 0 < self.queue.shape[1] == self.queue_filled
+        queue_scores = self.queue @ prototypes.detach().T if queue_is_full else None  # [A, Q, K]
+        potentials = sinkhorn_potentials(
+            scores[assigning].detach(), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
+        )  # [A, K]
+        if self.queue_started:
+            self._enqueue(embeddings[assigning])
+        return swav_loss(
+            scores,
+            potentials,
+            crops_for_assign=self.crops_for_assign,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+        )
+
+    def _enqueue(self, embeddings: torch.Tensor) -> None:
+        batch_size, queue_length = embeddings.shape[1], self.queue.shape[1]
+        if queue_length % batch_size:
+            raise ValueError(f"queue_length: expected a multiple of the batch of {batch_size}, got {queue_length}")
+        if queue_length:
+            self.queue.copy_(torch.cat([embeddings, self.queue[:, :-batch_size]], dim=1))
+            self.queue_filled = min(self.queue_filled + batch_size, queue_length)
+
+    def get_extra_state(self) -> dict[str, int | bool]:
+        return {"started": self.queue_started, "filled": self.queue_filled}
+
+    def set_extra_state(self, state: dict[str, int | bool]) -> None:
+        self.queue_started, self.queue_filled = state["started"], state["filled"]
+
+    def gather_queue(self, batch_size: int) -> dict[str, torch.Tensor | int | bool]:
+        """The queues of all processes as the one that a single process would have, for a checkpoint.
+
+        batch_size: B, per process. Returns embeddings [A, W*Q, D], newest batch first, and the state of filling.
+        Every process must call it.
+        """
+        shards = [self.queue]
+        if dist.is_initialized():
+            shards = [torch.empty_like(self.queue) for _ in range(dist.get_world_size())]
+            dist.all_gather(shards, self.queue)
+        batches = torch.stack([shard.unflatten(1, (-1, batch_size)) for shard in shards], dim=2)  # [A, Q/B, W, B, D]
+        filled = self.queue_filled * len(shards)
+        return {"embeddings": batches.flatten(1, 3), "started": self.queue_started, "filled": filled}
+
+    def scatter_queue(self, state: dict[str, torch.Tensor | int | bool], batch_size: int) -> None:
+        """Take this process's share of what `gather_queue` gave, whatever the number of processes then and now."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        batches = state["embeddings"].unflatten(1, (-1, world_size, batch_size))  # [A, Q/B, W, B, D]
+        self.queue.copy_(batches[:, :, rank].flatten(1, 2))
+        self.queue_started, self.queue_filled = state["started"], state["filled"] // world_size

@@ -1,0 +1,252 @@
+"""ResNets (also 2, 4 and 5 times as wide), SwAV's projection head and prototypes (Caron et al. 2020, section 4).
+
+    model = SwAV("resnet50")
+    embeddings, scores = model([images_224, other_images_224, images_96])    # [V*B, 128], [V*B, 3000]
+    features = model.features(images)                                         # [B, 2048]
+
+Parameter names are torchvision's (backbone) and the published checkpoints' (`projection_head.*`, `prototypes.weight`),
+so weights move between the three. Copy this file to use it elsewhere: it needs torch alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += shortcut
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += shortcut
+        return self.relu(out)
+
+
+# name: (block, blocks per stage, channels of the stem)
+ARCHS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+    "resnet50w2": (Bottleneck, (3, 4, 6, 3), 128),
+    "resnet50w4": (Bottleneck, (3, 4, 6, 3), 256),
+    "resnet50w5": (Bottleneck, (3, 4, 6, 3), 320),
+}
+
+# name: (kernel, stride, max-pool after it). The kernels differ, so that a state dict tells its stem.
+STEMS = {"imagenet": (7, 2, True), "medium": (5, 2, False), "small": (3, 1, False)}
+
+
+class ResNet(nn.Module):
+    """A backbone without classifier: images [B, 3, S, S] -> pooled features [B, num_features].
+
+    arch: one of ARCHS. width: channels of the stem, doubled at each later stage (None: the arch's own).
+    blocks: residual blocks of the four stages (None: the arch's own).
+    stem: "imagenet" (7x7 stride 2 and max-pool), "medium" (5x5 stride 2, for images of about 64 pixels) or
+    "small" (3x3 stride 1, for 32 pixels and less). Raises ValueError for an unknown name or a size below 1.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        *,
+        width: int | None = None,
+        blocks: Sequence[int] | None = None,
+        stem: str = "imagenet",
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHS:
+            raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
+        if stem not in STEMS:
+            raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem}")
+        block, arch_blocks, arch_width = ARCHS[arch]
+        width = arch_width if width is None else width
+        blocks = arch_blocks if blocks is None else tuple(blocks)
+        if width < 1:
+            raise ValueError(f"width: expected 1 or more, got {width}")
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ValueError(f"blocks: expected four numbers of 1 or more, got {list(blocks)}")
+        kernel, stride, pool = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
+        self.layer1 = _stage(block, width, width, blocks[0], stride=1)
+        self.layer2 = _stage(block, width * block.expansion, width * 2, blocks[1], stride=2)
+        self.layer3 = _stage(block, width * 2 * block.expansion, width * 4, blocks[2], stride=2)
+        self.layer4 = _stage(block, width * 4 * block.expansion, width * 8, blocks[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.num_features = width * 8 * block.expansion
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, S, S] -> pooled features [B, num_features]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images)
+
+
+def _stage(block: type, in_channels: int, channels: int, depth: int, stride: int) -> nn.Sequential:
+    out_channels = channels * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+    first = block(in_channels, channels, stride, downsample)
+    return nn.Sequential(first, *(block(out_channels, channels, 1, None) for _ in range(depth - 1)))
+
+
+class SwAV(ResNet):
+    """Backbone, projection head and prototypes.
+
+    hidden_mlp: width of the head's hidden layer; 0 for a single linear layer. feat_dim: D, size of an embedding.
+    nmb_prototypes: K. The other arguments are those of `ResNet`.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        hidden_mlp: int = 2048,
+        feat_dim: int = 128,
+        nmb_prototypes: int = 3000,
+        *,
+        width: int | None = None,
+        blocks: Sequence[int] | None = None,
+        stem: str = "imagenet",
+    ) -> None:
+        super().__init__(arch, width=width, blocks=blocks, stem=stem)
+        for name, value, least in (
+            ("hidden_mlp", hidden_mlp, 0),
+            ("feat_dim", feat_dim, 1),
+            ("nmb_prototypes", nmb_prototypes, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected {least} or more, got {value}")
+        if hidden_mlp:
+            self.projection_head = nn.Sequential(
+                nn.Linear(self.num_features, hidden_mlp),
+                nn.BatchNorm1d(hidden_mlp),
+                nn.ReLU(inplace=True),
+                nn.Linear(hidden_mlp, feat_dim),
+            )
+        else:
+            self.projection_head = nn.Linear(self.num_features, feat_dim)
+        self.prototypes = nn.Linear(feat_dim, nmb_prototypes, bias=False)
+
+    def forward(self, crops: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
+
+        One backbone pass per resolution (section 3.2), so BatchNorm sees each resolution apart; one head pass over all.
+        """
+        if len({len(crop) for crop in crops}) != 1:
+            raise ValueError(f"crops: expected as many images in each, got {[len(crop) for crop in crops]}")
+        features: list[torch.Tensor] = [torch.empty(0)] * len(crops)
+        for resolution in dict.fromkeys(crop.shape[2:] for crop in crops):
+            members = [i for i, crop in enumerate(crops) if crop.shape[2:] == resolution]
+            passed = self.features(torch.cat([crops[i] for i in members]))
+            for i, crop_features in zip(members, passed.chunk(len(members)), strict=True):
+                features[i] = crop_features
+        projections = self.projection_head(torch.cat(features))  # [V*B, D]
+        # Codes are exp(scores / 0.05): half-precision scores would be off by up to 8 % of a code.
+        with torch.autocast(projections.device.type, enabled=False):
+            embeddings = F.normalize(projections.to(self.prototypes.weight.dtype), dim=1)
+            return embeddings, self.prototypes(embeddings)
+
+    @torch.no_grad()
+    def normalize_prototypes(self) -> None:
+        """Put each prototype on the unit sphere, in place; to be called before each forward pass."""
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+
+def resnet18(**options) -> ResNet:
+    return ResNet("resnet18", **options)
+
+
+def resnet50(**options) -> ResNet:
+    return ResNet("resnet50", **options)
+
+
+def resnet50w2(**options) -> ResNet:
+    return ResNet("resnet50w2", **options)
+
+
+def resnet50w4(**options) -> ResNet:
+    return ResNet("resnet50w4", **options)
+
+
+def resnet50w5(**options) -> ResNet:
+    return ResNet("resnet50w5", **options)
+
+
+def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+    """The backbone's part of a checkpoint: one of ours, a published SwAV file or a torchvision ResNet's state dict.
+
+    checkpoint: as `torch.load` gives it; a `module.` prefix and everything beside the backbone are left out.
+    Raises ValueError where it holds no ResNet.
+    """
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items() if torch.is_tensor(tensor)}
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("conv1.", "bn1.", "layer"))}
+    if "conv1.weight" not in weights or not any(name.startswith("layer4.") for name in weights):
+        raise ValueError("checkpoint: expected the weights of a ResNet (conv1.weight, layer1.0.conv1.weight, ...)")
+    return weights
+
+
+def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int | list[int]]:
+    """The arguments of the `ResNet` that these weights (of `backbone_weights`) belong to, read off names and shapes.
+
+    Raises ValueError for a stem that is none of STEMS.
+    """
+    width, _, kernel, _ = weights["conv1.weight"].shape
+    stem = next((name for name, (stem_kernel, *_) in STEMS.items() if stem_kernel == kernel), None)
+    if stem is None:
+        raise ValueError(f"checkpoint: expected a stem of 7x7, 5x5 or 3x3, got {kernel}x{kernel}")
+    blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
+    block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
+    shrunken = "resnet18" if block is BasicBlock else "resnet50"
+    arch = next((name for name, known in ARCHS.items() if known == (block, tuple(blocks), width)), shrunken)
+    return {"arch": arch, "width": width, "blocks": blocks, "stem": stem}

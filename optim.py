@@ -1,0 +1,101 @@
+"""LARS and the warm-up + cosine schedule of SwAV (Caron et al. 2020, section 4.1 and appendix A.1; You et al. 2017).
+
+    optimizer = LARS(model.parameters(), lr=0.6, weight_decay=1e-6)
+    rates = warmup_cosine(steps_per_epoch, epochs, base_lr=0.6, final_lr=0.0006)
+
+Copy this file to use it elsewhere: it needs torch alone.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD on gradients rescaled per parameter to trust_coefficient * ||p|| (layer-wise adaptive rates).
+
+    One step, for every parameter p with gradient g, biases and BatchNorm included:
+        g <- (g + weight_decay * p) * trust_coefficient * ||p|| / (||g|| + weight_decay * ||p|| + eps)
+             (g unchanged, without weight decay, where ||p|| or ||g|| is zero)
+        buffer <- momentum * buffer + g        (the first buffer is g)
+        p <- p - lr * buffer
+    Parameters whose gradient is None are skipped, their buffers too. Nothing waits for the device: the zero cases are
+    chosen on it. The parameters of a group live on one device. Raises ValueError for values out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+    ) -> None:
+        for name, value in dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps).items():
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not trust_coefficient > 0:
+            raise ValueError(f"trust_coefficient: expected a number > 0, got {trust_coefficient}")
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One update of all parameters; returns the closure's loss, if a closure is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(params, group)
+        return loss
+
+    def _step_group(self, params: list[torch.Tensor], group: dict) -> None:
+        grads = [p.grad for p in params]
+        param_norms = torch.stack(torch._foreach_norm(params))  # [number of parameters]
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        trust_ratios = (
+            group["trust_coefficient"] * param_norms / (grad_norms + group["weight_decay"] * param_norms + group["eps"])
+        )
+        # ||p|| = 0 leaves g as it is, ||g|| = 0 leaves nothing: both without weight decay.
+        trust_ratios = torch.where(param_norms == 0, 1.0, trust_ratios)
+        trust_ratios = torch.where(grad_norms == 0, 0.0, trust_ratios)
+
+        updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        torch._foreach_mul_(updates, list(trust_ratios.unbind()))
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def warmup_cosine(
+    steps_per_epoch: int,
+    epochs: int,
+    base_lr: float,
+    final_lr: float,
+    warmup_epochs: int = 0,
+    start_warmup: float = 0.0,
+) -> list[float]:
+    """The learning rate of each step: linear from start_warmup to base_lr (both included), then cosine to final_lr.
+
+    Returns steps_per_epoch * epochs values. Raises ValueError for a warm-up longer than the run.
+    """
+    if not 0 <= warmup_epochs <= epochs:
+        raise ValueError(f"warmup_epochs: expected 0 to the {epochs} epochs of the run, got {warmup_epochs}")
+    warmup_steps = warmup_epochs * steps_per_epoch
+    cosine_steps = steps_per_epoch * epochs - warmup_steps
+    warmup = [start_warmup + (base_lr - start_warmup) * i / max(warmup_steps - 1, 1) for i in range(warmup_steps)]
+    cosine = [
+        final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * t / cosine_steps)) for t in range(cosine_steps)
+    ]
+    return warmup + cosine

@@ -1,0 +1,568 @@
+"""Multi-crop against torchvision and its stated distributions, image sets, loaders, and the drawn shapes."""
+
+import gzip
+import io
+import math
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
+
+import data
+from data import (
+    CentreCrop,
+    Crop,
+    ImageArrays,
+    ImageFiles,
+    MultiCrop,
+    ProbeCrop,
+    SeededImages,
+    ShuffledBatches,
+    apply_crop,
+    draw_shape,
+    open_images,
+    ordered_loader,
+    sample_box,
+    training_loader,
+)
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)
+TWO_SIZES = ([24, 16], [2, 3], [0.3, 0.1], [1.0, 0.3])
+
+
+def noise(width=60, height=47, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def numbered_images(count):
+    """Images whose labels are their indices."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 40, 40, 3), dtype=np.uint8)
+    return ImageArrays(pixels, np.arange(count))
+
+
+def equal(crops, others):
+    return len(crops) == len(others) and all(torch.equal(a, b) for a, b in zip(crops, others, strict=True))
+
+
+# Multi-crop
+
+
+def test_crops_come_in_the_order_and_sizes_asked_for():
+    crops = MultiCrop(*TWO_SIZES)(noise())
+    assert [tuple(crop.shape) for crop in crops] == [(3, 24, 24)] * 2 + [(3, 16, 16)] * 3
+    assert all(crop.dtype == torch.float32 and crop.is_contiguous() for crop in crops)
+
+
+def test_crops_are_normalised_with_the_published_constants():
+    black = Image.new("RGB", (60, 40))  # which no operation changes
+    for seed in range(5):
+        for crop in MultiCrop(*TWO_SIZES)(black, np.random.default_rng(seed)):
+            torch.testing.assert_close(crop, (-MEAN / STD).expand_as(crop))
+
+
+def torchvision_crop(image, crop, kernel):
+    """The same crop, one torchvision operation after the other."""
+    adjust = {
+        "brightness": F.adjust_brightness,
+        "contrast": F.adjust_contrast,
+        "saturation": F.adjust_saturation,
+        "hue": F.adjust_hue,
+    }
+    pixels = F.crop(image, crop.top, crop.left, crop.height, crop.width)
+    pixels = F.resize(pixels, [crop.size, crop.size], F.InterpolationMode.BILINEAR, antialias=True)
+    pixels = F.horizontal_flip(pixels) if crop.flip else pixels
+    for name, factor in crop.jitter:
+        pixels = adjust[name](pixels, factor)
+    pixels = F.rgb_to_grayscale(pixels, num_output_channels=3) if crop.grey else pixels
+    pixels = F.to_dtype(F.to_image(pixels), torch.float32, scale=True)
+    pixels = F.gaussian_blur(pixels, [kernel, kernel], [crop.sigma, crop.sigma]) if crop.sigma else pixels
+    return (pixels - MEAN) / STD
+
+
+BOX = dict(size=24, top=3, left=5, height=31, width=40)
+PLAIN = dict(flip=False, jitter=(), grey=False, sigma=0.0)
+JITTER = (("hue", -0.2), ("contrast", 1.8), ("brightness", 0.4), ("saturation", 1.7))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(size=48, height=20, width=27),
+        dict(flip=True),
+        dict(jitter=JITTER),
+        dict(jitter=JITTER[::-1]),
+        dict(grey=True),
+        dict(sigma=0.1),
+        dict(sigma=0.75),
+        dict(sigma=2.0),
+        dict(flip=True, jitter=JITTER, grey=True, sigma=1.9),
+    ],
+    ids=str,
+)
+def test_each_operation_is_torchvisions(options):
+    crop = Crop(**{**BOX, **PLAIN, **options})
+    pixels = apply_crop(noise(), crop)
+    # A kernel of 33 reaches 16 pixels, beyond which a sigma of 2 leaves nothing; ours reaches 8.
+    torch.testing.assert_close(pixels, torchvision_crop(noise(), crop, 33), rtol=0, atol=5e-5 if crop.sigma else 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sampled_crops_equal_torchvisions(seed):
+    image = noise(*((60, 47) if seed % 2 else (50, 90)), seed)
+    for crop in MultiCrop(*TWO_SIZES).sample(*image.size, np.random.default_rng(seed)):
+        kernel = 2 * math.ceil(4 * crop.sigma) + 1
+        torch.testing.assert_close(apply_crop(image, crop), torchvision_crop(image, crop, kernel), rtol=0, atol=1e-5)
+
+
+def test_the_smallest_crop_takes_the_widest_blur():
+    crop = Crop(**{**BOX, **PLAIN, "size": 9, "sigma": 2.0})
+    torch.testing.assert_close(apply_crop(noise(), crop), torchvision_crop(noise(), crop, 17), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """4000 crops of an image that is large enough for every box to fit and for whole pixels not to matter."""
+    transform, rng = MultiCrop([96], [1], [0.05], [0.14]), np.random.default_rng(0)
+    return [transform.sample(4000, 3000, rng)[0] for _ in range(4000)]
+
+
+def assert_uniform(values, low, high):
+    """Kolmogorov-Smirnov: the largest distance between the two distribution functions; 2 / sqrt(n) is 1 in 1500."""
+    shares = (np.sort(values) - low) / (high - low)
+    ranks = np.arange(len(shares) + 1) / len(shares)
+    assert shares[0] >= -1e-9 and shares[-1] <= 1 + 1e-9
+    assert max((ranks[1:] - shares).max(), (shares - ranks[:-1]).max()) < 2 / math.sqrt(len(shares))
+
+
+def test_probabilities_of_flip_jitter_grey_and_blur(draws):
+    shares = {
+        "flip": (0.5, [crop.flip for crop in draws]),
+        "jitter": (0.8, [bool(crop.jitter) for crop in draws]),
+        "grey": (0.2, [crop.grey for crop in draws]),
+        "blur": (0.5, [crop.sigma > 0 for crop in draws]),
+    }
+    for name, (expected, values) in shares.items():
+        assert np.mean(values) == pytest.approx(expected, abs=0.025), name
+
+
+def test_boxes_are_uniform_in_area_log_aspect_and_place(draws):
+    assert_uniform([crop.height * crop.width / (4000 * 3000) for crop in draws], 0.0499, 0.1401)  # whole pixels
+    assert_uniform([math.log(crop.width / crop.height) for crop in draws], math.log(0.749), math.log(1.335))
+    assert_uniform([crop.top / (3000 - crop.height) for crop in draws], 0, 1)
+    assert_uniform([crop.left / (4000 - crop.width) for crop in draws], 0, 1)
+
+
+def test_jitter_factors_and_blur_are_uniform_in_their_ranges(draws):
+    for name in ("brightness", "contrast", "saturation"):
+        assert_uniform([dict(crop.jitter)[name] for crop in draws if crop.jitter], 0.2, 1.8)
+    assert_uniform([dict(crop.jitter)["hue"] for crop in draws if crop.jitter], -0.2, 0.2)
+    assert_uniform([crop.sigma for crop in draws if crop.sigma], 0.1, 2.0)
+
+
+def test_jitter_comes_in_all_24_orders_equally_often(draws):
+    orders = [tuple(name for name, _ in crop.jitter) for crop in draws if crop.jitter]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == 24 and all(len(set(order)) == 4 for order in orders)
+    assert min(counts) > 0.6 * len(orders) / 24 and max(counts) < 1.4 * len(orders) / 24
+
+
+@pytest.mark.parametrize("scale", [(0.05, 0.14), (0.14, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("width, height", [(64, 64), (37, 91), (500, 333), (3000, 20), (2, 1000), (1, 1)])
+def test_boxes_lie_in_the_image_with_an_allowed_area_and_aspect(width, height, scale):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        top, left, box_height, box_width = sample_box(width, height, scale, rng)
+        assert 0 <= top <= top + box_height <= height and box_height > 0
+        assert 0 <= left <= left + box_width <= width and box_width > 0
+        assert box_width <= (box_height + 0.5) * 4 / 3 + 0.5 and box_height <= (box_width + 0.5) * 4 / 3 + 0.5
+        assert box_width * box_height <= (math.sqrt(scale[1] * width * height) + 1) ** 2
+
+
+@pytest.mark.parametrize(
+    "width, height, box", [(4000, 30, (0, 1980, 30, 40)), (30, 4000, (1980, 0, 40, 30)), (50, 50, (0, 0, 50, 50))]
+)
+def test_where_no_box_fits_it_is_the_largest_centred_one(width, height, box):
+    assert sample_box(width, height, (1.0, 1.0), np.random.default_rng(0)) == box
+
+
+def test_every_place_that_fits_is_taken_edges_included():
+    rng = np.random.default_rng(0)
+    boxes = [sample_box(12, 12, (0.5, 0.5), rng) for _ in range(2000)]
+    assert {top for top, _, height, _ in boxes if height == 8} == set(range(5))
+    assert {left for _, left, _, width in boxes if width == 8} == set(range(5))
+
+
+@pytest.mark.parametrize(
+    "name, lists",
+    [
+        ("nmb_crops", ([24, 16], [2], [0.3, 0.1], [1, 0.3])),
+        ("min_scale_crops", ([24, 16], [2, 3], [0.3], [1, 0.3])),
+        ("max_scale_crops", ([24, 16], [2, 3], [0.3, 0.1], [1, 0.3, 0.2])),
+        ("size_crops", ([24, 8], [2, 3], [0.3, 0.1], [1, 0.3])),
+        ("size_crops", ([], [], [], [])),
+        ("nmb_crops", ([24, 16], [2, 0], [0.3, 0.1], [1, 0.3])),
+        ("min_scale_crops", ([24, 16], [2, 3], [0.0, 0.1], [1, 0.3])),
+        ("min_scale_crops", ([24, 16], [2, 3], [0.3, 0.4], [1, 0.3])),
+        ("max_scale_crops", ([24, 16], [2, 3], [0.3, 0.1], [1.1, 0.3])),
+    ],
+)
+def test_wrong_lists_are_refused_by_name(name, lists):
+    with pytest.raises(ValueError, match=f"{name}.*: expected .* got "):
+        MultiCrop(*lists)
+
+
+# What the randomness depends on
+
+
+def crops_by_image(loaders, epoch=0):
+    """Index of the image -> its crops, over the loaders of all processes."""
+    crops = {}
+    for loader in loaders:
+        loader.batch_sampler.epoch = epoch
+        for batch, labels in loader:
+            crops |= {label: [crop[b] for crop in batch] for b, label in enumerate(labels.tolist())}
+    return crops
+
+
+def loaders(seed=0, workers=0, world_size=1):
+    images, transform, batch_size = numbered_images(12), MultiCrop(*TWO_SIZES), 4 // world_size
+    options = dict(seed=seed, workers=workers, world_size=world_size)
+    return [training_loader(images, transform, batch_size, rank=rank, **options) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("workers, world_size", [(1, 1), (2, 1), (0, 2), (2, 2), (0, 4)])
+def test_crops_do_not_depend_on_workers_and_processes(workers, world_size):
+    expected, others = loaders(), loaders(workers=workers, world_size=world_size)
+    for epoch in (0, 3):
+        crops, other_crops = crops_by_image(expected, epoch), crops_by_image(others, epoch)
+        assert sorted(crops) == sorted(other_crops) == list(range(12))
+        assert all(equal(crops[index], other_crops[index]) for index in crops)
+
+
+@pytest.mark.parametrize("seed, epoch", [(0, 1), (1, 0)])
+def test_crops_change_with_epoch_and_seed(seed, epoch):
+    crops, others = crops_by_image(loaders()), crops_by_image(loaders(seed), epoch)
+    assert not any(torch.equal(a, b) for index in crops for a, b in zip(crops[index], others[index], strict=True))
+
+
+def test_crops_of_one_image_and_of_equal_images_differ():
+    images = SeededImages([(noise(), 0), (noise(), 1)], MultiCrop([24], [3], [0.3], [1.0]))
+    crops = images[0, 0][0] + images[0, 1][0]
+    assert not any(torch.equal(a, b) for i, a in enumerate(crops) for b in crops[:i])
+
+
+def test_global_random_state_is_neither_used_nor_touched():
+    images = SeededImages(numbered_images(3), MultiCrop(*TWO_SIZES), seed=5)
+    crops, _ = images[2, 1]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    others, label = images[2, 1]
+    assert equal(crops, others) and label == 1
+    assert before[:2] == (random.getstate(), str(np.random.get_state()))
+    assert torch.equal(before[2], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_as_transform_of_another_dataset_it_repeats_with_torchs_seed(workers):
+    images = torchvision.datasets.FakeData(4, (3, 48, 48), transform=MultiCrop(*TWO_SIZES))
+
+    def crops(seed):
+        torch.manual_seed(seed)
+        return [crop for batch, _ in DataLoader(images, batch_size=2, num_workers=workers) for crop in batch]
+
+    assert equal(crops(0), crops(0))
+    assert not any(torch.equal(a, b) for a, b in zip(crops(0), crops(1), strict=True))
+
+
+# Transforms of the probe
+
+
+def test_centre_crop_is_torchvisions_resize_and_centre_crop():
+    image = noise(90, 61)
+    pixels = F.to_image(F.center_crop(F.resize(image, [32], antialias=True), [24, 24]))
+    expected = (F.to_dtype(pixels, torch.float32, scale=True) - MEAN) / STD
+    torch.testing.assert_close(CentreCrop(32, 24)(image), expected.as_subclass(torch.Tensor), rtol=0, atol=1e-5)
+
+
+def test_probe_crop_cuts_and_flips_but_leaves_colours():
+    rng = np.random.default_rng(0)
+    half = Image.new("RGB", (64, 64), (255, 0, 0))
+    half.paste((0, 0, 255), (32, 0, 64, 64))  # red on the left, blue on the right
+    crops = [ProbeCrop(16)(half, rng) * STD + MEAN for _ in range(100)]
+    assert {tuple(crop.shape) for crop in crops} == {(3, 16, 16)}
+    for crop in crops:
+        torch.testing.assert_close(crop[0] + crop[2], torch.ones(16, 16), rtol=0, atol=0.01)
+        assert crop[1].abs().max() < 1e-5
+    sides = [torch.sign(crop[0, 0, 0] - crop[0, 0, -1]).item() for crop in crops if crop[0, 0].std() > 0.1]
+    assert 0.3 < np.mean([side > 0 for side in sides]) < 0.7
+
+
+# Order
+
+
+@pytest.mark.parametrize("images, world_size", [(100, 1), (100, 4), (103, 4), (119, 2)])
+def test_each_image_comes_at_most_once_an_epoch_and_an_incomplete_batch_is_dropped(images, world_size):
+    samplers = [ShuffledBatches(images, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for sampler in samplers:
+        sampler.epoch = 7
+    batches = [batch for sampler in samplers for batch in sampler]
+    steps = images // (5 * world_size)
+    assert [len(sampler) for sampler in samplers] == [steps] * world_size
+    assert [len(batch) for batch in batches] == [5] * steps * world_size
+    indices = [index for batch in batches for epoch, index in batch if epoch == 7]
+    assert len(indices) == len(set(indices)) == steps * 5 * world_size
+    assert set(indices) <= set(range(images))
+
+
+def global_batches(world_size, seed=0, epoch=0):
+    samplers = [
+        ShuffledBatches(70, 8 // world_size, seed=seed, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for sampler in samplers:
+        sampler.epoch = epoch
+    return [sum(parts, []) for parts in zip(*samplers, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_global_batch_of_a_step_does_not_depend_on_the_processes(world_size):
+    assert global_batches(world_size) == global_batches(1)
+
+
+def test_the_order_is_shuffled_anew_by_epoch_and_seed_alone():
+    orders = [[i for batch in global_batches(1, s, e) for _, i in batch] for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert len({tuple(order) for order in orders}) == 4 and sorted(orders[0]) != orders[0]
+    assert global_batches(1, 1, 1) == global_batches(1, 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ordered_loaders_cover_every_image_once_in_order(world_size, workers):
+    shares = []
+    for rank in range(world_size):
+        options = dict(rank=rank, world_size=world_size, workers=workers)
+        batches = list(ordered_loader(numbered_images(11), CentreCrop(32, 24), 2, **options))
+        assert all(len(pixels) == len(labels) <= 2 for pixels, labels in batches)
+        shares.append([label for _, labels in batches for label in labels.tolist()])
+    assert all(share == sorted(share) for share in shares)
+    assert sorted(sum(shares, [])) == list(range(11))
+
+
+# Image files
+
+
+def save(path, colour=(1, 2, 3), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 12), colour).convert(mode).save(path, **options)
+
+
+def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
+    for name in ("b.png", "a.JPG", "0/er/c.jpeg", "0/D.WebP", ".hidden.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "0" / "png").write_text("no image")
+    images = ImageFiles(tmp_path)
+    names = [path.removeprefix(f"{tmp_path}/") for path in images.paths]
+    assert names == ["0/D.WebP", "0/er/c.jpeg", "a.JPG", "b.png"] and len(images) == 4
+    assert all(label == -1 for _, label in images)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    save(tmp_path / "image.png", (255, 255, 255), mode)
+    image, _ = ImageFiles(tmp_path)[0]
+    assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_path_without_images_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    if kind == "file":
+        save(path.with_suffix(".png"))
+        path = path.with_suffix(".png")
+    for call in (ImageFiles, lambda path: open_images("folder", path)):
+        with pytest.raises(ValueError, match=f"^data_path: .*{path.name}"):
+            call(path)
+
+
+def encoded(format):
+    file = io.BytesIO()
+    noise().save(file, format)
+    return bytearray(file.getvalue())
+
+
+def vast_bmp():
+    content = encoded("bmp")
+    content[18:26] = struct.pack("<ii", 60000, 60000)  # width and height
+    return content
+
+
+UNREADABLE = {
+    "text.jpg": lambda: b"no image",
+    "empty.png": lambda: b"",
+    "cut short.jpg": lambda: encoded("jpeg")[:500],
+    "cut short.png": lambda: encoded("png")[:500],
+    "wrong chunk.png": lambda: encoded("png").replace(b"IEND", b"I\xa1ND"),
+    "wrong header.ppm": lambda: b"P6 2x0 200 255 ",
+    "vast.bmp": vast_bmp,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_image_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(UNREADABLE[name]())
+    with pytest.raises(ValueError, match=f"^data_path: .*{name}"):
+        ImageFiles(tmp_path)[0]
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """train/ with 2 + 1 images of the classes cat and dog, val/ with 1 + 1."""
+    for name in ("train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def test_pretraining_on_a_folder_with_splits_takes_its_train_folder_alone(labelled):
+    assert len(open_images("folder", labelled)) == 3
+    assert len(open_images("folder", labelled / "train")) == 3
+    (labelled / "val").rename(labelled / "other")
+    assert len(open_images("folder", labelled)) == 5
+
+
+@pytest.mark.parametrize("below", ["", "train", "train/"])
+def test_labelled_splits_are_found_from_the_folder_or_from_its_train_folder(labelled, below):
+    for split, expected in (("train", [0, 0, 1]), ("val", [0, 1])):
+        images = open_images("folder", f"{labelled}/{below}", split)
+        assert [label for _, label in images] == expected and images.classes == ["cat", "dog"]
+        assert images[0][0].mode == "RGB"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_split_and_one_without_class_folders_are_refused(labelled, split):
+    (labelled / split).rename(labelled / "other")
+    with pytest.raises(ValueError, match=f"^data_path: .*{split}"):
+        open_images("folder", labelled, split)
+    save(labelled / split / "flat.png")
+    with pytest.raises(ValueError, match=f"^data_path: .*{split}"):
+        open_images("folder", labelled, split)
+
+
+# Named sets
+
+
+def write_fashion_mnist(folder):
+    """The four files, with 6 images to train on and 3 to validate; pixels and labels are those of the generator."""
+    rng, contents = np.random.default_rng(0), {}
+    for prefix, count in (("train", 6), ("t10k", 3)):
+        pixels = rng.integers(0, 4, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        images_header = struct.pack(">iiii", 2051, count, 28, 28)
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images_header + pixels.tobytes()))
+        labels_header = struct.pack(">ii", 2049, count)
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels_header + labels.tobytes()))
+        contents[prefix] = pixels, labels
+    return contents
+
+
+@pytest.mark.parametrize("split, prefix", [("pretrain", "train"), ("train", "train"), ("val", "t10k")])
+def test_fashion_mnist_is_read_from_its_four_files(tmp_path, split, prefix):
+    pixels, labels = write_fashion_mnist(tmp_path)[prefix]
+    images = open_images("fashion_mnist", tmp_path, split)
+    assert len(images) == len(pixels)
+    for index, (image, label) in enumerate(images[i] for i in range(len(images))):
+        assert image.mode == "RGB" and label == labels[index]
+        assert np.array_equal(np.array(image), np.repeat(pixels[index][..., None], 3, axis=2))
+
+
+CORRUPT = {
+    "no gzip": lambda content: b"no gzip",
+    "empty": lambda content: b"",
+    "cut short": lambda content: content[: len(content) // 2],
+    "header alone": lambda content: gzip.compress(bytes(3)),
+    "checksum": lambda content: content[:-8] + bytes(8),
+    "overwritten": lambda content: content[:40] + bytes(40) + content[80:],
+    "part of an image": lambda content: gzip.compress(gzip.decompress(content)[:-5]),
+}
+
+
+@pytest.mark.parametrize("damage", CORRUPT)
+def test_a_corrupt_fashion_mnist_file_is_named(tmp_path, damage):
+    write_fashion_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(CORRUPT[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match=f"^data_path: .*{path.name}"):
+        open_images("fashion_mnist", tmp_path, "train")
+
+
+def test_a_missing_fashion_mnist_file_is_named(tmp_path):
+    write_fashion_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match="^data_path: .*t10k-labels-idx1-ubyte.gz"):
+        open_images("fashion_mnist", tmp_path, "val")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10", "fashion_mnist"])
+@pytest.mark.parametrize("split", ["pretrain", "val"])
+def test_a_named_set_that_is_not_there_is_refused_without_download(tmp_path, dataset, split):
+    with pytest.raises(ValueError, match=f"^data_path: {dataset} is not in .*nowhere"):
+        open_images(dataset, tmp_path / "nowhere", split)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("dataset", ("imagenet", "somewhere")),
+        ("split", ("shapes", None, "test")),
+        ("data_path", ("folder",)),
+        ("data_path", ("cifar10", None)),
+    ],
+)
+def test_unknown_sets_and_splits_and_a_missing_path_are_refused_by_name(name, arguments):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        open_images(*arguments)
+
+
+# Shapes
+
+
+def test_shapes_are_the_same_in_every_call_and_differ_by_split_and_index():
+    assert all(np.array_equal(draw_shape("train", i)[0], draw_shape("train", i)[0]) for i in range(10))
+    drawn = [draw_shape(split, i)[0].tobytes() for split in ("train", "val") for i in range(40)]
+    assert len(set(drawn)) == 80
+
+
+def test_the_first_shape_is_the_stored_one():
+    # Means over squares of 16 pixels. Sines differ in the last bit from processor to processor, which moves a pixel
+    # here and there by one of its 255 steps.
+    stored = [
+        [148.56, 131.51, 112.68, 102.80],
+        [167.07, 163.49, 125.14, 135.73],
+        [142.56, 154.52, 136.43, 131.55],
+        [94.32, 122.37, 131.71, 139.95],
+    ]
+    image, label = draw_shape("train", 0)
+    assert label == 0 and image.shape == (64, 64, 3) and image.dtype == np.uint8
+    np.testing.assert_allclose(image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3, 4)), stored, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("split, count", [("pretrain", 30), ("train", 30), ("val", 20)])
+def test_shapes_are_small_colour_images_with_balanced_labels(monkeypatch, split, count):
+    assert all(full % len(data.SHAPES_CLASSES) == 0 for full in data.SHAPES_COUNTS.values())
+    monkeypatch.setattr(data, "SHAPES_COUNTS", {"train": 30, "val": 20})
+    images = open_images("shapes", split=split)
+    assert images.pixels.shape == (count, 64, 64, 3) and images.pixels.dtype == np.uint8
+    assert np.bincount(images.labels).tolist() == [count // 10] * 10 and len(images.classes) == 10
+    image, label = images[3]
+    assert image.mode == "RGB" and image.size == (64, 64) and label == images.labels[3]
+    drawn, _ = draw_shape("val" if split == "val" else "train", 3)
+    assert np.array_equal(np.array(image), drawn)

@@ -1,0 +1,126 @@
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import run_processes
+
+from loss import SwAVLoss
+
+V, B, D, K = 4, 3, 5, 7
+
+
+def batch(seed: int, images: int = B) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = F.normalize(torch.randn(V * images, D, generator=generator, dtype=torch.float64), dim=1)
+    prototypes = F.normalize(torch.randn(K, D, generator=torch.Generator().manual_seed(99), dtype=torch.float64), dim=1)
+    return embeddings, embeddings @ prototypes.T, prototypes
+
+
+def expected_loss(scores: torch.Tensor, crops_for_assign: tuple[int, ...], extra: dict[int, torch.Tensor]) -> float:
+    crops = list(scores.split(B))
+    codes = [reference.sinkhorn(crops[i], extra=extra.get(i)) for i in crops_for_assign]
+    return reference.swav_loss(crops, codes, crops_for_assign).item()
+
+
+@pytest.mark.parametrize("crops_for_assign", [(0, 1), (1,), (3, 0, 2)])
+def test_loss_without_queue_is_the_reference(crops_for_assign):
+    embeddings, scores, prototypes = batch(0)
+    loss = SwAVLoss(V, crops_for_assign)(embeddings, scores, prototypes)
+    assert loss.item() == pytest.approx(expected_loss(scores, crops_for_assign, {}), rel=1e-12)
+
+
+def test_queue_joins_the_step_after_it_is_full_and_is_scored_with_todays_prototypes():
+    swav_loss = SwAVLoss(V, (0, 2), queue_length=2 * B, feat_dim=D).double()
+    swav_loss.start_queue()
+    past = [batch(seed) for seed in range(3)]
+    for embeddings, scores, prototypes in past[:2]:
+        loss = swav_loss(embeddings, scores, prototypes)
+        assert loss.item() == pytest.approx(expected_loss(scores, (0, 2), {}), rel=1e-12)
+    embeddings, scores, _ = past[2]
+    todays = F.normalize(torch.randn(K, D, dtype=torch.float64), dim=1)
+    newest_first = {i: torch.cat([past[s][0].split(B)[i] for s in (1, 0)]) for i in (0, 2)}
+    extra = {i: queued @ todays.T for i, queued in newest_first.items()}
+    torch.testing.assert_close(swav_loss.queue, torch.stack([newest_first[0], newest_first[2]]))
+    loss = swav_loss(embeddings, embeddings @ todays.T, todays)
+    assert loss.item() == pytest.approx(expected_loss(embeddings @ todays.T, (0, 2), extra), rel=1e-12)
+    assert abs(loss.item() - expected_loss(embeddings @ todays.T, (0, 2), {})) > 1e-6
+
+
+def test_queue_stays_empty_until_started():
+    swav_loss = SwAVLoss(V, queue_length=B, feat_dim=D).double()
+    for seed in range(3):
+        swav_loss(*batch(seed))
+    assert swav_loss.queue_filled == 0 and not swav_loss.queue.any()
+
+
+def test_state_dict_carries_the_queue_and_its_filling():
+    first, second = (SwAVLoss(V, queue_length=2 * B, feat_dim=D).double() for _ in range(2))
+    first.start_queue()
+    first(*batch(0))
+    second.load_state_dict(first.state_dict())
+    for seed in (1, 2):
+        assert first(*batch(seed)).item() == second(*batch(seed)).item()
+    assert second.queue_filled == 2 * B
+
+
+def test_no_gradient_flows_through_codes_or_queue():
+    embeddings, scores, prototypes = batch(0)
+    scores.requires_grad_()
+    SwAVLoss(V)(embeddings, scores, prototypes).backward()
+    same_scores = scores.detach().clone().requires_grad_()
+    codes = [reference.sinkhorn(same_scores.detach().split(B)[i]) for i in (0, 1)]
+    (expected,) = torch.autograd.grad(reference.swav_loss(list(same_scores.split(B)), codes), same_scores)
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"nmb_crops": 1}, "nmb_crops"),
+        ({"crops_for_assign": (0, 8)}, "crops_for_assign"),
+        ({"crops_for_assign": (-1,)}, "crops_for_assign"),
+        ({"crops_for_assign": ()}, "crops_for_assign"),
+        ({"crops_for_assign": (1, 1)}, "crops_for_assign"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"epsilon": -0.1}, "epsilon"),
+        ({"sinkhorn_iterations": 0}, "sinkhorn_iterations"),
+        ({"queue_length": -1}, "queue_length"),
+    ],
+)
+def test_bad_options_are_named(options, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .* got"):
+        SwAVLoss(**options)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    embeddings, scores, prototypes = batch(0)
+    with pytest.raises(ValueError, match="scores: expected"):
+        SwAVLoss(5)(embeddings, scores, prototypes)
+    swav_loss = SwAVLoss(V, queue_length=4, feat_dim=D).double()
+    swav_loss.start_queue()
+    with pytest.raises(ValueError, match="queue_length: expected a multiple of the batch of 3, got 4"):
+        swav_loss(embeddings, scores, prototypes)
+
+
+def test_gathered_queue_is_that_of_one_process_and_scatters_to_any_number():
+    alone = SwAVLoss(V, queue_length=8, feat_dim=D).double()
+    alone.start_queue()
+    for seed in range(3):
+        alone(*batch(seed, images=4))
+    for gathered, kept in run_processes(gather_and_scatter, 2, alone.gather_queue(4)):
+        assert gathered["filled"] == 8 and gathered["started"]
+        torch.testing.assert_close(gathered["embeddings"], alone.queue, rtol=0, atol=0)
+        assert kept
+
+
+def gather_and_scatter(rank: int, world_size: int, of_one_process: dict) -> tuple[dict, bool]:
+    """What two processes gather after the same batches, and whether what one gathered is dealt out to them right."""
+    swav_loss, restored = (SwAVLoss(V, queue_length=4, feat_dim=D).double() for _ in range(2))
+    swav_loss.start_queue()
+    for seed in range(3):
+        own = [4 * v + 2 * rank + i for v in range(V) for i in range(2)]
+        embeddings, scores, prototypes = batch(seed, images=4)
+        swav_loss(embeddings[own], scores[own], prototypes)
+    restored.scatter_queue(of_one_process, 2)
+    kept = torch.equal(restored.queue, swav_loss.queue) and restored.get_extra_state() == swav_loss.get_extra_state()
+    return swav_loss.gather_queue(2), kept

@@ -1,0 +1,280 @@
+"""The backbones against torchvision's, the model against the float64 reference, and checkpoints in all three forms."""
+
+import pytest
+import reference
+import torch
+import torchvision
+
+import model as models
+from model import ARCHS, STEMS, ResNet, SwAV, architecture_of, backbone_weights
+
+SMALL = dict(width=4, blocks=(1, 2, 1, 1), stem="small")
+
+
+def small_swav(arch="resnet18", **options):
+    torch.manual_seed(0)
+    return SwAV(arch, **{"hidden_mlp": 12, "feat_dim": 5, "nmb_prototypes": 7, **SMALL, **options})
+
+
+def images(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def on_meta(build, *args, **options):
+    with torch.device("meta"):
+        return build(*args, **options)
+
+
+def shapes(state_dict):
+    return {name: tensor.shape for name, tensor in state_dict.items()}
+
+
+# Backbones
+
+
+def torchvision_twin(arch):
+    """Ours and torchvision's with the same weights; the latter without classifier."""
+    torch.manual_seed(0)
+    ours, theirs = getattr(models, arch)(), getattr(torchvision.models, arch)()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_features_gradients_and_statistics_equal_torchvision_bit_for_bit(arch):
+    ours, theirs = torchvision_twin(arch)
+    x = images(3, 3, 64, 64)
+    for training in (True, False):  # training first, so that the statistics used by eval are not the initial ones
+        ours.train(training), theirs.train(training)
+        features = ours(x)
+        assert torch.equal(features, theirs(x))
+        assert torch.equal(features, ours.features(x))
+        ours.load_state_dict(theirs.state_dict())  # the statistics, which ours has updated once more
+    ours.train(), theirs.train()
+    ours(x).square().sum().backward(), theirs(x).square().sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.equal(p.grad, expected[name].grad), name
+    buffers = dict(theirs.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in ours.named_buffers())
+
+
+@pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
+def test_state_dict_is_torchvisions_with_head_and_prototypes_for_the_classifier(arch, features):
+    expected = shapes(on_meta(getattr(torchvision.models, arch)).state_dict())
+    del expected["fc.weight"], expected["fc.bias"]
+    expected |= {
+        "projection_head.0.weight": (2048, features),
+        "projection_head.0.bias": (2048,),
+        "projection_head.1.weight": (2048,),
+        "projection_head.1.bias": (2048,),
+        "projection_head.1.running_mean": (2048,),
+        "projection_head.1.running_var": (2048,),
+        "projection_head.1.num_batches_tracked": (),
+        "projection_head.3.weight": (128, 2048),
+        "projection_head.3.bias": (128,),
+        "prototypes.weight": (3000, 128),
+    }
+    assert shapes(on_meta(SwAV, arch).state_dict()) == expected
+    assert shapes(on_meta(getattr(models, arch)).state_dict()).items() <= expected.items()
+
+
+def test_our_state_dict_loads_into_torchvision_with_only_the_classifier_missing():
+    ours = on_meta(SwAV, "resnet50").to_empty(device="cpu").state_dict()
+    theirs = on_meta(torchvision.models.resnet50).to_empty(device="cpu")
+    result = theirs.load_state_dict(ours, strict=False)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"}
+    assert {name.split(".")[0] for name in result.unexpected_keys} == {"projection_head", "prototypes"}
+    result = theirs.load_state_dict(backbone_weights({"state_dict": ours}), strict=False)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
+
+
+@pytest.mark.parametrize(
+    "arch, features, stem",
+    [
+        ("resnet18", 512, 64),
+        ("resnet50", 2048, 64),
+        ("resnet50w2", 4096, 128),
+        ("resnet50w4", 8192, 256),
+        ("resnet50w5", 10240, 320),
+    ],
+)
+def test_every_width_is_multiplied_stem_and_features_included(arch, features, stem):
+    backbone = on_meta(getattr(models, arch))
+    assert backbone(torch.empty(2, 3, 96, 96, device="meta")).shape == (2, features)
+    assert backbone.num_features == features
+    assert backbone.conv1.weight.shape == (stem, 3, 7, 7)
+    if arch.startswith("resnet50"):
+        for name, narrow in shapes(on_meta(models.resnet50).state_dict()).items():
+            wide = [stem // 64 * n for n in narrow[:2]] + list(narrow[2:])
+            wide[1:2] = [3] if name == "conv1.weight" else wide[1:2]
+            assert list(backbone.state_dict()[name].shape) == wide, name
+
+
+def test_convolutions_start_with_he_variance_over_their_outputs():
+    torch.manual_seed(0)
+    for name, weight in ResNet("resnet50", width=16).state_dict().items():
+        if weight.dim() == 4:
+            fan_out = weight.numel() / weight.shape[1]
+            assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
+
+
+@pytest.mark.parametrize("stem, side", [("imagenet", 2), ("medium", 4), ("small", 8)])
+def test_stems_differ_in_how_much_they_shrink_the_image(stem, side):
+    backbone = ResNet("resnet18", width=4, stem=stem)
+    sides = []
+    backbone.layer4.register_forward_hook(lambda module, args, out: sides.append(tuple(out.shape[2:])))
+    backbone(images(2, 3, 64, 64))
+    assert sides == [(side, side)]
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("arch", dict(arch="resnet49")),
+        ("stem", dict(stem="large")),
+        ("width", dict(width=0)),
+        ("blocks", dict(blocks=(1, 1, 1))),
+        ("blocks", dict(blocks=(1, 0, 1, 1))),
+        ("nmb_prototypes", dict(nmb_prototypes=0)),
+    ],
+)
+def test_wrong_options_are_refused_by_name(name, options):
+    with pytest.raises(ValueError, match=f"^{name}: expected .* got .*"):
+        on_meta(SwAV, **options)
+
+
+# SwAV
+
+
+RESOLUTIONS = {  # sides of the crops -> sides of the backbone passes with their numbers of crops
+    "one": ([16, 16], [(16, 2)]),
+    "large first": ([24, 24, 16, 16, 16], [(24, 2), (16, 3)]),
+    "alternating": ([16, 24, 16, 20, 24], [(16, 2), (24, 2), (20, 1)]),
+}
+
+
+@pytest.mark.parametrize("sides, passes", RESOLUTIONS.values(), ids=RESOLUTIONS)
+@pytest.mark.parametrize("arch, options", [("resnet18", {}), ("resnet50", dict(stem="imagenet"))])
+def test_forward_and_statistics_follow_the_reference(arch, options, sides, passes):
+    swav = small_swav(arch, **options).double()
+    crops = [images(4, 3, side, side, dtype=torch.float64, seed=v) for v, side in enumerate(sides)]
+    state = reference.new_state(swav.state_dict())
+    for training in (True, False):
+        embeddings, scores = swav.train(training)(crops)
+        expected = reference.forward(state["params"], state["buffers"][0], crops, training)
+        torch.testing.assert_close(embeddings, expected[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(scores, expected[1], rtol=1e-9, atol=1e-9)
+        for name, buffer in state["buffers"][0].items():
+            torch.testing.assert_close(swav.state_dict()[name], buffer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sides, passes", RESOLUTIONS.values(), ids=RESOLUTIONS)
+def test_each_resolution_takes_one_backbone_pass_and_the_head_one_for_all(sides, passes):
+    swav = small_swav()
+    seen, head = [], []
+    swav.conv1.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[2], len(args[0]) // 4)))
+    swav.projection_head.register_forward_hook(lambda module, args, out: head.append(len(args[0])))
+    swav([images(4, 3, side, side) for side in sides])
+    assert seen == passes
+    assert head == [4 * len(sides)]
+
+
+@pytest.mark.parametrize("hidden_mlp", [12, 0])
+def test_outputs_are_in_crop_order_unit_embeddings_and_their_products_with_prototypes(hidden_mlp):
+    swav = small_swav(hidden_mlp=hidden_mlp).eval()
+    crops = [images(3, 3, side, side, seed=v) for v, side in enumerate([16, 24, 16])]
+    embeddings, scores = swav(crops)
+    assert embeddings.shape == (9, 5) and scores.shape == (9, 7)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(9))
+    torch.testing.assert_close(scores, embeddings @ swav.prototypes.weight.T)
+    for v, crop in enumerate(crops):  # in eval mode a crop alone gives the same
+        torch.testing.assert_close(embeddings[3 * v : 3 * v + 3], swav([crop])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_hidden_layer_the_head_is_one_linear_layer():
+    head = {n: t.shape for n, t in on_meta(SwAV, hidden_mlp=0).state_dict().items() if n.startswith("projection_head")}
+    assert head == {"projection_head.weight": (128, 2048), "projection_head.bias": (128,)}
+
+
+def test_scores_are_float32_and_exact_under_bfloat16_autocast():
+    swav = small_swav()
+    convolutions = []
+    swav.conv1.register_forward_hook(lambda module, args, out: convolutions.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings, scores = swav([images(8, 3, 16, 16)])
+    assert convolutions == [torch.bfloat16]
+    assert embeddings.dtype == scores.dtype == torch.float32
+    expected = embeddings.double() @ swav.prototypes.weight.double().T
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(8), rtol=0, atol=1e-6)
+
+
+def test_prototypes_are_normalised_in_place_outside_autograd():
+    swav = small_swav()
+    weight = swav.prototypes.weight
+    expected = reference.normalize_prototypes(weight)
+    swav.normalize_prototypes()
+    assert swav.prototypes.weight is weight and weight.requires_grad and weight.grad_fn is None
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))
+
+
+# Checkpoints
+
+
+WRAPPINGS = {
+    "bare": lambda weights: weights,
+    "in state_dict": lambda weights: {"epoch": 3, "state_dict": weights},
+    "module. prefix": lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()},
+    "both": lambda weights: {"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_backbone_weights_are_found_in_every_wrapping(wrapping):
+    swav = small_swav()
+    weights = backbone_weights(WRAPPINGS[wrapping](swav.state_dict()))
+    backbone = ResNet(**architecture_of(weights))
+    backbone.load_state_dict(weights)
+    x = images(2, 3, 16, 16)
+    assert torch.equal(backbone.eval()(x), swav.eval().features(x))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_backbone_weights_of_a_torchvision_state_dict_leave_the_classifier_out(arch):
+    theirs = on_meta(getattr(torchvision.models, arch)).state_dict()
+    weights = backbone_weights(theirs)
+    assert set(theirs) - set(weights) == {"fc.weight", "fc.bias"}
+    assert architecture_of(weights)["arch"] == arch
+    on_meta(ResNet, **architecture_of(weights)).load_state_dict(weights, assign=True)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize(
+    "arch, width, blocks",
+    [
+        *((arch, width, blocks) for arch, (_, blocks, width) in ARCHS.items()),
+        ("resnet18", 8, (1, 1, 1, 1)),
+        ("resnet18", 64, (3, 4, 6, 3)),
+        ("resnet50", 4, (1, 2, 3, 1)),
+        ("resnet50", 64, (3, 4, 23, 12)),
+    ],
+)
+def test_architecture_is_read_off_the_weights(arch, width, blocks, stem):
+    weights = backbone_weights(on_meta(SwAV, arch, width=width, blocks=blocks, stem=stem).state_dict())
+    expected = {"arch": arch, "width": width, "blocks": list(blocks), "stem": stem}
+    assert architecture_of(weights) == expected
+    assert shapes(on_meta(ResNet, **expected).state_dict()) == shapes(weights)
+
+
+@pytest.mark.parametrize("checkpoint", [{}, [1], None, {"state_dict": {}}, {"fc.weight": torch.ones(1)}, {"epoch": 3}])
+def test_a_checkpoint_without_resnet_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="^checkpoint: expected the weights of a ResNet"):
+        backbone_weights(checkpoint)
+
+
+def test_an_unknown_stem_is_refused():
+    with pytest.raises(ValueError, match="^checkpoint: expected a stem .* got 11x11"):
+        architecture_of({"conv1.weight": torch.empty(64, 3, 11, 11)})

@@ -1,0 +1,185 @@
+"""Ten steps of ours against the float64 reference: losses and weights, alone and over processes."""
+
+import json
+
+import pytest
+import reference
+import torch
+from conftest import run_processes
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import train
+from data import MultiCrop, open_images, training_loader
+from loss import SwAVLoss
+from model import SwAV
+from optim import LARS, warmup_cosine
+
+STEPS, BATCH, SIZES = 10, 6, (16, 16, 8, 8)
+RATES = warmup_cosine(5, 2, base_lr=2.0, final_lr=0.1, warmup_epochs=1, start_warmup=0.3)
+CASES = {
+    "plain": {},
+    "queue": {"queue_length": 24, "queue_starts": 2},
+    "frozen prototypes": {"freeze": 4},
+    "three assigning crops": {"crops_for_assign": (0, 1, 2)},
+    "all of it": {"queue_length": 24, "queue_starts": 1, "freeze": 3, "crops_for_assign": (0, 1, 2)},
+}
+
+
+def crops_of_step(step: int, images: int) -> list[torch.Tensor]:
+    """V crops of the step's global batch, float64."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(images, 3, size, size, generator=generator, dtype=torch.float64) for size in SIZES]
+
+
+def new_model(dtype: torch.dtype) -> SwAV:
+    torch.manual_seed(0)
+    model = SwAV("resnet18", hidden_mlp=16, feat_dim=8, nmb_prototypes=12, width=4, blocks=(1, 1, 1, 1), stem="small")
+    return model.to(dtype)
+
+
+def our_steps(
+    rank: int,
+    world_size: int,
+    dtype: torch.dtype,
+    batch_size: int,
+    queue_length: int = 0,
+    queue_starts: int = 0,
+    freeze: int = 0,
+    crops_for_assign: tuple[int, ...] = (0, 1),
+    batch_norm: bool = True,
+) -> dict:
+    """Losses of this process and the final weights; batch_norm=False leaves all BatchNorms in eval mode."""
+    model = new_model(dtype)
+    if not batch_norm:
+        model.eval()
+    network = DistributedDataParallel(model) if world_size > 1 else model
+    swav_loss = SwAVLoss(len(SIZES), crops_for_assign, queue_length=queue_length // world_size, feat_dim=8).to(dtype)
+    optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1e-6)
+    losses = []
+    for step in range(STEPS):
+        if step >= queue_starts:
+            swav_loss.start_queue()
+        own = slice(rank * batch_size, (rank + 1) * batch_size)
+        crops = [crop[own].to(dtype) for crop in crops_of_step(step, batch_size * world_size)]
+        model.normalize_prototypes()
+        loss = swav_loss(*network(crops), model.prototypes.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        if step < freeze:
+            model.prototypes.weight.grad = None
+        optimizer.param_groups[0]["lr"] = RATES[step]
+        optimizer.step()
+        losses.append(loss.item())
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return {"losses": losses, "weights": weights, "queue": swav_loss.queue}
+
+
+def our_steps_with(rank: int, world_size: int, options: dict) -> dict:
+    return our_steps(rank, world_size, torch.float64, BATCH, **options)
+
+
+def reference_steps(world_size, batch_size, queue_length=0, queue_starts=0, freeze=0, crops_for_assign=(0, 1)):
+    queues = reference.new_queues(queue_length, batch_size, world_size, len(crops_for_assign), 8)
+    state = reference.new_state(new_model(torch.float64).state_dict(), world_size, queues)
+    losses = []
+    for step in range(STEPS):
+        crops = crops_of_step(step, batch_size * world_size)
+        shares = [[crop[w * batch_size : (w + 1) * batch_size] for crop in crops] for w in range(world_size)]
+        options = {"crops_for_assign": crops_for_assign, "freeze_prototypes_niters": freeze}
+        losses.append(reference.train_step(state, shares, RATES[step], start_queue=step >= queue_starts, **options))
+    return losses, state
+
+
+def assert_weights_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    for name, weight in ours.items():
+        # A bias in front of a BatchNorm has no effect and a gradient of zero: in float32, LARS scales up its rounding.
+        if name == "projection_head.0.bias" and weight.dtype == torch.float32:
+            continue
+        error = (weight.double() - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)
+        assert error < relative, f"{name}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype, relative", [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_follows_the_reference(case, dtype, relative):
+    ours = our_steps(0, 1, dtype, BATCH, **CASES[case])
+    losses, state = reference_steps(1, BATCH, **CASES[case])
+    assert ours["losses"] == pytest.approx([loss for (loss,) in losses], rel=relative)
+    assert_weights_close(ours["weights"], state["params"], relative)
+    if state["queues"]:
+        assert state["queues"][0]["filled"] >= 24  # the queue has taken part
+        torch.testing.assert_close(ours["queue"].double(), state["queues"][0]["embeddings"], rtol=0, atol=10 * relative)
+
+
+@pytest.mark.parametrize("case", ["plain", "all of it"])
+def test_two_processes_follow_the_reference(case):
+    processes = run_processes(our_steps_with, 2, CASES[case])
+    losses, state = reference_steps(2, BATCH, **CASES[case])
+    for rank, ours in enumerate(processes):
+        assert ours["losses"] == pytest.approx([step[rank] for step in losses], rel=1e-9)
+        assert_weights_close(ours["weights"], state["params"], 1e-9)
+        if state["queues"]:
+            torch.testing.assert_close(ours["queue"], state["queues"][rank]["embeddings"], rtol=0, atol=1e-8)
+
+
+def test_two_processes_equal_one_with_twice_the_batch():
+    """Without batch statistics nothing depends on how the global batch is dealt out; so DDP's gradient is the mean."""
+    options = {"queue_length": 24, "queue_starts": 1, "batch_norm": False}
+    processes = run_processes(our_steps_with, 2, options)
+    alone = our_steps(0, 1, torch.float64, 2 * BATCH, **options)
+    means = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in processes), strict=True)]
+    assert means == pytest.approx(alone["losses"], rel=1e-9)
+    for process in processes:
+        assert_weights_close(process["weights"], alone["weights"], 1e-9)
+
+
+def double_precision_loader(*args, **options) -> DataLoader:
+    loader = training_loader(*args, **options)
+    collate = loader.collate_fn
+    loader.collate_fn = lambda batch: ([crop.double() for crop in collate(batch)[0]], None)
+    return loader
+
+
+@pytest.fixture
+def double_precision(monkeypatch):
+    monkeypatch.setattr(train, "training_loader", double_precision_loader)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_run_itself_follows_the_reference(tmp_path, double_precision):
+    """train.py's own loop on image files: schedule, freeze, queue start and all, from metrics and checkpoint."""
+    generator = torch.Generator().manual_seed(1)
+    (tmp_path / "images").mkdir()
+    for i in range(13):
+        pixels = torch.randint(0, 256, (24, 20, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    options = f"""--data_path {tmp_path}/images --nmb_crops 2 2 --size_crops 16 9 --min_scale_crops 0.3 0.1
+        --max_scale_crops 1 0.3 --arch resnet18 --width 4 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8
+        --nmb_prototypes 12 --batch_size 4 --epochs 4 --warmup_epochs 1 --start_warmup 0.3 --base_lr 2 --final_lr 0.1
+        --freeze_prototypes_niters 5 --queue_length 8 --epoch_queue_starts 1 --seed 7 --workers 0 --log_freq 1
+        --device cpu --dump_path {tmp_path}/run"""
+    args = train.parse_args(options.split())
+    train.main(args)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["loss"] for row in rows if "loss" in row]
+
+    torch.manual_seed(7)
+    state = reference.new_state(train.build_model(args).state_dict(), 1, reference.new_queues(8, 4, 1, 2, 8))
+    multicrop = MultiCrop([16, 9], [2, 2], [0.3, 0.1], [1, 0.3])
+    loader = training_loader(open_images("folder", tmp_path / "images"), multicrop, 4, seed=7)
+    rates = reference.learning_rates(3, 4, 2.0, 0.1, 1, 0.3)
+    expected = []
+    for epoch in range(4):
+        loader.batch_sampler.epoch = epoch
+        for crops, _ in loader:
+            options = {"freeze_prototypes_niters": 5, "start_queue": epoch >= 1}
+            expected += reference.train_step(state, [crops], rates[state["step"]], **options)
+    assert len(logged) == 12
+    assert logged == pytest.approx(expected, rel=1e-9)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
+    assert_weights_close({n: checkpoint["state_dict"][n] for n in state["params"]}, state["params"], 1e-9)
+    torch.testing.assert_close(checkpoint["queue"]["embeddings"], state["queues"][0]["embeddings"], rtol=0, atol=1e-8)

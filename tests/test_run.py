@@ -1,0 +1,433 @@
+"""train.py and eval_linear.py end to end, as their users run them."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import eval_linear
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--arch resnet18 --width 4 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
+    "--nmb_crops 2 1 --size_crops 16 9 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --batch_size 4 --epochs 4 "
+    "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """train/ with 2 classes of 5 images and val/ with 2 of 3."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for label in ("cats", "dogs"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / label / f"{i}.png")
+    return root
+
+
+def run_training(images, dump, *more: str) -> dict:
+    train.main(train.parse_args([*TINY, f"--data_path={images}", f"--dump_path={dump}", *more]))
+    return torch.load(dump / "checkpoint.pth", weights_only=True)
+
+
+def script(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    """A command as a user types it, in a fresh process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+
+
+def torchrun(processes: int, *words: object, **environment: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return script(*launcher, *words, **environment)
+
+
+def assert_same(ours, theirs, name: str = "checkpoint") -> None:
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), name
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), name
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{name}[{i}]")
+    else:
+        assert ours == theirs, name
+
+
+# The run
+
+
+def test_run_writes_checkpoints_metrics_and_lines(images, tmp_path, capsys):
+    checkpoint = run_training(images, tmp_path / "run", "--log_freq", "1")
+    out = capsys.readouterr().out
+    assert "10 images" in out and "2 steps an epoch" in out and "device: cpu" in out and "--arch resnet18" in out
+    lines = re.findall(r"epoch (\d)/4  step (\d)/8  loss [\d.]+ \(ln K 1.792\)  lr \S+  \d+ images/s  data wait", out)
+    assert lines == [(str(step // 2 + 1), str(step + 1)) for step in range(8)]
+    assert "ETA" in out and "python eval_linear.py" in out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps, summaries = [r for r in rows if "loss" in r], [r for r in rows if "epoch_loss" in r]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert {"epoch", "loss", "ln_k", "lr", "images_per_s", "data_wait_percent", "gpu_memory_gib", "eta_s"} <= set(
+        steps[0]
+    )
+    assert [row["epoch"] for row in summaries] == [1, 2, 3, 4]
+    for epoch, summary in enumerate(summaries):
+        assert summary["epoch_loss"] == pytest.approx(sum(row["loss"] for row in steps[2 * epoch : 2 * epoch + 2]) / 2)
+    assert checkpoint["epoch"] == 4 and checkpoint["step"] == 8
+    assert checkpoint["options"]["nmb_prototypes"] == 6
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["ckp-2.pth", "ckp-4.pth"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_and_two_resumed_epochs_equal_four(images, tmp_path, capsys):
+    straight = run_training(images, tmp_path / "straight")
+    assert straight["queue"]["filled"] == 8
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "straight" / "checkpoints" / "ckp-2.pth", tmp_path / "resumed" / "checkpoint.pth")
+    shutil.copy(tmp_path / "straight" / "metrics.jsonl", tmp_path / "resumed")  # rows of epochs to be run again go
+    resumed = run_training(images, tmp_path / "resumed")
+    assert "2 of 4 epochs done" in capsys.readouterr().out
+    straight["options"].pop("dump_path"), resumed["options"].pop("dump_path")
+    assert_same(resumed, straight)
+    kept = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            for run in ("straight", "resumed")]  # fmt: skip
+    assert [row["step"] for row in kept[1]] == [row["step"] for row in kept[0]]
+
+
+def test_workers_do_not_change_what_is_learned(images, tmp_path):
+    alone, helped = (run_training(images, tmp_path / w, "--workers", w, "--epochs", "2") for w in ("0", "2"))
+    assert_same(helped["state_dict"], alone["state_dict"])
+
+
+def test_finished_run_is_left_alone(images, tmp_path, capsys):
+    before = run_training(images, tmp_path)
+    after = run_training(images, tmp_path)
+    assert "4 of 4 epochs done" in capsys.readouterr().out
+    assert_same(after, before)
+    with pytest.raises(ValueError, match="--dump_path: .* finished run with other options .*seed 31 -> 5"):
+        run_training(images, tmp_path, "--seed", "5")
+
+
+def test_two_processes_train_and_resume_on_one(images, tmp_path):
+    command = [ROOT / "train.py", *TINY, f"--data_path={images}", f"--dump_path={tmp_path}", "--queue_length", "16"]
+    done = torchrun(2, *command, "--epochs", "2", "--batch_size", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("options: ") == 1 and "2 processes (gloo)" in done.stdout
+    first = torch.load(tmp_path / "checkpoint.pth")
+    assert first["epoch"] == 2 and first["queue"]["embeddings"].shape == (2, 16, 8) and first["queue"]["filled"] == 8
+    resumed = run_training(images, tmp_path, "--epochs", "3", "--queue_length", "16")
+    assert resumed["epoch"] == 3 and resumed["queue"]["filled"] == 16
+    # The batches of the resumed epoch are in front of those of the two processes.
+    assert torch.equal(resumed["queue"]["embeddings"][:, 8:], first["queue"]["embeddings"][:, :8])
+
+
+def test_bare_command_runs_the_shapes_recipe_and_says_so(capsys):
+    args = train.parse_args([])
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert "no options given" in first_line and "recipes/shapes.args" in first_line
+    assert args.dataset == "shapes" and args.arch == "resnet18"
+    train.check_args(args)
+
+
+# Options
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.args")))
+def test_every_recipe_is_accepted(recipe, tmp_path):
+    args = train.parse_args([f"@{ROOT}/recipes/{recipe}", "--data_path", str(tmp_path)])
+    train.check_args(args)
+    assert args.dump_path == f"runs/{recipe.removesuffix('.args')}"
+
+
+def test_recipes_are_the_published_rows():
+    """Global batch, crops, epochs, rates, queue and frozen steps of the published table."""
+    large = dict(world=64, batch_size=64, warmup_epochs=10, start_warmup=0.3, base_lr=4.8, final_lr=0.0048)
+    large |= dict(queue_length=0, freeze_prototypes_niters=313, nmb_crops=[2, 6], arch="resnet50")
+    small = dict(world=4, batch_size=64, warmup_epochs=0, base_lr=0.6, final_lr=0.0006, queue_length=3840)
+    small |= dict(epoch_queue_starts=15, freeze_prototypes_niters=5005, nmb_crops=[2, 6], arch="resnet50")
+    rows = {f"{epochs}ep": large | dict(epochs=epochs) for epochs in (100, 200, 400, 800)}
+    rows |= {f"{epochs}ep_bs256": small | dict(epochs=epochs) for epochs in (200, 400)}
+    rows["400ep_2x224"] = large | dict(epochs=400, nmb_crops=[2], size_crops=[224])
+    rows["rn50w2"] = large | dict(epochs=400, arch="resnet50w2")
+    rows["rn50w4"] = large | dict(epochs=400, arch="resnet50w4", batch_size=40, queue_length=2560, epoch_queue_starts=0)
+    for name, expected in rows.items():
+        args = train.parse_args([f"@{ROOT}/recipes/{name}.args"])
+        world_size = expected.pop("world")
+        assert {option: getattr(args, option) for option in expected} == expected, name
+        asked = args.queue_length
+        train.check_args(args, world_size)
+        assert args.queue_length == asked, name
+
+
+def test_the_defaults_are_the_published_run_at_256():
+    defaults, recipe = train.parse_args(["--seed", "31"]), train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"])
+    different = {name for name, value in vars(recipe).items() if vars(defaults)[name] != value}
+    assert different == {"dump_path"}
+
+
+def test_both_spellings_and_older_options_are_understood():
+    args = train.parse_args("--nmb-crops 2 4 --base-lr=0.3 --use_fp16 False --dump-path a-b".split())
+    assert (args.nmb_crops, args.base_lr, args.precision, args.dump_path) == ([2, 4], 0.3, "fp32", "a-b")
+    assert train.parse_args(["--use_fp16", "true"]).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--data_path {tmp}/nowhere", "--data_path: expected a folder"),
+        ("--data_path {tmp}", "data_path: expected image files .* found none"),
+        ("--nmb_crops 2 6 --size_crops 224", "--nmb_crops: expected 1 values.* got .2, 6"),
+        ("--min_scale_crops 0.5 0.5 --max_scale_crops 1 0.3", "--min_scale_crops, max_scale_crops: expected 0 < min"),
+        ("--crops_for_assign 0 3", "--crops_for_assign: expected crops of 0..2, got .0, 3"),
+        ("--nmb_prototypes 0", "--nmb_prototypes: expected .* from 1, got 0"),
+        ("--epsilon 0", "--epsilon: expected .* above 0, got 0"),
+        ("--temperature nan", "--temperature: expected .* above 0, got nan"),
+        ("--epochs 2 --warmup_epochs 3", "--warmup_epochs: expected at most the 2 of --epochs, got 3"),
+        ("--arch resnet19", "--arch: .*resnet19.*resnet18"),
+        ("--batch_size 1", "--batch_size: expected 2 or more"),
+        ("--batch_size 11", r"--batch_size: expected at most 10 \(10 images"),
+        ("--workers -1", "--workers: expected .* from 0, got -1"),
+        ("--sync_bn apex", "--sync_bn: .*pytorch"),
+        ("--dist_url tcp://x", "--dist_url: .*torchrun --nproc_per_node"),
+        ("--world_size 4", "--world_size: .*torchrun --nproc_per_node"),
+        ("--rank 0", "--rank: .*torchrun"),
+        ("--local_rank 0", "--local_rank: .*torchrun"),
+        ("--precision fp16", "--precision fp16: .*GPU"),
+        ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
+        ("--base_lr much", "--base_lr: expected a number above 0, got much"),
+        ("@{tmp}/none.args", "none.args"),
+        ("--dataset cifar10 --data_path {tmp} --epochs 1", "data_path: cifar10 is not in"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(words, message, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        torchvision.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(RuntimeError("no net"))
+    )
+    given = words.format(tmp=tmp_path).split()
+    data = [] if "--data_path" in given else [f"--data_path={images}"]
+    with pytest.raises(ValueError, match=message):
+        train.main(train.parse_args([*TINY, f"--dump_path={tmp_path}/run", *data, *given]))
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_queue_is_rounded_down_and_said(images, tmp_path, capsys):
+    checkpoint = run_training(images, tmp_path, "--queue_length", "11", "--epochs", "1")
+    assert "--queue_length: 11 is no multiple of the global batch of 4: using 8" in capsys.readouterr().out
+    assert checkpoint["queue"]["embeddings"].shape == (2, 8, 8)
+
+
+def test_more_processes_than_gpus_says_what_to_type(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for module in (train, eval_linear):
+        with pytest.raises(ValueError, match=r"2 GPU\(s\).*--nproc_per_node=2"):
+            module.setup_processes("auto")
+
+
+def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(images, tmp_path, monkeypatch):
+    convolution = torch.nn.functional.conv2d
+
+    def broken_in_bf16(*inputs, **options):
+        out = convolution(*inputs, **options)
+        return out * 1e20 if torch.is_autocast_enabled("cpu") else out
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", broken_in_bf16)
+    with pytest.raises(ValueError, match="--precision bf16: .* gradients .*--precision fp32"):
+        run_training(images, tmp_path, "--precision", "bf16")
+
+
+def test_bf16_trains_where_its_gradients_are_right(images, tmp_path):
+    if not train.cpu_bf16_gradients_are_right():
+        pytest.skip("this CPU's bf16 gradients are wrong")
+    checkpoint = run_training(images, tmp_path, "--precision", "bf16", "--epochs", "1")
+    assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+# What goes wrong in the middle
+
+
+def test_errors_are_one_line_said_once_by_many_processes(images, tmp_path):
+    failed = torchrun(2, ROOT / "train.py", *TINY, "--data_path", tmp_path, "--dump_path", tmp_path / "run")
+    assert failed.returncode != 0
+    said = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "data_path: expected image files" in said[0]
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "train.py") not in failed.stderr
+
+
+def test_unreadable_image_is_named(images, tmp_path):
+    shutil.copytree(images / "train", tmp_path / "broken")
+    (tmp_path / "broken" / "cats" / "0.png").write_bytes(b"no image")
+    words = [
+        *TINY,
+        "--data_path",
+        tmp_path / "broken",
+        "--dump_path",
+        tmp_path / "run",
+        "--workers",
+        "1",
+        "--batch_size",
+        "5",
+    ]
+    failed = script(sys.executable, ROOT / "train.py", *words)
+    assert failed.returncode == 2
+    assert re.search(r"^error: .*cannot read .*cats/0.png as an image", failed.stderr, re.MULTILINE)
+
+
+def test_checkpoint_of_another_architecture_is_refused(images, tmp_path):
+    run_training(images, tmp_path, "--epochs", "1")
+    with pytest.raises(ValueError, match="--dump_path: .* another architecture .*width 4 -> 8"):
+        run_training(images, tmp_path, "--width", "8", "--epochs", "2")
+
+
+def test_unreadable_checkpoint_is_refused_and_kept(images, tmp_path):
+    (tmp_path / "checkpoint.pth").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="--dump_path: cannot resume from .*checkpoint.pth"):
+        run_training(images, tmp_path)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == b"half a file"
+
+
+def test_bad_loss_stops_the_run_and_saves_the_batch(images, tmp_path, monkeypatch):
+    forward, calls = train.SwAV.forward, []
+
+    def forward_with_nan(self, crops):
+        embeddings, scores = forward(self, crops)
+        calls.append(1)
+        return embeddings, scores * (math.nan if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(train.SwAV, "forward", forward_with_nan)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4 \(epoch 2\).*bad_loss-0.pth"):
+        run_training(images, tmp_path)
+    saved = torch.load(tmp_path / "bad_loss-0.pth", weights_only=True)
+    assert saved["step"] == 4 and len(saved["image_indices"]) == 4
+    assert [crop.shape for crop in saved["last_batch"]["crops"]] == [(4, 3, 16, 16)] * 2 + [(4, 3, 9, 9)]
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+# eval_linear.py
+
+
+def judge(*words: object) -> dict:
+    quick = ["--epochs", "2", "--workers", "0", "--device", "cpu", *map(str, words)]
+    return eval_linear.main(eval_linear.parse_args(quick))
+
+
+@pytest.fixture(scope="session")
+def trained(images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "runs" / "tiny"
+    run_training(images, folder, "--epochs", "1")
+    return folder / "checkpoint.pth"
+
+
+@pytest.mark.parametrize("mode", [[], ["--cached"]], ids=["probe", "cached"])
+def test_judging_writes_probe_knn_and_what_they_are_compared_with(mode, trained, images, capsys):
+    result = judge(trained, "--data_path", images, *mode)
+    out = capsys.readouterr().out
+    rows = result["rows"]
+    assert list(rows) == [
+        "checkpoint",
+        "random init, BatchNorm untouched",
+        "random init, BatchNorm of the training images",
+        "raw pixels",
+    ]
+    for name, row in rows.items():
+        assert name in out
+        for kind in ("linear", "knn"):
+            assert 0 <= row[kind]["top1"] <= row[kind]["top5"] == 100  # two classes
+    assert json.loads(trained.with_suffix(".eval.json").read_text()) == result
+    assert ("linear probe: epoch 2/2" in out) == (not mode)
+
+
+def test_judging_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch):
+    monkeypatch.chdir(trained.parent.parent.parent)
+    result = judge("--cached")
+    assert result["checkpoint"] == "runs/tiny/checkpoint.pth"
+    assert (result["dataset"], result["data_path"], result["size"]) == ("folder", str(images), 16)
+    monkeypatch.chdir(images)
+    with pytest.raises(ValueError, match="no runs/"):
+        judge()
+
+
+def test_published_and_torchvision_files_are_judged_as_their_backbone(images, tmp_path):
+    network = torchvision.models.resnet18()
+    plain = network.state_dict()
+    wrapped = {f"module.{name}": weight for name, weight in plain.items() if not name.startswith("fc.")}
+    wrapped |= {"module.projection_head.0.weight": torch.zeros(3, 512), "module.prototypes.weight": torch.zeros(3, 3)}
+    torch.save(plain, tmp_path / "torchvision.pth")
+    torch.save(wrapped, tmp_path / "published.pth.tar")
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {}}, tmp_path / "resumable.pth.tar")
+    options = ("--cached", "--data_path", images, "--size", "32")
+    results = [judge(path, *options)["rows"] for path in sorted(tmp_path.iterdir())]
+    assert len(results) == 3 and results[0] == results[1] == results[2]
+
+
+def test_judging_over_two_processes_equals_one(trained, images, tmp_path):
+    one = judge(trained, "--cached", "--data_path", images)["rows"]
+    shutil.copy(trained, tmp_path / "copy.pth")
+    words = [tmp_path / "copy.pth", "--cached", "--data_path", images, "--workers", "0", "--device", "cpu"]
+    done = torchrun(2, ROOT / "eval_linear.py", *words)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "copy.eval.json").read_text())["rows"]
+    for name in ("checkpoint", "random init, BatchNorm untouched", "raw pixels"):
+        assert two[name] == one[name]
+
+
+def test_probe_over_two_processes_runs(trained, images, tmp_path):
+    shutil.copy(trained, tmp_path / "copy.pth")
+    words = [tmp_path / "copy.pth", "--epochs", "2", "--data_path", images, "--workers", "0", "--device", "cpu"]
+    done = torchrun(2, ROOT / "eval_linear.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("linear probe: epoch 2/2") == 1
+
+
+def test_linear_classifiers_separate_what_is_separable():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.eye(3)[labels] * 4 + torch.randn(300, 3, generator=generator)
+    split = features[:200], labels[:200], features[200:]
+    for scores in (eval_linear.knn(*split, classes=3), eval_linear.logistic_regression(*split, classes=3)):
+        assert eval_linear.accuracies(scores, labels[200:])["top1"] > 90
+
+
+def test_knn_weights_votes_by_similarity():
+    train_features = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.5], [-1.0, 0.0]])
+    scores = eval_linear.knn(train_features, torch.tensor([0, 1, 1, 2]), torch.tensor([[2.0, 0.0]]), classes=3, k=3)
+    neighbour = math.exp(0.9 / math.hypot(0.9, 0.5) / 0.07)
+    torch.testing.assert_close(scores, torch.tensor([[math.exp(1 / 0.07), 2 * neighbour, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("{tmp}/none.pth", "checkpoint: cannot read .*none.pth"),
+        ("{tmp}/half.pth", "checkpoint: cannot read .*half.pth"),
+        ("{tmp}/other.pth", "checkpoint: expected the weights of a ResNet"),
+        ("{trained} --arch resnet50", "--arch: .* holds a resnet18.* got resnet50"),
+        ("{trained} --data_path {tmp}", "data_path: expected .*train with a folder of images for each class"),
+        ("{trained} --data_path {tmp}/none", "--data_path: expected a folder"),
+        ("{trained} --data_path {images} --lr 0", "--lr: expected .* got 0"),
+        ("{trained} --data_path {images} --resize 8 --size 16", "--resize: expected at least the 16"),
+    ],
+)
+def test_bad_judging_options_are_refused(words, message, trained, images, tmp_path):
+    (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half a file")
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=message):
+        judge(*words.format(tmp=tmp_path, trained=trained, images=images).split())

@@ -1,0 +1,645 @@
+"""Train SwAV (Caron et al. 2020) on one process or many, on GPUs or CPUs.
+
+    python train.py                                                          # built-in images, minutes on a CPU
+    python train.py @recipes/cifar10.args --epochs 100                       # a recipe, and a change to it
+    torchrun --nproc_per_node=4 train.py --data_path imagenet/train          # 4 GPUs: the published 200 epochs at 256
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py @recipes/800ep.args --data_path imagenet/train              # 64 GPUs, the same on each node
+
+Checkpoints and metrics.jsonl go to --dump_path; the same command again goes on from the last finished epoch.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from data import DATASETS, MultiCrop, open_images, training_loader
+from loss import SwAVLoss
+from model import ARCHS, STEMS, SwAV
+from optim import LARS, warmup_cosine
+from sinkhorn_ext import backend
+
+SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
+REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
+
+
+# Options
+
+
+class Parser(argparse.ArgumentParser):
+    """Options in `_` or `-` spelling, from the command line or from @FILE, one or more a line, # for comments."""
+
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
+        return super().parse_args([_underscored(word) for word in argv])
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return [_underscored(word) for word in shlex.split(line, comments=True)]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (python {self.prog} --help lists the options)")
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def number(kind: type, least: float, above: bool = False) -> Callable[[str], int | float]:
+    """An option's type: an int or a finite float that is `least` or more, or above it."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > least if above else value >= least) or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
+        return value
+
+    return parse
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; with none at all, those of recipes/shapes.args. Raises ValueError."""
+    if not argv:
+        say(f"no options given: running the recipe {SHAPES_RECIPE}")
+        argv = [f"@{SHAPES_RECIPE}"]
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        epilog="The defaults are the published run of 200 epochs on ImageNet with 4 processes of 64 images.",
+    )
+    whole, counted, positive, weight = number(int, 0), number(int, 1), number(float, 0, above=True), number(float, 0)
+
+    def option(group: argparse._ArgumentGroup, name: str, default: object, kind: Callable, help: str, **more) -> None:
+        if default is not None:
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        group.add_argument(f"--{name}", default=default, type=kind, help=help, **more)
+
+    add = partial(option, parser.add_argument_group("images"))
+    add(
+        "data_path",
+        None,
+        str,
+        "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
+    )
+    add("dataset", None, str, "default: folder with --data_path, without it shapes, which is drawn", choices=DATASETS)
+    add("nmb_crops", [2, 6], counted, "crops of each resolution; more small ones cost time and help", nargs="+")
+    add("size_crops", [224, 96], counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
+    add("min_scale_crops", [0.14, 0.05], positive, "smallest share of the image's area in a crop", nargs="+")
+    add("max_scale_crops", [1.0, 0.14], positive, "largest share of the image's area in a crop", nargs="+")
+
+    add = partial(option, parser.add_argument_group("model"))
+    add("arch", "resnet50", str, "backbone", choices=list(ARCHS))
+    add("width", None, counted, "channels of its stem, to shrink or widen it (default: the arch's own)")
+    add("blocks", None, counted, "residual blocks of its four stages (default: the arch's own)", nargs=4)
+    add("stem", "imagenet", str, "for crops of 96 pixels and more; medium: about 48; small: 32 and less", choices=STEMS)
+    add("hidden_mlp", 2048, whole, "hidden units of the projection head, 0 for a linear one")
+    add("feat_dim", 128, counted, "size of an embedding")
+    add("nmb_prototypes", 3000, counted, "clusters: several times the classes you expect")
+
+    add = partial(option, parser.add_argument_group("loss"))
+    add("crops_for_assign", [0, 1], whole, "crops whose codes the others predict: the large ones", nargs="+")
+    add("temperature", 0.1, positive, "of the predictions' softmax")
+    add("epsilon", 0.05, positive, "softness of the codes; lower it if the loss stays at ln K")
+    add("sinkhorn_iterations", 3, counted, "rounds of balancing the codes")
+    add("queue_length", 3840, whole, "past images that help to balance the codes, over all processes; needed when the "
+        "global batch is smaller than nmb_prototypes; rounded down to a multiple of that batch")  # fmt: skip
+    add("epoch_queue_starts", 15, whole, "epoch from which the queue fills: when embeddings have settled")
+
+    add = partial(option, parser.add_argument_group("optimisation"))
+    add("epochs", 200, counted, "passes over the images")
+    add("batch_size", 64, counted, "images per process and step")
+    add(
+        "base_lr",
+        0.6,
+        positive,
+        "learning rate for the global batch (batch_size x processes): scale it with that batch",
+    )
+    add("final_lr", 0.0006, weight, "learning rate at the end of the cosine")
+    add("warmup_epochs", 0, whole, "epochs of linear warm-up: 10 for batches in the thousands")
+    add("start_warmup", 0.0, weight, "learning rate at the start of the warm-up")
+    add("wd", 1e-6, weight, "weight decay")
+    add("freeze_prototypes_niters", 5005, whole, "steps at the start in which prototypes stay fixed: about an epoch")
+
+    add = partial(option, parser.add_argument_group("machine"))
+    add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
+    add("precision", None, str, "default: bf16 on a GPU, fp32 on a CPU", choices=("fp32", "bf16", "fp16"))
+    add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
+    add("sync_bn", "pytorch", str, "BatchNorm over all processes, on GPUs", choices=("pytorch", "none", "apex"))
+    add("workers", None, whole, "loader processes of each training process (default: by the cores at hand)")
+    add("seed", 31, whole, "of the weights, the order of images and the crops")
+
+    add = partial(option, parser.add_argument_group("output"))
+    add("dump_path", "runs/swav", str, "folder of the run; a run that is there already is resumed")
+    add("checkpoint_freq", 25, counted, "epochs between checkpoints that are kept; checkpoint.pth is of every epoch")
+    add("log_freq", 50, counted, "steps between progress lines")
+    for name in (*REPLACED_BY_TORCHRUN, "syncbn_process_group_size"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.dataset = args.dataset or ("folder" if args.data_path else "shapes")
+    if args.use_fp16:
+        args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
+    return args
+
+
+def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
+    """Raise ValueError, naming option, value and what is accepted, for all that can be known before work starts.
+
+    Rounds queue_length down to a multiple of the global batch, and says so.
+    """
+    for name in REPLACED_BY_TORCHRUN:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: leave it out; torchrun --nproc_per_node=4 train.py ... sets it")
+    if args.sync_bn == "apex":
+        raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
+    if args.data_path is not None and not os.path.isdir(args.data_path):
+        raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
+    if args.batch_size < 2:
+        raise ValueError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
+    global_batch = args.batch_size * world_size
+    if args.queue_length % global_batch:
+        rounded = args.queue_length - args.queue_length % global_batch
+        say(
+            f"--queue_length: {args.queue_length} is no multiple of the global batch of {global_batch}: using {rounded}"
+        )
+        args.queue_length = rounded
+    try:
+        build_multicrop(args)
+        build_loss(args, world_size)
+        with torch.device("meta"):
+            build_model(args)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def build_multicrop(args: argparse.Namespace) -> MultiCrop:
+    return MultiCrop(args.size_crops, args.nmb_crops, args.min_scale_crops, args.max_scale_crops)
+
+
+def build_model(args: argparse.Namespace) -> SwAV:
+    options = dict(width=args.width, blocks=args.blocks, stem=args.stem)
+    return SwAV(args.arch, args.hidden_mlp, args.feat_dim, args.nmb_prototypes, **options)
+
+
+def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
+    return SwAVLoss(
+        nmb_crops=sum(args.nmb_crops),
+        crops_for_assign=args.crops_for_assign,
+        temperature=args.temperature,
+        epsilon=args.epsilon,
+        sinkhorn_iterations=args.sinkhorn_iterations,
+        queue_length=args.queue_length // world_size,
+        feat_dim=args.feat_dim,
+    )
+
+
+# Processes and device
+
+
+def environment(name: str, default: int) -> int:
+    """A number that torchrun sets for each of its processes."""
+    return int(os.environ.get(name, default))
+
+
+def setup_processes(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Join torchrun's other processes, if any (NCCL on GPUs, gloo on CPUs): rank, world size and device of this one.
+
+    Raises ValueError if there are fewer GPUs than processes.
+    """
+    rank, world_size = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    local_rank, local_world_size = environment("LOCAL_RANK", 0), environment("LOCAL_WORLD_SIZE", 1)
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and not gpus:
+        raise ValueError("--device cuda: torch finds no GPU here; write --device cpu, or install a CUDA build of torch")
+    if device == "cpu" or not gpus:
+        chosen = torch.device("cpu")
+    elif local_world_size > gpus:
+        raise ValueError(
+            f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write "
+            f"torchrun --nproc_per_node={gpus} train.py ..., or add --device cpu"
+        )
+    else:
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return rank, world_size, chosen
+
+
+def share_cores(workers: int | None, device: torch.device) -> int:
+    """Deal this machine's cores out to its training processes; the number of loader workers of each.
+
+    On a CPU, loading and training split them: threads that wait for a core that a worker holds cost more than they add.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= environment("LOCAL_WORLD_SIZE", 1)
+    if workers is None:
+        workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, cores - workers))
+    return workers
+
+
+def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass. Raises ValueError where the device cannot train in it."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ValueError("--precision fp16: expected fp32 or bf16 on a CPU; fp16 needs a GPU")
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_bf16_gradients_are_right():
+        raise ValueError(
+            "--precision bf16: on this CPU and torch version the gradients of a 3x3 stride-2 convolution on a 1x1 map "
+            "(small crops in the last stage) come out wrong in bf16; write --precision fp32"
+        )
+    return dtype
+
+
+def cpu_bf16_gradients_are_right() -> bool:
+    """Compare a convolution's gradients in bf16 with float32's: some CPU builds return uninitialised memory."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 256, 1, 1, generator=generator).to(memory_format=torch.channels_last)
+    weight = torch.randn(512, 256, 3, 3, generator=generator).mul_(0.02).requires_grad_()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = nn.functional.conv2d(images, weight, stride=2, padding=1)
+        gradients.append(torch.autograd.grad(out.float().square().sum(), weight)[0])
+    exact, rounded = gradients
+    return bool((rounded - exact).norm() < 0.05 * exact.norm())
+
+
+# Output
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print from the first process only."""
+    if environment("RANK", 0) == 0:
+        print(text, end=end, flush=True)
+
+
+def show_progress(line: str, keep: bool = False) -> None:
+    """Rewrite one line on a terminal, unless it is to be kept; a line each time in a file."""
+    on_terminal = sys.stdout.isatty()
+    say(f"\r\033[2K{line}" if on_terminal else line, end="" if on_terminal and not keep else "\n")
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def save(contents: dict, path: Path) -> None:
+    """Write under another name first, so that an interruption leaves the file as it was."""
+    unfinished = path.with_name(path.name + ".tmp")
+    torch.save(contents, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of ours. Raises ValueError if the file is unreadable or something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"], checkpoint["options"], checkpoint["epoch"]
+    except Exception as error:  # torch.load raises what unpickling happens to hit
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "
+            "or write another --dump_path"
+        ) from None
+    return checkpoint
+
+
+def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
+    """name: (before, now), where both know the option and it matters to what is learned."""
+    ignored = ("dump_path", "device", "workers", "log_freq", "checkpoint_freq")
+    before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
+    return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}
+
+
+# The run
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check, set up, train, clean up. Raises ValueError on bad options, FloatingPointError on a loss of nan or inf."""
+    check_args(args, environment("WORLD_SIZE", 1))
+    # One process a machine downloads and finds what is wrong; the others wait for it where the group forms.
+    goes_first = environment("LOCAL_RANK", 0) == 0
+    if goes_first:
+        images = open_images(args.dataset, args.data_path, "pretrain", download=True)
+        check_batch_size(args.batch_size, environment("WORLD_SIZE", 1), len(images))
+    try:
+        rank, world_size, device = setup_processes(args.device)
+        if not goes_first:
+            images = open_images(args.dataset, args.data_path, "pretrain")
+        train(args, images, rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_batch_size(batch_size: int, world_size: int, images: int) -> None:
+    if images < batch_size * world_size:
+        raise ValueError(
+            f"--batch_size: expected at most {images // world_size} ({images} images over {world_size} process(es)), "
+            f"got {batch_size}"
+        )
+
+
+def train(args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    dtype = choose_precision(args.precision, device)
+    dump = Path(args.dump_path)
+    dump.mkdir(parents=True, exist_ok=True)
+    loader = training_loader(
+        images,
+        build_multicrop(args),
+        args.batch_size,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+        workers=share_cores(args.workers, device),
+        pin_memory=device.type == "cuda",
+    )
+    steps_per_epoch = len(loader)
+    learning_rates = warmup_cosine(
+        steps_per_epoch, args.epochs, args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
+    )
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda" and world_size > 1 and args.sync_bn == "pytorch":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    swav_loss = build_loss(args, world_size).to(device)
+    optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss)
+    network = model
+    if world_size > 1:
+        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    metrics = open_metrics(dump, first_epoch) if rank == 0 else None
+    describe(args, images, loader, model, device, dtype)
+
+    ln_k = math.log(args.nmb_prototypes)
+    step = first_epoch * steps_per_epoch  # steps done
+    for epoch in range(first_epoch, args.epochs):
+        if epoch >= args.epoch_queue_starts:
+            swav_loss.start_queue()
+        loader.batch_sampler.epoch = epoch
+        batches = iter(loader)
+        epoch_start = interval_start = time.perf_counter()
+        epoch_losses: list[float] = []
+        unread: list[torch.Tensor] = []  # losses that are still on the device
+        interval_steps, waited = 0, 0.0
+        for step_of_epoch in range(1, steps_per_epoch + 1):
+            asked = time.perf_counter()
+            crops, _ = next(batches)  # V of [B, 3, S, S]
+            crops = [crop.to(device, non_blocking=True, memory_format=torch.channels_last) for crop in crops]
+            waited += time.perf_counter() - asked
+
+            # 1. prototypes to the unit sphere, 2. forward
+            model.normalize_prototypes()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                embeddings, scores = network(crops)  # [V*B, D], [V*B, K]
+            # 3. codes, 4. swapped prediction
+            loss = swav_loss(embeddings, scores, model.prototypes.weight)
+            unread.append(loss.detach())
+            is_first = step == first_epoch * steps_per_epoch
+            line_is_due = is_first or step_of_epoch % args.log_freq == 0 or step_of_epoch == steps_per_epoch
+            if line_is_due or device.type == "cpu":  # reading a loss makes a GPU's queue run dry, so seldom there
+                epoch_losses += mean_over_processes(torch.stack(unread)).tolist()
+                unread = []
+                if not math.isfinite(sum(epoch_losses)):
+                    batch = {"crops": crops, "embeddings": embeddings.detach(), "scores": scores.detach()}
+                    path = dump / f"bad_loss-{rank}.pth"
+                    stop_on_bad_loss(args, path, epoch, epoch_losses, list(loader.batch_sampler), model, batch)
+            # 5. backward
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if step < args.freeze_prototypes_niters:
+                model.prototypes.weight.grad = None
+            # 6. LARS
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rates[step]
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            interval_steps += 1
+
+            if line_is_due:
+                now = time.perf_counter()
+                seconds_per_step = (now - interval_start) / interval_steps
+                row = {
+                    "epoch": epoch + 1,
+                    "step": step,
+                    "loss": sum(epoch_losses[-interval_steps:]) / interval_steps,
+                    "ln_k": ln_k,
+                    "lr": learning_rates[step - 1],
+                    "images_per_s": args.batch_size * world_size / seconds_per_step,
+                    "data_wait_percent": 100 * waited / (now - interval_start),
+                    "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+                    "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
+                }
+                log_step(row, args.epochs, args.epochs * steps_per_epoch, metrics)
+                interval_start, interval_steps, waited = now, 0, 0.0
+
+        seconds = time.perf_counter() - epoch_start
+        images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
+        summary = {"epoch": epoch + 1, "step": step, "epoch_loss": sum(epoch_losses) / steps_per_epoch, "ln_k": ln_k}
+        log_epoch(summary | {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}, args.epochs, metrics)
+        queue = swav_loss.gather_queue(args.batch_size)
+        if rank == 0:
+            contents = {
+                "epoch": epoch + 1,
+                "step": step,
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "queue": queue,
+                "options": vars(args),
+            }
+            save(contents, dump / "checkpoint.pth")
+            if (epoch + 1) % args.checkpoint_freq == 0 or epoch + 1 == args.epochs:
+                (dump / "checkpoints").mkdir(exist_ok=True)
+                save(contents, dump / "checkpoints" / f"ckp-{epoch + 1}.pth")
+    say(f"done: {dump / 'checkpoint.pth'}; to judge it: python eval_linear.py {dump / 'checkpoint.pth'}")
+
+
+def resume(
+    args: argparse.Namespace,
+    dump: Path,
+    model: SwAV,
+    optimizer: LARS,
+    scaler: torch.amp.GradScaler,
+    swav_loss: SwAVLoss,
+) -> int:
+    """Load dump/checkpoint.pth if there is one; the number of epochs done. Raises ValueError if it does not fit."""
+    path = dump / "checkpoint.pth"
+    checkpoint = load_checkpoint(path) if path.exists() else None
+    epochs_done = 0 if checkpoint is None else checkpoint["epoch"]
+    if dist.is_initialized():
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, epochs_done)
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"--dump_path: expected a folder that all machines share, but they see different runs in {dump}"
+            )
+    if checkpoint is None:
+        return 0
+    changes = changed_options(args, checkpoint)
+    told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
+    other_folder = f"write another --dump_path, or delete {dump}"
+    if any(name in changes for name in ARCHITECTURE):
+        raise ValueError(f"--dump_path: {path} is of another architecture ({told}); {other_folder}")
+    if changes and epochs_done >= args.epochs:
+        raise ValueError(f"--dump_path: {dump} holds a finished run with other options ({told}); {other_folder}")
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--dump_path: {path} does not fit this model: {error}; {other_folder}") from None
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+    say(
+        f"resuming from {path}: {epochs_done} of {args.epochs} epochs done"
+        + (f"; options changed: {told}" if told else "")
+    )
+    queue_length = checkpoint["queue"]["embeddings"].shape[1]
+    if queue_length == args.queue_length and len(checkpoint["queue"]["embeddings"]) == len(args.crops_for_assign):
+        swav_loss.scatter_queue(checkpoint["queue"], args.batch_size)
+    elif queue_length:
+        say(f"--queue_length: now {args.queue_length}, was {queue_length}: the queue starts empty")
+    return epochs_done
+
+
+def open_metrics(dump: Path, epochs_done: int) -> TextIO:
+    """metrics.jsonl for appending, without the rows of an epoch that was interrupted and will be run again."""
+    path = dump / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = [row for row in rows if row.endswith("}") and json.loads(row)["epoch"] <= epochs_done]
+    path.write_text("".join(row + "\n" for row in kept))
+    return path.open("a", buffering=1)
+
+
+def describe(
+    args: argparse.Namespace,
+    images: Dataset,
+    loader: DataLoader,
+    model: SwAV,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """The first lines of a run."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    words = (
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()
+    )
+    say("options: " + " ".join(words))
+    world_size = environment("WORLD_SIZE", 1)
+    group = f"{world_size} processes ({dist.get_backend()})" if dist.is_initialized() else "1 process"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    say(
+        f"device: {where}; {group}; {loader.num_workers} loader workers each; {str(dtype).removeprefix('torch.')}; "
+        f"sinkhorn: {backend(device)}"
+    )
+    source = getattr(images, "root", None) or args.data_path or "drawn in memory"
+    say(
+        f"data: {len(images)} images ({args.dataset}, {source}); {len(loader)} steps an epoch of "
+        f"{args.batch_size * world_size} images; {args.epochs} epochs"
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"model: {args.arch}, {parameters / 1e6:.2f} M parameters, {model.num_features} features, "
+        f"{args.nmb_prototypes} prototypes (ln K = {math.log(args.nmb_prototypes):.3f})"
+    )
+
+
+def log_step(row: dict, epochs: int, steps: int, metrics: TextIO | None) -> None:
+    if metrics is None:
+        return
+    metrics.write(json.dumps(row) + "\n")
+    line = (
+        f"epoch {row['epoch']}/{epochs}  step {row['step']}/{steps}  loss {row['loss']:.4f} (ln K {row['ln_k']:.3f})  "
+        f"lr {row['lr']:.4g}  {row['images_per_s']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  "
+    )
+    memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
+    show_progress(line + memory + f"ETA {timedelta(seconds=round(row['eta_s']))}")
+
+
+def log_epoch(summary: dict, epochs: int, metrics: TextIO | None) -> None:
+    if metrics is None:
+        return
+    metrics.write(json.dumps(summary) + "\n")
+    show_progress(
+        f"epoch {summary['epoch']}/{epochs} done: loss {summary['epoch_loss']:.4f} (ln K {summary['ln_k']:.3f})  "
+        f"{summary['epoch_images_per_s']:.0f} images/s  {summary['epoch_seconds']:.1f} s",
+        keep=True,
+    )
+
+
+def stop_on_bad_loss(
+    args: argparse.Namespace,
+    path: Path,
+    epoch: int,
+    losses: list[float],
+    batches: list[list[tuple[int, int]]],
+    model: SwAV,
+    last_batch: dict[str, torch.Tensor],
+) -> NoReturn:
+    """Save what led to a loss that is not finite and raise FloatingPointError.
+
+    losses: of this epoch's steps so far. batches: this process's (epoch, image index) of each step. last_batch: the
+    newest one, which on a CPU is the bad one; on a GPU the bad one can be drawn again from its image indices.
+    """
+    bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+    contents = {"epoch": epoch + 1, "step": epoch * len(batches) + bad + 1, "losses": losses, "options": vars(args)}
+    contents |= {"image_indices": [index for _, index in batches[bad]], "last_batch": last_batch}
+    save(contents | {"state_dict": model.state_dict()}, path)
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends all processes with the first: not before each has saved
+    raise FloatingPointError(
+        f"the loss is {losses[bad]} at step {contents['step']} (epoch {epoch + 1}), stopped; the batch and the weights "
+        f"are in {path}, and checkpoint.pth beside it is as after the last whole epoch; a lower --base_lr or "
+        "--precision fp32 may help"
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main with errors as one line, said once a machine, instead of a traceback from each process."""
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if environment("LOCAL_RANK", 0) != 0:
+            time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
+        message = str(error).splitlines()[-1]  # an error in a loader's worker comes with its traceback above it
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        say("\ninterrupted; the same command goes on from the last finished epoch")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_args(sys.argv[1:])))
