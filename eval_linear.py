@@ -14,16 +14,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from data import DATASETS, CentreCrop, ProbeCrop, open_images, ordered_loader, training_loader
 from model import ARCHS, ResNet, architecture_of, backbone_weights
@@ -31,53 +32,40 @@ from model import ARCHS, ResNet, architecture_of, backbone_weights
 LARGEST_PIXEL_TABLE = 2**30  # numbers; raw pixels of bigger sets are not compared
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (python {self.prog} --help lists the options)")
+
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="eval_linear.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """The options of a command line, in `_` or `-` spelling. Raises ValueError."""
+    parser = Parser(prog="eval_linear.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
+        help += "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", default=default, type=kind, help=help, **more)
+
+    parser.add_argument("checkpoint", nargs="?", help="default: the newest runs/*/checkpoint.pth")
+    add("pretrained", None, str, "older spelling of the same")
+    add(
+        "data_path", None, str, "folder with train/ and val/, with a folder per class in each (default: as in training)"
     )
-    option = parser.add_argument
-    option("checkpoint", nargs="?", help="default: the newest runs/*/checkpoint.pth")
-    option("--pretrained", help="older spelling of the same")
-    option(
-        "--data_path",
-        help="folder with train/ and val/, in each a folder of images per class "
-        "(default: what the checkpoint was trained on)",
-    )
-    option(
-        "--dataset", choices=DATASETS, help="default: folder with --data_path, else what it was trained on, else shapes"
-    )
-    option("--arch", choices=ARCHS, help="refuse a checkpoint of another architecture (default: take any)")
-    option(
-        "--cached",
-        action="store_true",
-        help="probe features of one pass over uncropped images, by logistic "
-        "regression: minutes instead of hours, some points below the full probe",
-    )
-    option("--epochs", type=int, default=100, help="of the linear probe (default: 100)")
-    option("--batch_size", type=int, help="images per process (default: 256 over all processes)")
-    option(
-        "--lr",
-        type=float,
-        default=0.3,
-        help="at the start of the cosine, for a batch of 256 over all processes (default: 0.3)",
-    )
-    option("--wd", type=float, default=1e-6, help="weight decay (default: 1e-6)")
-    option("--knn_k", type=int, default=20, help="neighbours that vote (default: 20)")
-    option("--knn_temperature", type=float, default=0.07, help="of their votes (default: 0.07)")
-    option(
-        "--size", type=int, help="side of the images in pixels (default: that of the large crops in training, else 224)"
-    )
-    option(
-        "--resize",
-        type=int,
-        help="side to which a validation image is resized before the centre crop "
-        "(default: 8/7 of --size for --data_path, --size for the small built-in sets)",
-    )
-    option("--workers", type=int, help="processes that load images, per process (default: by the cores at hand)")
-    option("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU if there is one")
-    option(
-        "--seed", type=int, default=31, help="of the classifier and of the random weights compared with (default: 31)"
-    )
+    add("dataset", None, str, "default: folder with --data_path, else as in training, else shapes", choices=DATASETS)
+    add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
+    parser.add_argument("--cached", action="store_true", help="quick: logistic regression on the features of one pass "
+                        "over uncropped images, instead of SGD over many with crops")  # fmt: skip
+    add("epochs", 100, int, "of the linear probe")
+    add("batch_size", None, int, "images per process (default: 256 over all processes)")
+    add("lr", 0.3, float, "learning rate at the start of the cosine, for 256 images over all processes")
+    add("wd", 1e-6, float, "weight decay")
+    add("knn_k", 20, int, "neighbours that vote")
+    add("knn_temperature", 0.07, float, "of their votes")
+    add("size", None, int, "side of the images in pixels (default: of a folder, that of the large crops in training or "
+        "224; of a named set, its images' own)")  # fmt: skip
+    add("resize", None, int, "shorter side before the centre crop (default: of a folder, 8/7 of --size; else --size)")
+    add("workers", None, int, "loader processes of each process (default: by the cores at hand)")
+    add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
+    add("seed", 31, int, "of the classifier and of the random weights compared with")
     args = parser.parse_args([_underscored(word) for word in argv])
     args.checkpoint = args.checkpoint or args.pretrained
     return args
@@ -150,19 +138,35 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
+def track(loader: DataLoader, title: str) -> Iterator:
+    """The loader's batches, with a progress line: rewritten each second on a terminal, every 30 s in a file."""
+    interval = 1 if sys.stdout.isatty() else 30
+    start = said = time.perf_counter()
+    for done, batch in enumerate(loader, 1):
+        yield batch
+        now = time.perf_counter()
+        if now - said > interval:
+            eta = timedelta(seconds=round((now - start) / done * (len(loader) - done)))
+            line = f"{title}: batch {done}/{len(loader)}  ETA {eta}"
+            say(f"\r\033[2K{line}" if interval == 1 else line, end="" if interval == 1 else "\n")
+            said = now
+    if interval == 1 and said > start:
+        say("\r\033[2K", end="")
+
+
 # Features
 
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, **loading: int
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
 
     Each process computes its share. loading: rank, world_size, workers, batch_size.
     """
     features, labels = [], []
-    for batch, batch_labels in ordered_loader(images, transform, **loading):
+    for batch, batch_labels in track(ordered_loader(images, transform, **loading), title):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             features.append(backbone(batch).float())
@@ -183,25 +187,29 @@ def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
 
 @torch.no_grad()
 def take_batchnorm_statistics(
-    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, **loading: int
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
 ) -> None:
-    """Set the running statistics of all BatchNorms to their average over (this process's share of) the images."""
+    """Set the running statistics of all BatchNorms to their average over the images, each process's share alike."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     backbone.train()
-    for batch, _ in ordered_loader(images, transform, **loading):
+    for batch, _ in track(ordered_loader(images, transform, **loading), title):
         backbone(batch.to(device, memory_format=torch.channels_last))
     backbone.eval()
     if dist.is_initialized():
-        for norm in norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                dist.all_reduce(statistic)
-                statistic /= dist.get_world_size()
+        for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
+            dist.all_reduce(statistic)
+            statistic /= dist.get_world_size()
 
 
 # Classifiers on features
+
+
+def spread(features: torch.Tensor) -> float:
+    """Mean standard deviation of a dimension of unit-length features [N, F], times sqrt(F): near 0 they collapsed."""
+    return F.normalize(features, dim=1).std(0).mean().item() * features.shape[1] ** 0.5
 
 
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -235,22 +243,25 @@ def logistic_regression(
 ) -> torch.Tensor:
     """Scores [N, classes] of a linear classifier fitted to all features at once (L-BFGS, standardised, L2 of 1/N)."""
     mean, std = train_features.mean(0), train_features.std(0) + 1e-6
-    train_features, val_features = (train_features - mean) / std, (val_features - mean) / std
     linear = nn.Linear(train_features.shape[1], classes, device=train_features.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    chunks = list(zip(train_features.split(2**16), train_labels.split(2**16), strict=True))
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(linear(train_features), train_labels)
-        loss = loss + linear.weight.square().sum() / (2 * len(train_features))
-        loss.backward()
-        return loss
+        total = linear.weight.square().sum() / (2 * len(train_features))
+        total.backward()
+        for features, labels in chunks:  # as all the scores at once may not fit
+            loss = F.cross_entropy(linear((features - mean) / std), labels, reduction="sum") / len(train_features)
+            loss.backward()
+            total = total + loss.detach()
+        return total.detach()
 
     optimizer.step(objective)
     with torch.no_grad():
-        return linear(val_features)
+        return linear((val_features - mean) / std)
 
 
 def linear_probe(
@@ -288,7 +299,7 @@ def linear_probe(
         optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
         loader.batch_sampler.epoch = epoch
         total = torch.zeros((), device=device)
-        for images, labels in loader:
+        for images, labels in track(loader, f"linear probe, epoch {epoch + 1}/{epochs}"):
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 features = backbone(images).float()
@@ -297,20 +308,13 @@ def linear_probe(
             loss.backward()
             optimizer.step()
             total += loss.detach()
-        left = (time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)
-        show_progress(
-            f"linear probe: epoch {epoch + 1}/{epochs}  loss {total.item() / len(loader):.4f}  "
-            f"ETA {timedelta(seconds=round(left))}",
-            last=epoch + 1 == epochs,
-        )
-    features, labels = extract_features(backbone, val_images, val_transform, device, batch_size=batch_size, **loading)
+        left = timedelta(seconds=round((time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)))
+        say(f"linear probe, epoch {epoch + 1}/{epochs}: loss {total.item() / len(loader):.4f}  ETA {left}")
+    features, labels = extract_features(
+        backbone, val_images, val_transform, device, "validation", batch_size=batch_size, **loading
+    )
     with torch.no_grad():
         return linear(features), labels
-
-
-def show_progress(line: str, last: bool) -> None:
-    on_terminal = sys.stdout.isatty()
-    say(f"\r\033[2K{line}" if on_terminal else line, end="" if on_terminal and not last else "\n")
 
 
 # The whole judgement
@@ -331,8 +335,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         raise ValueError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
     trained = checkpoint.get("options", {})
     dataset, data_path = choose_images(args, trained)
-    train_images = open_images(dataset, data_path, "train")
-    val_images = open_images(dataset, data_path, "val")
+    train_images, val_images = (open_images(dataset, data_path, split, world_size == 1) for split in ("train", "val"))
     classes = count_classes(train_images, val_images)
 
     if dataset == "folder":
@@ -356,42 +359,31 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         f"validation images of {classes} classes, {size} pixels; {device}, {world_size} process(es)"
     )
 
-    def judge_features(network: nn.Module) -> dict[str, dict[str, float]]:
+    def judge_features(name: str, network: nn.Module, with_linear: bool = True) -> dict[str, dict[str, float]]:
+        say(f"{name} ...")
         network.to(device, memory_format=torch.channels_last).eval()
-        features, labels = extract_features(network, train_images, whole, device, **loading)
-        val_features, val_labels = extract_features(network, val_images, whole, device, **loading)
+        features, labels = extract_features(network, train_images, whole, device, "training images", **loading)
+        val_features, val_labels = extract_features(network, val_images, whole, device, "validation images", **loading)
         votes = knn(features, labels, val_features, classes=classes, k=args.knn_k, temperature=args.knn_temperature)
-        linear_scores = logistic_regression(features, labels, val_features, classes=classes)
-        return {"linear": accuracies(linear_scores, val_labels), "knn": accuracies(votes, val_labels)}
+        judged = {"knn": accuracies(votes, val_labels), "spread": spread(features)}
+        if with_linear:
+            scores = logistic_regression(features, labels, val_features, classes=classes)
+            judged["linear"] = accuracies(scores, val_labels)
+        return judged
 
-    rows = {}
-    say("features of the checkpoint ...")
-    rows["checkpoint"] = judge_features(backbone)
+    rows = {"checkpoint": judge_features("checkpoint", backbone, with_linear=args.cached)}
     if not args.cached:
-        scores, labels = linear_probe(
-            backbone,
-            train_images,
-            val_images,
-            ProbeCrop(size),
-            whole,
-            device,
-            classes=classes,
-            epochs=args.epochs,
-            lr=args.lr,
-            weight_decay=args.wd,
-            seed=args.seed,
-            **loading,
-        )
+        probing = dict(classes=classes, epochs=args.epochs, lr=args.lr, weight_decay=args.wd, seed=args.seed, **loading)
+        scores, labels = linear_probe(backbone, train_images, val_images, ProbeCrop(size), whole, device, **probing)
         rows["checkpoint"]["linear"] = accuracies(scores, labels)
-    say("features of random weights ...")
     torch.manual_seed(args.seed)
     random_backbone = ResNet(**architecture)
-    rows["random init, BatchNorm untouched"] = judge_features(random_backbone)
-    take_batchnorm_statistics(random_backbone, train_images, whole, device, **loading)
-    rows["random init, BatchNorm of the training images"] = judge_features(random_backbone)
+    untouched, taken = (f"random init, BatchNorm {kind}" for kind in ("untouched", "of the training images"))
+    rows[untouched] = judge_features(untouched, random_backbone)
+    take_batchnorm_statistics(random_backbone, train_images, whole, device, "BatchNorm statistics", **loading)
+    rows[taken] = judge_features(taken, random_backbone)
     if (len(train_images) + len(val_images)) * 3 * size**2 <= LARGEST_PIXEL_TABLE:
-        say("raw pixels ...")
-        rows["raw pixels"] = judge_features(nn.Flatten())
+        rows["raw pixels"] = judge_features("raw pixels", nn.Flatten())
     else:
         say("raw pixels: left out, too many to hold")
     return {
@@ -426,10 +418,10 @@ def count_classes(train_images: Dataset, val_images: Dataset) -> int:
 
 def print_table(result: dict) -> None:
     say(f"\nlinear probe of the checkpoint: {result['linear_probe']}; of the others: cached features")
-    say(f"{'accuracy in %':50s} linear top-1  top-5    kNN top-1  top-5")
+    say(f"{'accuracy in %':46s}  linear top-1  top-5    kNN top-1  top-5    spread (0: collapsed)")
     for name, row in result["rows"].items():
-        linear, knn = row["linear"], row["knn"]
-        say(f"{name:50s} {linear['top1']:12.1f} {linear['top5']:6.1f} {knn['top1']:12.1f} {knn['top5']:6.1f}")
+        cells = [row[kind][top] for kind in ("linear", "knn") for top in ("top1", "top5")]
+        say("{:46s}  {:12.1f} {:6.1f} {:12.1f} {:6.1f}    {:6.2f}".format(name, *cells, row["spread"]))
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -454,6 +446,6 @@ if __name__ == "__main__":
         main(parse_args(sys.argv[1:]))
     except ValueError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            time.sleep(60)  # the first process says the same, then torchrun ends this one
+            time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -349,10 +349,11 @@ def test_judging_writes_probe_knn_and_what_they_are_compared_with(mode, trained,
     ]
     for name, row in rows.items():
         assert name in out
+        assert 0 < row["spread"] < 1.5
         for kind in ("linear", "knn"):
             assert 0 <= row[kind]["top1"] <= row[kind]["top5"] == 100  # two classes
     assert json.loads(trained.with_suffix(".eval.json").read_text()) == result
-    assert ("linear probe: epoch 2/2" in out) == (not mode)
+    assert ("linear probe, epoch 2/2" in out) == (not mode)
 
 
 def test_judging_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch):
@@ -394,7 +395,7 @@ def test_probe_over_two_processes_runs(trained, images, tmp_path):
     words = [tmp_path / "copy.pth", "--epochs", "2", "--data_path", images, "--workers", "0", "--device", "cpu"]
     done = torchrun(2, ROOT / "eval_linear.py", *words)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("linear probe: epoch 2/2") == 1
+    assert done.stdout.count("linear probe, epoch 2/2") == 1
 
 
 def test_linear_classifiers_separate_what_is_separable():
