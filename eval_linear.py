@@ -86,11 +86,16 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name}: expected 0 or more, got {value}")
-    if args.data_path is not None and not os.path.isdir(args.data_path):
+    if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
 
 
 # Checkpoint and processes
+
+
+def environment(name: str, default: int) -> int:
+    """A number that torchrun sets for each of its processes."""
+    return int(os.environ.get(name, default))
 
 
 def newest_checkpoint() -> Path:
@@ -111,30 +116,34 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"checkpoint: cannot read {path}: {reason}") from None
 
 
-def setup_processes(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Join torchrun's other processes, if any: rank, world size and device of this one."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
+def choose_device(device: str = "auto") -> torch.device:
+    """This process's device. Raises ValueError if there are fewer GPUs than processes."""
+    gpus, local_world_size = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
     if device == "cuda" and not gpus:
         raise ValueError("--device cuda: torch finds no GPU here; write --device cpu, or install a CUDA build of torch")
     if device == "cpu" or not gpus:
-        chosen = torch.device("cpu")
-    elif local_world_size > gpus:
+        return torch.device("cpu")
+    if local_world_size > gpus:
         raise ValueError(
-            f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write {gpus}, or --device cpu"
+            f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write "
+            f"torchrun --nproc_per_node={gpus} eval_linear.py ..., or add --device cpu"
         )
-    else:
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
+    return torch.device("cuda", environment("LOCAL_RANK", 0))
+
+
+def setup_processes(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's other processes, if any, with NCCL on GPUs and gloo on CPUs; this one's rank and their number."""
+    world_size = environment("WORLD_SIZE", 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return rank, world_size, chosen
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return environment("RANK", 0), world_size
 
 
 def say(text: str, end: str = "\n") -> None:
     """Print from the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment("RANK", 0) == 0:
         print(text, end=end, flush=True)
 
 
@@ -347,9 +356,9 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if resize < size:
         raise ValueError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
     whole = CentreCrop(resize, size)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // environment("LOCAL_WORLD_SIZE", 1)
     workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2) if args.workers is None else args.workers
-    if device.type == "cpu":
+    if device.type == "cpu" and not ("OMP_NUM_THREADS" in os.environ and environment("LOCAL_WORLD_SIZE", 1) == 1):
         torch.set_num_threads(max(1, cores - workers))
     batch_size = args.batch_size or max(1, 256 // world_size)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
@@ -427,8 +436,9 @@ def print_table(result: dict) -> None:
 def main(args: argparse.Namespace) -> dict:
     """Judge, print, and write NAME.eval.json beside the checkpoint. Raises ValueError on bad options or files."""
     check_args(args)
-    rank, world_size, device = setup_processes(args.device)
+    device = choose_device(args.device)
     try:
+        rank, world_size = setup_processes(device)
         result = evaluate(args, rank, world_size, device)
         print_table(result)
         if rank == 0:
@@ -445,7 +455,7 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except ValueError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        if environment("LOCAL_RANK", 0) != 0:
             time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
         sys.exit(2)

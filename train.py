@@ -173,7 +173,7 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
             raise ValueError(f"--{name}: leave it out; torchrun --nproc_per_node=4 train.py ... sets it")
     if args.sync_bn == "apex":
         raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
-    if args.data_path is not None and not os.path.isdir(args.data_path):
+    if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
@@ -224,41 +224,43 @@ def environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def setup_processes(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Join torchrun's other processes, if any (NCCL on GPUs, gloo on CPUs): rank, world size and device of this one.
-
-    Raises ValueError if there are fewer GPUs than processes.
-    """
-    rank, world_size = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    local_rank, local_world_size = environment("LOCAL_RANK", 0), environment("LOCAL_WORLD_SIZE", 1)
-    gpus = torch.cuda.device_count()
+def choose_device(device: str = "auto") -> torch.device:
+    """This process's device. Raises ValueError if there are fewer GPUs than processes."""
+    gpus, local_world_size = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
     if device == "cuda" and not gpus:
         raise ValueError("--device cuda: torch finds no GPU here; write --device cpu, or install a CUDA build of torch")
     if device == "cpu" or not gpus:
-        chosen = torch.device("cpu")
-    elif local_world_size > gpus:
+        return torch.device("cpu")
+    if local_world_size > gpus:
         raise ValueError(
             f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write "
             f"torchrun --nproc_per_node={gpus} train.py ..., or add --device cpu"
         )
-    else:
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
+    return torch.device("cuda", environment("LOCAL_RANK", 0))
+
+
+def setup_processes(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's other processes, if any, with NCCL on GPUs and gloo on CPUs; this one's rank and their number."""
+    world_size = environment("WORLD_SIZE", 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return rank, world_size, chosen
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return environment("RANK", 0), world_size
 
 
 def share_cores(workers: int | None, device: torch.device) -> int:
     """Deal this machine's cores out to its training processes; the number of loader workers of each.
 
     On a CPU, loading and training split them: threads that wait for a core that a worker holds cost more than they add.
+    OMP_NUM_THREADS is respected, except that torchrun's own setting of 1 for several processes says nothing.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= environment("LOCAL_WORLD_SIZE", 1)
     if workers is None:
         workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2)
-    if device.type == "cpu":
+    set_by_user = "OMP_NUM_THREADS" in os.environ and environment("LOCAL_WORLD_SIZE", 1) == 1
+    if device.type == "cpu" and not set_by_user:
         torch.set_num_threads(max(1, cores - workers))
     return workers
 
@@ -347,13 +349,18 @@ def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tup
 def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises ValueError on bad options, FloatingPointError on a loss of nan or inf."""
     check_args(args, environment("WORLD_SIZE", 1))
+    device = choose_device(args.device)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    say(
+        "options: " + " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in given.items())
+    )
     # One process a machine downloads and finds what is wrong; the others wait for it where the group forms.
     goes_first = environment("LOCAL_RANK", 0) == 0
     if goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain", download=True)
         check_batch_size(args.batch_size, environment("WORLD_SIZE", 1), len(images))
     try:
-        rank, world_size, device = setup_processes(args.device)
+        rank, world_size = setup_processes(device)
         if not goes_first:
             images = open_images(args.dataset, args.data_path, "pretrain")
         train(args, images, rank, world_size, device)
@@ -389,7 +396,11 @@ def train(args: argparse.Namespace, images: Dataset, rank: int, world_size: int,
     learning_rates = warmup_cosine(
         steps_per_epoch, args.epochs, args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
     )
-    model = build_model(args).to(device, memory_format=torch.channels_last)
+    model = build_model(args)
+    # channels_last is faster, but torch 2.14's CPU gradients of fewer than 8 channels overwrite memory in it.
+    safe = device.type == "cuda" or model.conv1.out_channels >= 8
+    layout = torch.channels_last if safe else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
     if device.type == "cuda" and world_size > 1 and args.sync_bn == "pytorch":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     swav_loss = build_loss(args, world_size).to(device)
@@ -416,7 +427,7 @@ def train(args: argparse.Namespace, images: Dataset, rank: int, world_size: int,
         for step_of_epoch in range(1, steps_per_epoch + 1):
             asked = time.perf_counter()
             crops, _ = next(batches)  # V of [B, 3, S, S]
-            crops = [crop.to(device, non_blocking=True, memory_format=torch.channels_last) for crop in crops]
+            crops = [crop.to(device, non_blocking=True, memory_format=layout) for crop in crops]
             waited += time.perf_counter() - asked
 
             # 1. prototypes to the unit sphere, 2. forward
@@ -552,11 +563,6 @@ def describe(
     dtype: torch.dtype,
 ) -> None:
     """The first lines of a run."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    words = (
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in given.items()
-    )
-    say("options: " + " ".join(words))
     world_size = environment("WORLD_SIZE", 1)
     group = f"{world_size} processes ({dist.get_backend()})" if dist.is_initialized() else "1 process"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,5 +1,6 @@
 """What several test files share: `from conftest import run_processes`."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only lose by more
 
 
 def run_processes(function: Callable, world_size: int, *args: Any) -> list:

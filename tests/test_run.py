@@ -97,12 +97,12 @@ def test_run_writes_checkpoints_metrics_and_lines(images, tmp_path, capsys):
 
 
 def test_two_and_two_resumed_epochs_equal_four(images, tmp_path, capsys):
-    straight = run_training(images, tmp_path / "straight")
+    straight = run_training(images, tmp_path / "straight", "--log_freq", "1")
     assert straight["queue"]["filled"] == 8
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "straight" / "checkpoints" / "ckp-2.pth", tmp_path / "resumed" / "checkpoint.pth")
     shutil.copy(tmp_path / "straight" / "metrics.jsonl", tmp_path / "resumed")  # rows of epochs to be run again go
-    resumed = run_training(images, tmp_path / "resumed")
+    resumed = run_training(images, tmp_path / "resumed", "--log_freq", "1")
     assert "2 of 4 epochs done" in capsys.readouterr().out
     straight["options"].pop("dump_path"), resumed["options"].pop("dump_path")
     assert_same(resumed, straight)
@@ -238,7 +238,7 @@ def test_more_processes_than_gpus_says_what_to_type(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for module in (train, eval_linear):
         with pytest.raises(ValueError, match=r"2 GPU\(s\).*--nproc_per_node=2"):
-            module.setup_processes("auto")
+            module.choose_device("auto")
 
 
 def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(images, tmp_path, monkeypatch):
