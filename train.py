@@ -144,7 +144,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     add = partial(option, parser.add_argument_group("machine"))
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
-    add("precision", None, str, "default: bf16 on a GPU, fp32 on a CPU", choices=("fp32", "bf16", "fp16"))
+    add(
+        "precision",
+        None,
+        str,
+        "default: bf16 on a GPU (fp16 on older ones), fp32 on a CPU",
+        choices=("fp32", "bf16", "fp16"),
+    )
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
     add("sync_bn", "pytorch", str, "BatchNorm over all processes, on GPUs", choices=("pytorch", "none", "apex"))
     add("workers", None, whole, "loader processes of each training process (default: by the cores at hand)")
@@ -268,7 +274,9 @@ def share_cores(workers: int | None, device: torch.device) -> int:
 def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass. Raises ValueError where the device cannot train in it."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    if precision is None and device.type == "cuda":  # GPUs before 2020 have fp16 alone
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = dtypes[precision or "fp32"]
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("--precision fp16: expected fp32 or bf16 on a CPU; fp16 needs a GPU")
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_bf16_gradients_are_right():
@@ -350,6 +358,7 @@ def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises ValueError on bad options, FloatingPointError on a loss of nan or inf."""
     check_args(args, environment("WORLD_SIZE", 1))
     device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
     given = {name: value for name, value in vars(args).items() if value is not None}
     say(
         "options: " + " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in given.items())
@@ -363,7 +372,7 @@ def main(args: argparse.Namespace) -> None:
         rank, world_size = setup_processes(device)
         if not goes_first:
             images = open_images(args.dataset, args.data_path, "pretrain")
-        train(args, images, rank, world_size, device)
+        train(args, images, rank, world_size, device, dtype)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -377,9 +386,11 @@ def check_batch_size(batch_size: int, world_size: int, images: int) -> None:
         )
 
 
-def train(args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device) -> None:
+def train(
+    args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """The run. Raises ValueError if dump_path holds another, FloatingPointError on a loss that is not finite."""
     torch.manual_seed(args.seed)
-    dtype = choose_precision(args.precision, device)
     dump = Path(args.dump_path)
     dump.mkdir(parents=True, exist_ok=True)
     loader = training_loader(

@@ -19,7 +19,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 TINY = (
-    "--arch resnet18 --width 4 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
+    "--arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
     "--nmb_crops 2 1 --size_crops 16 9 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --batch_size 4 --epochs 4 "
     "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu"
 ).split()
@@ -292,8 +292,8 @@ def test_unreadable_image_is_named(images, tmp_path):
 
 def test_checkpoint_of_another_architecture_is_refused(images, tmp_path):
     run_training(images, tmp_path, "--epochs", "1")
-    with pytest.raises(ValueError, match="--dump_path: .* another architecture .*width 4 -> 8"):
-        run_training(images, tmp_path, "--width", "8", "--epochs", "2")
+    with pytest.raises(ValueError, match="--dump_path: .* another architecture .*width 8 -> 16"):
+        run_training(images, tmp_path, "--width", "16", "--epochs", "2")
 
 
 def test_unreadable_checkpoint_is_refused_and_kept(images, tmp_path):
