@@ -305,9 +305,8 @@ def _open_torchvision(dataset: str, root: str | os.PathLike, split: str, downloa
         try:
             return kinds[dataset](root, transform=_as_rgb, download=download, **options)
         except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"data_path: {dataset} is not in {root} and could not be downloaded to it: {error}"
-            ) from None
+            tried = "could not be downloaded to it" if download else "is downloaded by a run of one process"
+            raise ValueError(f"data_path: {dataset} is not in {root} and {tried}: {error}") from None
 
     if dataset == "stl10":
         return opened(split={"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split])

@@ -166,6 +166,12 @@ def track(loader: DataLoader, title: str) -> Iterator:
 # Features
 
 
+def half_precision(device: torch.device) -> torch.autocast:
+    """The frozen backbone's forward pass is in bf16 on GPUs that have it, in float32 elsewhere."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+
+
 @torch.no_grad()
 def extract_features(
     backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
@@ -175,9 +181,10 @@ def extract_features(
     Each process computes its share. loading: rank, world_size, workers, batch_size.
     """
     features, labels = [], []
-    for batch, batch_labels in track(ordered_loader(images, transform, **loading), title):
+    loader = ordered_loader(images, transform, pin_memory=device.type == "cuda", **loading)
+    for batch, batch_labels in track(loader, title):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with half_precision(device):
             features.append(backbone(batch).float())
         labels.append(batch_labels.to(device))
     return _gather(torch.cat(features), len(images)), _gather(torch.cat(labels), len(images))
@@ -187,11 +194,17 @@ def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
     """Put together what was dealt out as rank, rank + world_size, ..."""
     if not dist.is_initialized():
         return share
-    longest = math.ceil(total / dist.get_world_size())
-    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])])
-    shares = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+    world_size = dist.get_world_size()
+    longest = math.ceil(total / world_size)
+    whole = share.new_zeros(longest, world_size, *share.shape[1:])
+    for start in range(0, longest, 2**13):  # a part at a time, as two copies of all may not fit
+        part = share[start : start + 2**13]
+        padded = share.new_zeros(min(2**13, longest - start), *share.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        whole[start : start + len(padded)] = torch.stack(parts, dim=1)
+    return whole.flatten(0, 1)[:total]
 
 
 @torch.no_grad()
@@ -205,7 +218,8 @@ def take_batchnorm_statistics(
         norm.momentum = None  # cumulative average
     backbone.train()
     for batch, _ in track(ordered_loader(images, transform, **loading), title):
-        backbone(batch.to(device, memory_format=torch.channels_last))
+        if len(batch) > 1:  # one image alone may have no variance
+            backbone(batch.to(device, memory_format=torch.channels_last))
     backbone.eval()
     if dist.is_initialized():
         for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
@@ -218,7 +232,10 @@ def take_batchnorm_statistics(
 
 def spread(features: torch.Tensor) -> float:
     """Mean standard deviation of a dimension of unit-length features [N, F], times sqrt(F): near 0 they collapsed."""
-    return F.normalize(features, dim=1).std(0).mean().item() * features.shape[1] ** 0.5
+    directions = [F.normalize(chunk, dim=1) for chunk in features.split(2**13)]
+    mean = sum(chunk.sum(0) for chunk in directions) / len(features)
+    variance = sum((chunk - mean).square().sum(0) for chunk in directions) / len(features)
+    return variance.sqrt().mean().item() * features.shape[1] ** 0.5
 
 
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -238,10 +255,10 @@ def knn(
     temperature: float = 0.07,
 ) -> torch.Tensor:
     """Scores [N, classes]: votes of the k nearest by cosine, each weighted exp(cosine / temperature)."""
-    train_features = F.normalize(train_features, dim=1)
+    lengths = train_features.norm(dim=1).clamp_min(1e-12)
     scores = []
     for chunk in F.normalize(val_features, dim=1).split(512):
-        cosines, neighbours = (chunk @ train_features.T).topk(min(k, len(train_features)), dim=1)  # [n, k]
+        cosines, neighbours = (chunk @ train_features.T / lengths).topk(min(k, len(train_features)), dim=1)  # [n, k]
         votes = chunk.new_zeros(len(chunk), classes)
         scores.append(votes.scatter_add_(1, train_labels[neighbours], (cosines / temperature).exp()))
     return torch.cat(scores)
@@ -302,7 +319,8 @@ def linear_probe(
     optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
     batch_size = min(batch_size, len(train_images) // world_size)
     loading = dict(rank=rank, world_size=world_size, workers=workers)
-    loader = training_loader(train_images, train_transform, batch_size, seed=seed, **loading)
+    pin_memory = device.type == "cuda"
+    loader = training_loader(train_images, train_transform, batch_size, seed=seed, pin_memory=pin_memory, **loading)
     start = time.perf_counter()
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
@@ -310,7 +328,7 @@ def linear_probe(
         total = torch.zeros((), device=device)
         for images, labels in track(loader, f"linear probe, epoch {epoch + 1}/{epochs}"):
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad(), half_precision(device):
                 features = backbone(images).float()
             loss = F.cross_entropy(probe(features), labels.to(device, non_blocking=True))
             optimizer.zero_grad()
@@ -346,6 +364,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     dataset, data_path = choose_images(args, trained)
     train_images, val_images = (open_images(dataset, data_path, split, world_size == 1) for split in ("train", "val"))
     classes = count_classes(train_images, val_images)
+    if min(len(train_images), len(val_images)) < world_size:
+        raise ValueError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
 
     if dataset == "folder":
         size = args.size or trained.get("size_crops", [224])[0]
@@ -356,7 +376,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if resize < size:
         raise ValueError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
     whole = CentreCrop(resize, size)
-    cores = (os.cpu_count() or 1) // environment("LOCAL_WORLD_SIZE", 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= environment("LOCAL_WORLD_SIZE", 1)
     workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2) if args.workers is None else args.workers
     if device.type == "cpu" and not ("OMP_NUM_THREADS" in os.environ and environment("LOCAL_WORLD_SIZE", 1) == 1):
         torch.set_num_threads(max(1, cores - workers))
@@ -437,18 +458,16 @@ def main(args: argparse.Namespace) -> dict:
     """Judge, print, and write NAME.eval.json beside the checkpoint. Raises ValueError on bad options or files."""
     check_args(args)
     device = choose_device(args.device)
-    try:
-        rank, world_size = setup_processes(device)
-        result = evaluate(args, rank, world_size, device)
-        print_table(result)
-        if rank == 0:
-            path = Path(result["checkpoint"]).with_suffix(".eval.json")
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            say(f"written to {path}")
-        return result
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    rank, world_size = setup_processes(device)
+    result = evaluate(args, rank, world_size, device)
+    print_table(result)
+    if rank == 0:
+        path = Path(result["checkpoint"]).with_suffix(".eval.json")
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        say(f"written to {path}")
+    if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
+        dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":
@@ -458,4 +477,5 @@ if __name__ == "__main__":
         if environment("LOCAL_RANK", 0) != 0:
             time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
+        leave(2)

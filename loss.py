@@ -74,15 +74,13 @@ class SwAVLoss(nn.Module):
             )
         scores = scores.unflatten(0, (self.nmb_crops, -1))  # [V, B, K]
         embeddings = embeddings.detach().unflatten(0, (self.nmb_crops, -1))  # [V, B, D]
-        assigning = list(self.crops_for_assign)
-
         queue_is_full = 0 < self.queue.shape[1] == self.queue_filled
         queue_scores = self.queue @ prototypes.detach().T if queue_is_full else None  # [A, Q, K]
         potentials = sinkhorn_potentials(
-            scores[assigning].detach(), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
+            self._assigning(scores.detach()), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
         if self.queue_started:
-            self._enqueue(embeddings[assigning])
+            self._enqueue(self._assigning(embeddings))
         return swav_loss(
             scores,
             potentials,
@@ -90,6 +88,10 @@ class SwAVLoss(nn.Module):
             temperature=self.temperature,
             epsilon=self.epsilon,
         )
+
+    def _assigning(self, crops: torch.Tensor) -> torch.Tensor:
+        """[V, B, ...] -> [A, B, ...]. Stacked, as indexing with a list would copy it to the GPU and wait for that."""
+        return torch.stack([crops[i] for i in self.crops_for_assign])
 
     def _enqueue(self, embeddings: torch.Tensor) -> None:
         batch_size, queue_length = embeddings.shape[1], self.queue.shape[1]

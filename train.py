@@ -290,15 +290,14 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
 def cpu_bf16_gradients_are_right() -> bool:
     """Compare a convolution's gradients in bf16 with float32's: some CPU builds return uninitialised memory."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(64, 256, 1, 1, generator=generator).to(memory_format=torch.channels_last)
+    images = torch.randn(64, 256, 1, 1, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(512, 256, 3, 3, generator=generator).mul_(0.02).requires_grad_()
     gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = nn.functional.conv2d(images, weight, stride=2, padding=1)
-        gradients.append(torch.autograd.grad(out.float().square().sum(), weight)[0])
-    exact, rounded = gradients
-    return bool((rounded - exact).norm() < 0.05 * exact.norm())
+        gradients.append(torch.autograd.grad(out.float().square().sum(), (images, weight)))
+    return all(bool((rounded - exact).norm() < 0.05 * exact.norm()) for exact, rounded in zip(*gradients, strict=True))
 
 
 # Output
@@ -368,14 +367,12 @@ def main(args: argparse.Namespace) -> None:
     if goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain", download=True)
         check_batch_size(args.batch_size, environment("WORLD_SIZE", 1), len(images))
-    try:
-        rank, world_size = setup_processes(device)
-        if not goes_first:
-            images = open_images(args.dataset, args.data_path, "pretrain")
-        train(args, images, rank, world_size, device, dtype)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    rank, world_size = setup_processes(device)
+    if not goes_first:
+        images = open_images(args.dataset, args.data_path, "pretrain")
+    train(args, images, rank, world_size, device, dtype)
+    if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
+        dist.destroy_process_group()
 
 
 def check_batch_size(batch_size: int, world_size: int, images: int) -> None:
@@ -417,7 +414,7 @@ def train(
     swav_loss = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss)
+    first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss, steps_per_epoch)
     network = model
     if world_size > 1:
         network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -516,6 +513,7 @@ def resume(
     optimizer: LARS,
     scaler: torch.amp.GradScaler,
     swav_loss: SwAVLoss,
+    steps_per_epoch: int,
 ) -> int:
     """Load dump/checkpoint.pth if there is one; the number of epochs done. Raises ValueError if it does not fit."""
     path = dump / "checkpoint.pth"
@@ -541,13 +539,20 @@ def resume(
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--dump_path: {path} does not fit this model: {error}; {other_folder}") from None
+        raise ValueError(
+            f"--dump_path: {path} does not fit this model: {error}; {other_folder}".replace("\n", " ")
+        ) from None
     if scaler.is_enabled() and checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
     say(
         f"resuming from {path}: {epochs_done} of {args.epochs} epochs done"
         + (f"; options changed: {told}" if told else "")
     )
+    if checkpoint["step"] != epochs_done * steps_per_epoch:
+        before = checkpoint["step"] // epochs_done
+        say(
+            f"steps an epoch: now {steps_per_epoch}, were {before}: schedule and prototype freeze follow the new number"
+        )
     queue_length = checkpoint["queue"]["embeddings"].shape[1]
     if queue_length == args.queue_length and len(checkpoint["queue"]["embeddings"]) == len(args.crops_for_assign):
         swav_loss.scatter_queue(checkpoint["queue"], args.batch_size)
@@ -628,7 +633,8 @@ def stop_on_bad_loss(
     """Save what led to a loss that is not finite and raise FloatingPointError.
 
     losses: of this epoch's steps so far. batches: this process's (epoch, image index) of each step. last_batch: the
-    newest one, which on a CPU is the bad one; on a GPU the bad one can be drawn again from its image indices.
+    newest one. On a CPU that is the bad one and the weights are still good; on a GPU losses are read when a line is
+    due, so the weights may be spoiled by then, and the bad batch is to be drawn again from its image indices.
     """
     bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
     contents = {"epoch": epoch + 1, "step": epoch * len(batches) + bad + 1, "losses": losses, "options": vars(args)}
@@ -636,10 +642,11 @@ def stop_on_bad_loss(
     save(contents | {"state_dict": model.state_dict()}, path)
     if dist.is_initialized():
         dist.barrier()  # torchrun ends all processes with the first: not before each has saved
+    saved = path.with_name("bad_loss-*.pth")
     raise FloatingPointError(
-        f"the loss is {losses[bad]} at step {contents['step']} (epoch {epoch + 1}), stopped; the batch and the weights "
-        f"are in {path}, and checkpoint.pth beside it is as after the last whole epoch; a lower --base_lr or "
-        "--precision fp32 may help"
+        f"the loss is {losses[bad]} at step {contents['step']} (epoch {epoch + 1}), stopped; its images, the newest "
+        f"batch and the weights are in {saved}, one file a process; checkpoint.pth there is as after the last whole "
+        "epoch; a lower --base_lr or --precision fp32 may help"
     )
 
 
@@ -652,7 +659,8 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
         message = str(error).splitlines()[-1]  # an error in a loader's worker comes with its traceback above it
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
+        leave(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         say("\ninterrupted; the same command goes on from the last finished epoch")
         sys.exit(130)

@@ -411,7 +411,7 @@ UNREADABLE = {
     "empty.png": lambda: b"",
     "cut short.jpg": lambda: encoded("jpeg")[:500],
     "cut short.png": lambda: encoded("png")[:500],
-    "wrong chunk.png": lambda: encoded("png").replace(b"IEND", b"I\xa1ND"),
+    "wrong chunk.png": lambda: encoded("png").replace(b"IDAT", b"I\xa1AT"),
     "wrong header.ppm": lambda: b"P6 2x0 200 255 ",
     "vast.bmp": vast_bmp,
 }

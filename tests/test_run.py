@@ -16,6 +16,7 @@ from PIL import Image
 
 import eval_linear
 import train
+from data import ShuffledBatches
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -125,17 +126,65 @@ def test_finished_run_is_left_alone(images, tmp_path, capsys):
         run_training(images, tmp_path, "--seed", "5")
 
 
-def test_two_processes_train_and_resume_on_one(images, tmp_path):
-    command = [ROOT / "train.py", *TINY, f"--data_path={images}", f"--dump_path={tmp_path}", "--queue_length", "16"]
-    done = torchrun(2, *command, "--epochs", "2", "--batch_size", "2")
+def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, capsys):
+    folders = straight, twice, once = [tmp_path / name for name in ("straight", "twice", "once")]
+    command = [ROOT / "train.py", *TINY, f"--data_path={images}", "--queue_length", "16", "--batch_size", "2"]
+    done = torchrun(2, *command, "--dump_path", straight)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("options: ") == 1 and "2 processes (gloo)" in done.stdout
-    first = torch.load(tmp_path / "checkpoint.pth")
-    assert first["epoch"] == 2 and first["queue"]["embeddings"].shape == (2, 16, 8) and first["queue"]["filled"] == 8
-    resumed = run_training(images, tmp_path, "--epochs", "3", "--queue_length", "16")
-    assert resumed["epoch"] == 3 and resumed["queue"]["filled"] == 16
+    half = torch.load(straight / "checkpoints" / "ckp-2.pth")
+    assert half["epoch"] == 2 and half["queue"]["embeddings"].shape == (2, 16, 8) and half["queue"]["filled"] == 8
+    for folder in folders[1:]:
+        folder.mkdir()
+        shutil.copy(straight / "checkpoints" / "ckp-2.pth", folder / "checkpoint.pth")
+    assert torchrun(2, *command, "--dump_path", twice).returncode == 0
+    whole, resumed = (torch.load(folder / "checkpoint.pth") for folder in (straight, twice))
+    whole["options"].pop("dump_path"), resumed["options"].pop("dump_path")
+    assert_same(resumed, whole)
+
+    alone = run_training(images, once, "--epochs", "3", "--queue_length", "16")
+    assert "batch_size 2 -> 4" in capsys.readouterr().out
+    assert alone["step"] == 6 and alone["queue"]["filled"] == 16
     # The batches of the resumed epoch are in front of those of the two processes.
-    assert torch.equal(resumed["queue"]["embeddings"][:, 8:], first["queue"]["embeddings"][:, :8])
+    assert torch.equal(alone["queue"]["embeddings"][:, 8:], half["queue"]["embeddings"][:, :8])
+
+
+def test_changed_steps_an_epoch_are_said(images, tmp_path, capsys):
+    run_training(images, tmp_path, "--epochs", "1")
+    run_training(images, tmp_path, "--epochs", "2", "--batch_size", "2", "--queue_length", "0")
+    out = capsys.readouterr().out
+    assert "steps an epoch: now 5, were 2" in out and "--queue_length: now 0, was 8" in out
+
+
+@pytest.mark.parametrize(
+    "processes, asked, expected",
+    [(1, None, (4, 4)), (1, 1, (1, 7)), (4, None, (1, 1)), (16, None, (0, 1))],
+)
+def test_cores_are_shared_between_processes_and_their_loaders(processes, asked, expected, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (train.share_cores(asked, torch.device("cpu")), threads[-1]) == expected
+    threads.clear()
+    assert train.share_cores(asked, torch.device("cuda", 0)) >= 1 and not threads
+
+
+def test_threads_that_the_user_sets_are_kept(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    train.share_cores(None, torch.device("cpu"))
+    assert not threads
+
+
+@pytest.mark.parametrize("on_terminal, expected", [(False, "one\ntwo\n"), (True, "\r\033[2Kone\r\033[2Ktwo\n")])
+def test_progress_line_rewrites_itself_on_a_terminal_alone(on_terminal, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    train.show_progress("one")
+    train.show_progress("two", keep=True)
+    assert capsys.readouterr().out == expected
 
 
 def test_bare_command_runs_the_shapes_recipe_and_says_so(capsys):
@@ -290,6 +339,17 @@ def test_unreadable_image_is_named(images, tmp_path):
     assert re.search(r"^error: .*cannot read .*cats/0.png as an image", failed.stderr, re.MULTILINE)
 
 
+def test_error_of_another_process_than_the_first_is_said(images, tmp_path):
+    shutil.copytree(images / "train", tmp_path / "broken")
+    order = ShuffledBatches(10, 2, seed=31, rank=1, world_size=2)
+    broken = sorted((tmp_path / "broken").rglob("*.png"))[next(iter(order))[0][1]]
+    broken.write_bytes(b"no image")
+    words = [*TINY, "--data_path", tmp_path / "broken", "--dump_path", tmp_path / "run", "--batch_size", "2"]
+    failed = torchrun(2, ROOT / "train.py", *words)
+    assert failed.returncode != 0
+    assert re.search(rf"^error: .*cannot read {broken} as an image", failed.stderr, re.MULTILINE)
+
+
 def test_checkpoint_of_another_architecture_is_refused(images, tmp_path):
     run_training(images, tmp_path, "--epochs", "1")
     with pytest.raises(ValueError, match="--dump_path: .* another architecture .*width 8 -> 16"):
@@ -312,7 +372,7 @@ def test_bad_loss_stops_the_run_and_saves_the_batch(images, tmp_path, monkeypatc
         return embeddings, scores * (math.nan if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(train.SwAV, "forward", forward_with_nan)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4 \(epoch 2\).*bad_loss-0.pth"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4 \(epoch 2\).*bad_loss-\*.pth"):
         run_training(images, tmp_path)
     saved = torch.load(tmp_path / "bad_loss-0.pth", weights_only=True)
     assert saved["step"] == 4 and len(saved["image_indices"]) == 4
@@ -396,6 +456,8 @@ def test_probe_over_two_processes_runs(trained, images, tmp_path):
     done = torchrun(2, ROOT / "eval_linear.py", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("linear probe, epoch 2/2") == 1
+    two = json.loads((tmp_path / "copy.eval.json").read_text())["rows"]["checkpoint"]
+    assert two == judge(trained, "--data_path", images)["rows"]["checkpoint"]
 
 
 def test_linear_classifiers_separate_what_is_separable():
