@@ -39,7 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises ValueError."""
-    parser = Parser(prog="eval_linear.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="eval_linear.py",
+        usage="eval_linear.py [checkpoint] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
         help += "" if default is None else f" (default: {default})"

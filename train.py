@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         argv = [f"@{SHAPES_RECIPE}"]
     parser = Parser(
         prog="train.py",
+        usage="train.py [@recipes/NAME.args] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
