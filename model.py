@@ -9,6 +9,7 @@ so weights move between the three. Copy this file to use it elsewhere: it needs 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -202,24 +203,12 @@ class SwAV(ResNet):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
 
-def resnet18(**options) -> ResNet:
-    return ResNet("resnet18", **options)
-
-
-def resnet50(**options) -> ResNet:
-    return ResNet("resnet50", **options)
-
-
-def resnet50w2(**options) -> ResNet:
-    return ResNet("resnet50w2", **options)
-
-
-def resnet50w4(**options) -> ResNet:
-    return ResNet("resnet50w4", **options)
-
-
-def resnet50w5(**options) -> ResNet:
-    return ResNet("resnet50w5", **options)
+# Backbones by name; they take the other arguments of `ResNet`.
+resnet18 = partial(ResNet, "resnet18")
+resnet50 = partial(ResNet, "resnet50")
+resnet50w2 = partial(ResNet, "resnet50w2")
+resnet50w4 = partial(ResNet, "resnet50w4")
+resnet50w5 = partial(ResNet, "resnet50w5")
 
 
 def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:

@@ -367,21 +367,18 @@ def main(args: argparse.Namespace) -> None:
     goes_first = environment("LOCAL_RANK", 0) == 0
     if goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain", download=True)
-        check_batch_size(args.batch_size, environment("WORLD_SIZE", 1), len(images))
+        largest = len(images) // environment("WORLD_SIZE", 1)
+        if args.batch_size > largest:
+            raise ValueError(
+                f"--batch_size: expected at most {largest} ({len(images)} images over "
+                f"{environment('WORLD_SIZE', 1)} process(es)), got {args.batch_size}"
+            )
     rank, world_size = setup_processes(device)
     if not goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain")
     train(args, images, rank, world_size, device, dtype)
     if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
         dist.destroy_process_group()
-
-
-def check_batch_size(batch_size: int, world_size: int, images: int) -> None:
-    if images < batch_size * world_size:
-        raise ValueError(
-            f"--batch_size: expected at most {images // world_size} ({images} images over {world_size} process(es)), "
-            f"got {batch_size}"
-        )
 
 
 def train(
@@ -449,9 +446,10 @@ def train(
             is_first = step == first_epoch * steps_per_epoch
             line_is_due = is_first or step_of_epoch % args.log_freq == 0 or step_of_epoch == steps_per_epoch
             if line_is_due or device.type == "cpu":  # reading a loss makes a GPU's queue run dry, so seldom there
-                epoch_losses += mean_over_processes(torch.stack(unread)).tolist()
+                newest = mean_over_processes(torch.stack(unread)).tolist()
+                epoch_losses += newest
                 unread = []
-                if not math.isfinite(sum(epoch_losses)):
+                if not all(math.isfinite(value) for value in newest):
                     batch = {"crops": crops, "embeddings": embeddings.detach(), "scores": scores.detach()}
                     path = dump / f"bad_loss-{rank}.pth"
                     stop_on_bad_loss(args, path, epoch, epoch_losses, list(loader.batch_sampler), model, batch)
@@ -482,13 +480,15 @@ def train(
                     "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
                 }
-                log_step(row, args.epochs, args.epochs * steps_per_epoch, metrics)
+                log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
                 interval_start, interval_steps, waited = now, 0, 0.0
 
-        seconds = time.perf_counter() - epoch_start
+        seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
         images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
-        summary = {"epoch": epoch + 1, "step": step, "epoch_loss": sum(epoch_losses) / steps_per_epoch, "ln_k": ln_k}
-        log_epoch(summary | {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}, args.epochs, metrics)
+        row = {"epoch": epoch + 1, "step": step, "epoch_loss": epoch_loss, "ln_k": ln_k}
+        row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
+        done = f"epoch {epoch + 1}/{args.epochs} done: loss {epoch_loss:.4f} (ln K {ln_k:.3f})"
+        log(row, f"{done}  {images_per_s:.0f} images/s  {seconds:.1f} s", metrics, keep=True)
         queue = swav_loss.gather_queue(args.batch_size)
         if rank == 0:
             contents = {
@@ -599,27 +599,20 @@ def describe(
     )
 
 
-def log_step(row: dict, epochs: int, steps: int, metrics: TextIO | None) -> None:
-    if metrics is None:
-        return
-    metrics.write(json.dumps(row) + "\n")
-    line = (
+def step_line(row: dict, epochs: int, steps: int) -> str:
+    memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
+    return (
         f"epoch {row['epoch']}/{epochs}  step {row['step']}/{steps}  loss {row['loss']:.4f} (ln K {row['ln_k']:.3f})  "
         f"lr {row['lr']:.4g}  {row['images_per_s']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  "
+        f"{memory}ETA {timedelta(seconds=round(row['eta_s']))}"
     )
-    memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
-    show_progress(line + memory + f"ETA {timedelta(seconds=round(row['eta_s']))}")
 
 
-def log_epoch(summary: dict, epochs: int, metrics: TextIO | None) -> None:
-    if metrics is None:
-        return
-    metrics.write(json.dumps(summary) + "\n")
-    show_progress(
-        f"epoch {summary['epoch']}/{epochs} done: loss {summary['epoch_loss']:.4f} (ln K {summary['ln_k']:.3f})  "
-        f"{summary['epoch_images_per_s']:.0f} images/s  {summary['epoch_seconds']:.1f} s",
-        keep=True,
-    )
+def log(row: dict, line: str, metrics: TextIO | None, keep: bool = False) -> None:
+    """A row for metrics.jsonl, which the first process alone has open, and its progress line."""
+    if metrics is not None:
+        metrics.write(json.dumps(row) + "\n")
+    show_progress(line, keep)
 
 
 def stop_on_bad_loss(
