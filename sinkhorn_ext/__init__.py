@@ -8,9 +8,16 @@ Row scales never have to be stored, and K, B and the overall total cancel, so al
 number per prototype, its *potential* g: codes = softmax(scores / epsilon + g). It is kept as a logarithm, which makes
 any finite scores and any epsilon safe. Across processes only these K numbers travel, once an iteration.
 
-Copy this folder to use it elsewhere: it needs torch alone.
+A score of -inf masks: a prototype of which every score is -inf takes no part, its codes are 0; an image of which every
+score is -inf takes no part either and gets codes of 0, but its loss is NaN. NaN anywhere gives NaN.
+
+Copy this folder to use it elsewhere: it needs torch alone. With setup.py beside it, `pip install --no-build-isolation .`
+compiles faster kernels for the operators below; without them, each runs as it stands here, on any device.
 """
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -39,21 +46,23 @@ def sinkhorn(
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 2)
-    if extra is not None:
-        _check_scores("extra", extra, 2)
-        extra = extra.unsqueeze(0)
-    potentials = sinkhorn_potentials(scores.unsqueeze(0), epsilon, iterations, extra=extra, group=group)
-    codes = torch.softmax(_accumulation(scores.detach()) / epsilon + potentials, dim=1)  # [B, K]
-    if out is None:
-        return codes
-    if out.shape != codes.shape or out.dtype != codes.dtype:
+    dtype = _accumulation_dtype(scores)
+    if out is not None and (out.shape != scores.shape or out.dtype != dtype):
         raise ValueError(
-            f"out: expected shape {tuple(codes.shape)} and {codes.dtype}, got shape {tuple(out.shape)} and {out.dtype}"
+            f"out: expected shape {tuple(scores.shape)} and {dtype}, got shape {tuple(out.shape)} and {out.dtype}"
         )
-    return out.copy_(codes)
+    scores, extra = _check_problem(scores, epsilon, iterations, extra)
+    has_contiguous_rows = out is not None and (out.stride(1) == 1 or out.shape[1] == 1)
+    codes = out if has_contiguous_rows else torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    if _has_peers(group):
+        extra = None if extra is None else extra.unsqueeze(0)
+        potentials = sinkhorn_potentials(scores.unsqueeze(0), epsilon, iterations, extra=extra, group=group)
+        _codes(scores, potentials[0], epsilon, codes)
+    else:
+        _sinkhorn(scores, extra, epsilon, iterations, codes)
+    return codes if out is None or has_contiguous_rows else out.copy_(codes)
 
 
-@torch.no_grad()
 def sinkhorn_potentials(
     scores: torch.Tensor,
     epsilon: float = 0.05,
@@ -69,25 +78,19 @@ def sinkhorn_potentials(
     the same on every process of the group. Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
-    _check_positive("epsilon", epsilon)
-    if iterations < 1:
-        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
-    if extra is not None:
-        _check_scores("extra", extra, 3)
-        if extra.shape[::2] != scores.shape[::2]:
-            raise ValueError(
-                f"extra: expected [{scores.shape[0]}, any, {scores.shape[2]}] as in scores, got {list(extra.shape)}"
-            )
-        scores = torch.cat([_accumulation(scores), _accumulation(extra)], dim=1)
-    logits = _accumulation(scores) / epsilon  # [A, N, K]
+    scores, extra = _check_problem(scores, epsilon, iterations, extra)
+    if not _has_peers(group):
+        return _potentials(scores, extra, epsilon, iterations)
 
     # Each process's own maximum is inside its logsumexp, so combining the K numbers of all processes is exact.
-    potentials = -_logsumexp_over_processes(torch.logsumexp(logits, dim=1), group)  # [A, K]
+    own_logsumexp = _prototype_logsumexp(scores, extra, epsilon)  # [A, K]
+    gathered = [torch.empty_like(own_logsumexp) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own_logsumexp, group=group)
+    potentials = _first_potentials(torch.logsumexp(torch.stack(gathered), dim=0))
     for _ in range(iterations - 1):
-        totals = torch.softmax(logits + potentials.unsqueeze(1), dim=2).sum(dim=1)  # [A, K]
-        if _has_peers(group):
-            dist.all_reduce(totals, group=group)
-        potentials = potentials - totals.log()
+        totals = _prototype_totals(scores, extra, potentials, epsilon)  # [A, K]
+        dist.all_reduce(totals, group=group)
+        potentials = _next_potentials(potentials, totals)
     return potentials
 
 
@@ -103,55 +106,221 @@ def swav_loss(
 
     scores [V, B, K] of all crops, with gradient; potentials [A, K] of the assigning crops, from `sinkhorn_potentials`.
     Returns a scalar: the mean over assigning crops i, over the other crops v != i and over images of
-    -sum_k codes_i[k] log softmax(scores_v / temperature)[k]. No gradient flows through the codes.
+    -sum_k codes_i[k] log softmax(scores_v / temperature)[k]. No gradient flows through the codes, none through the
+    gradient. No code is ever stored: the compiled kernels hold, beside scores and gradient, a row at a time.
+    Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
     nmb_crops, batch_size, _ = scores.shape
+    crops_for_assign = list(crops_for_assign)
     if potentials.shape != (len(crops_for_assign), scores.shape[2]):
         raise ValueError(
             f"potentials: expected [{len(crops_for_assign)}, {scores.shape[2]}], got {list(potentials.shape)}"
         )
     if nmb_crops < 2 or batch_size < 1:
         raise ValueError(f"scores: expected two crops of one image or more, got {list(scores.shape)}")
-    if not crops_for_assign or not all(0 <= crop < nmb_crops for crop in crops_for_assign):
-        raise ValueError(f"crops_for_assign: expected crops of 0..{nmb_crops - 1}, got {list(crops_for_assign)}")
+    are_crops = all(0 <= crop < nmb_crops for crop in crops_for_assign)
+    if not crops_for_assign or not are_crops or len(set(crops_for_assign)) < len(crops_for_assign):
+        raise ValueError(f"crops_for_assign: expected crops of 0..{nmb_crops - 1}, each once, got {crops_for_assign}")
     _check_positive("temperature", temperature)
     _check_positive("epsilon", epsilon)
-    scores = _accumulation(scores)
-    log_predictions = torch.log_softmax(scores / temperature, dim=2)  # [V, B, K]
-    summed_over_crops = log_predictions.sum(dim=0)  # [B, K]
-    agreement = scores.new_zeros(())
-    for crop, potential in zip(crops_for_assign, potentials, strict=True):
-        codes = torch.softmax(scores[crop].detach() / epsilon + potential.detach(), dim=1)  # [B, K]
-        agreement = agreement + (codes * (summed_over_crops - log_predictions[crop])).sum()
-    return -agreement / (len(crops_for_assign) * (nmb_crops - 1) * batch_size)
+    potentials = potentials.detach().to(_accumulation_dtype(scores))
+    return _swapped_loss(scores, potentials, crops_for_assign, temperature, epsilon)[0]
 
 
 def backend(device: torch.device | str) -> str:
-    """Which implementation serves tensors of this device. Plain torch operations serve every device."""
-    torch.device(device)
-    return "torch"
+    """Which implementation serves tensors of this device: "cuda" or "cpp" (compiled), or "torch", which serves all.
+
+    SINKHORN_EXT=torch in the environment leaves the compiled ones out.
+    """
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
+    is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)
+    return {"CPU": "cpp", "CUDA": "cuda"}[key] if is_compiled else "torch"
 
 
-def _accumulation(scores: torch.Tensor) -> torch.Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()
+# The operators. Their bodies are the implementation in plain torch; csrc/ registers faster ones for CPU and CUDA under
+# the same names. A problem is scores [A, N, K] and extra [A, Q, K] of one dtype, potentials [A, K] float32 or float64.
+
+
+def _operator(schema: str, mutates_args: Sequence[str] = ()):
+    name = schema.split("(")[0]
+    return torch.library.custom_op(f"sinkhorn_ext::{name}", mutates_args=mutates_args, schema=schema[len(name) :])
+
+
+@_operator("prototype_logsumexp(Tensor scores, Tensor? extra, float epsilon) -> Tensor")
+def _prototype_logsumexp(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+    return torch.logsumexp(_logits(scores, extra, epsilon), dim=1)  # [A, K]
+
+
+@_operator("prototype_totals(Tensor scores, Tensor? extra, Tensor potentials, float epsilon) -> Tensor")
+def _prototype_totals(
+    scores: torch.Tensor, extra: torch.Tensor | None, potentials: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    return _softmax(_logits(scores, extra, epsilon) + potentials.unsqueeze(1)).sum(dim=1)  # [A, K]
+
+
+@_operator("potentials(Tensor scores, Tensor? extra, float epsilon, int iterations) -> Tensor")
+def _potentials(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float, iterations: int) -> torch.Tensor:
+    logits = _logits(scores, extra, epsilon)  # [A, N + Q, K]
+    potentials = _first_potentials(torch.logsumexp(logits, dim=1))  # [A, K]
+    for _ in range(iterations - 1):
+        potentials = _next_potentials(potentials, _softmax(logits + potentials.unsqueeze(1)).sum(dim=1))
+    return potentials
+
+
+@_operator("codes(Tensor scores, Tensor potentials, float epsilon, Tensor(a!) out) -> ()", mutates_args=["out"])
+def _codes(scores: torch.Tensor, potentials: torch.Tensor, epsilon: float, out: torch.Tensor) -> None:
+    out.copy_(_softmax(scores.to(out.dtype) / epsilon + potentials))  # [B, K]
+
+
+@_operator(
+    "sinkhorn(Tensor scores, Tensor? extra, float epsilon, int iterations, Tensor(a!) out) -> ()", mutates_args=["out"]
+)
+def _sinkhorn(
+    scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float, iterations: int, out: torch.Tensor
+) -> None:
+    extra = None if extra is None else extra.unsqueeze(0)
+    _codes(scores, _potentials(scores.unsqueeze(0), extra, epsilon, iterations)[0], epsilon, out)
+
+
+# logsumexps [V + A, B], of predictions and codes per image, is what backward needs to rebuild both.
+@_operator(
+    "swapped_loss(Tensor scores, Tensor potentials, int[] crops_for_assign, float temperature, float epsilon)"
+    " -> (Tensor loss, Tensor logsumexps)"
+)
+def _swapped_loss(
+    scores: torch.Tensor, potentials: torch.Tensor, crops_for_assign: list[int], temperature: float, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = scores.to(potentials.dtype)
+    log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]
+    log_sums = [torch.where(log_sum == -torch.inf, torch.nan, log_sum) for log_sum in log_sums]
+    all_crops = scores.sum(dim=0)  # [B, K]
+    loss = scores.new_zeros(())
+    for i, potential in zip(crops_for_assign, potentials, strict=True):
+        logits = scores[i] / epsilon + potential
+        log_sums.append(torch.logsumexp(logits, dim=1))
+        codes = _softmax(logits)
+        agreement = torch.where(codes == 0, 0, codes * (all_crops - scores[i])).sum() / temperature
+        loss = loss + sum(log_sums[v].sum() for v in range(len(scores)) if v != i) - agreement
+    return loss / (len(potentials) * (len(scores) - 1) * scores.shape[1]), torch.stack(log_sums)
+
+
+@_operator(
+    "swapped_loss_backward(Tensor grad, Tensor scores, Tensor potentials, Tensor logsumexps, int[] crops_for_assign,"
+    " float temperature, float epsilon) -> Tensor"
+)
+def _swapped_loss_backward(
+    grad: torch.Tensor,
+    scores: torch.Tensor,
+    potentials: torch.Tensor,
+    logsumexps: torch.Tensor,
+    crops_for_assign: list[int],
+    temperature: float,
+    epsilon: float,
+) -> torch.Tensor:
+    nmb_crops, batch_size, _ = scores.shape
+    grad = grad / (len(potentials) * (nmb_crops - 1) * batch_size * temperature)
+    log_sums = logsumexps.unsqueeze(2)  # [V + A, B, 1]
+    codes = {
+        i: torch.exp(scores[i].to(grad.dtype) / epsilon + potential - log_sum)
+        for i, potential, log_sum in zip(crops_for_assign, potentials, log_sums[nmb_crops:], strict=True)
+    }
+    all_codes = sum(codes.values())  # [B, K]
+    result = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    for v in range(nmb_crops):
+        others = all_codes - codes[v] if v in codes else all_codes
+        predictions = torch.exp(scores[v].to(grad.dtype) / temperature - log_sums[v])
+        result[v] = grad * ((len(potentials) - (v in codes)) * predictions - others)
+    return result
+
+
+@_prototype_logsumexp.register_fake
+@_prototype_totals.register_fake
+@_potentials.register_fake
+def _(scores, extra, *_):
+    return scores.new_empty(scores.shape[::2], dtype=_accumulation_dtype(scores))
+
+
+@_codes.register_fake
+@_sinkhorn.register_fake
+def _(*_):
+    return None
+
+
+@_swapped_loss.register_fake
+def _(scores, potentials, crops_for_assign, temperature, epsilon):
+    return potentials.new_empty(()), potentials.new_empty(scores.shape[0] + len(crops_for_assign), scores.shape[1])
+
+
+@_swapped_loss_backward.register_fake
+def _(grad, scores, *_):
+    return torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+
+
+def _save_for_backward(ctx, inputs, output):
+    scores, potentials, *ctx.settings = inputs
+    ctx.save_for_backward(scores, potentials, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_loss, _):
+    grad_scores = _swapped_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
+    return grad_scores, None, None, None, None
+
+
+_swapped_loss.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _first_potentials(logsumexp: torch.Tensor) -> torch.Tensor:
+    # A prototype without a finite score takes no part, whatever its potential is: it stays at 0.
+    return torch.where(logsumexp == -torch.inf, 0, -logsumexp)
+
+
+def _next_potentials(potentials: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    return torch.where(totals == 0, potentials, potentials - totals.log())
+
+
+def _logits(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+    rows = scores if extra is None else torch.cat([scores, extra], dim=1)
+    return rows.to(_accumulation_dtype(rows)) / epsilon  # [A, N + Q, K]
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, with zeros where every logit is -inf."""
+    codes = torch.softmax(logits, dim=-1)
+    return codes.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+
+
+def _accumulation_dtype(scores: torch.Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
 def _has_peers(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def _logsumexp_over_processes(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if not _has_peers(group):
-        return values
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, values, group=group)
-    return torch.logsumexp(torch.stack(gathered), dim=0)
-
-
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def _check_problem(
+    scores: torch.Tensor, epsilon: float, iterations: int, extra: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores and extra, checked, without gradient and in one dtype."""
+    _check_positive("epsilon", epsilon)
+    if iterations < 1:
+        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+    scores = scores.detach()
+    if extra is None:
+        return scores, None
+    extra = extra.detach()
+    _check_scores("extra", extra, scores.dim())
+    if extra.shape[:-2] != scores.shape[:-2] or extra.shape[-1] != scores.shape[-1]:
+        raise ValueError(f"extra: expected the shape of scores {list(scores.shape)} but for B, got {list(extra.shape)}")
+    if extra.dtype != scores.dtype:
+        scores, extra = scores.to(_accumulation_dtype(scores)), extra.to(_accumulation_dtype(scores))
+    return scores, extra
 
 
 def _check_scores(name: str, scores: torch.Tensor, dimensions: int) -> None:
@@ -162,3 +331,22 @@ def _check_scores(name: str, scores: torch.Tensor, dimensions: int) -> None:
         )
     if scores.shape[-1] < 1:
         raise ValueError(f"{name}: expected at least one prototype, got {list(scores.shape)}")
+
+
+def _load_kernels() -> None:
+    choice = os.environ.get("SINKHORN_EXT", "")
+    if choice not in ("", "torch"):
+        raise ValueError(f"SINKHORN_EXT: expected torch or nothing in the environment, got {choice}")
+    if choice == "torch" or importlib.util.find_spec("._C", __name__) is None:
+        return
+    try:
+        importlib.import_module("._C", __name__)
+    except ImportError as error:
+        warnings.warn(
+            f"sinkhorn_ext runs in plain torch: its compiled kernels do not load ({error}); "
+            "rebuild them with: pip install --no-build-isolation -e .",
+            stacklevel=3,
+        )
+
+
+_load_kernels()

@@ -1,0 +1,82 @@
+// What the CPU and the CUDA kernels share: where the rows of scores lie.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/macros/Macros.h>
+
+#include <optional>
+
+namespace sinkhorn_ext {
+
+constexpr double kLog2E = 1.4426950408889634;  // kernels work in powers of two: exp(x) = exp2(x * log2 e)
+constexpr double kLn2 = 0.6931471805599453;
+
+// The images of `problems` independent problems, one list each: the rows of scores [A, N, K], then of extra [A, Q, K].
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* scores;
+  const scalar_t* extra;
+  int64_t scores_problem_stride, scores_row_stride, extra_problem_stride, extra_row_stride;
+  int64_t problems, score_rows, count, prototypes;
+
+  C10_HOST_DEVICE const scalar_t* row(int64_t problem, int64_t i) const {
+    return i < score_rows ? scores + problem * scores_problem_stride + i * scores_row_stride
+                          : extra + problem * extra_problem_stride + (i - score_rows) * extra_row_stride;
+  }
+};
+
+// Any stride will do between rows; only a row that is itself scattered is copied.
+inline at::Tensor with_contiguous_rows(const at::Tensor& scores) {
+  return scores.stride(-1) == 1 || scores.size(-1) == 1 ? scores : scores.contiguous();
+}
+
+// Refers to memory of scores and extra: keep both.
+template <typename scalar_t>
+Rows<scalar_t> rows_of(const at::Tensor& scores, const std::optional<at::Tensor>& extra) {
+  Rows<scalar_t> rows{};
+  rows.scores = scores.const_data_ptr<scalar_t>();
+  rows.scores_problem_stride = scores.stride(0);
+  rows.scores_row_stride = scores.stride(1);
+  rows.problems = scores.size(0);
+  rows.score_rows = rows.count = scores.size(1);
+  rows.prototypes = scores.size(2);
+  if (extra) {
+    rows.extra = extra->const_data_ptr<scalar_t>();
+    rows.extra_problem_stride = extra->stride(0);
+    rows.extra_row_stride = extra->stride(1);
+    rows.count += extra->size(1);
+  }
+  return rows;
+}
+
+inline void check_scores(const at::Tensor& scores, const std::optional<at::Tensor>& extra) {
+  TORCH_CHECK(scores.dim() == 3 && scores.is_floating_point(),
+              "scores: expected a floating-point tensor [A, B, K], got ", scores.scalar_type(), " ", scores.sizes());
+  TORCH_CHECK(!extra || (extra->dim() == 3 && extra->scalar_type() == scores.scalar_type() &&
+                         extra->device() == scores.device() && extra->size(0) == scores.size(0) &&
+                         extra->size(2) == scores.size(2)),
+              "extra: expected [", scores.size(0), ", any, ", scores.size(2), "] ", scores.scalar_type(), " on ",
+              scores.device(), " as scores, got ", extra->sizes(), " ", extra->scalar_type(), " on ", extra->device());
+}
+
+inline at::ScalarType accumulation_type(const at::Tensor& scores) {
+  return scores.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_potentials(const at::Tensor& potentials, const at::Tensor& scores, int64_t problems) {
+  TORCH_CHECK(potentials.dim() == 2 && potentials.size(0) == problems && potentials.size(1) == scores.size(-1) &&
+                  potentials.scalar_type() == accumulation_type(scores) && potentials.device() == scores.device(),
+              "potentials: expected [", problems, ", ", scores.size(-1), "] ", accumulation_type(scores), " on ",
+              scores.device(), ", got ", potentials.sizes(), " ", potentials.scalar_type(), " on ",
+              potentials.device());
+}
+
+inline void check_out(const at::Tensor& out, const at::Tensor& scores) {
+  TORCH_CHECK(out.sizes() == scores.sizes() && out.scalar_type() == accumulation_type(scores) &&
+                  out.device() == scores.device() && (out.stride(1) == 1 || out.size(1) == 1),
+              "out: expected contiguous rows ", scores.sizes(), " ", accumulation_type(scores), " on ", scores.device(),
+              ", got ", out.sizes(), " ", out.scalar_type(), " on ", out.device(), " with strides ", out.strides());
+}
+
+}  // namespace sinkhorn_ext
