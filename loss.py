@@ -58,8 +58,9 @@ class SwAVLoss(nn.Module):
         self.sinkhorn_iterations = sinkhorn_iterations
         # Embeddings, not scores: they are scored with today's prototypes. Newest first.
         self.register_buffer("queue", torch.zeros(len(crops_for_assign), queue_length, feat_dim))  # [A, Q, D]
+        # Slots that hold an embedding. A tensor, as torch.compile would begin anew with each number.
+        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
         self.queue_started = False
-        self.queue_filled = 0  # slots that hold an embedding; counted here, as asking the buffer would wait for the GPU
 
     def start_queue(self) -> None:
         """From now on each batch enters the queue; codes use the queue once every slot holds an embedding."""
@@ -74,12 +75,12 @@ class SwAVLoss(nn.Module):
             )
         scores = scores.unflatten(0, (self.nmb_crops, -1))  # [V, B, K]
         embeddings = embeddings.detach().unflatten(0, (self.nmb_crops, -1))  # [V, B, D]
-        queue_is_full = 0 < self.queue.shape[1] == self.queue_filled
-        queue_scores = self.queue @ prototypes.detach().T if queue_is_full else None  # [A, Q, K]
+        uses_queue = self.queue_started and self.queue.shape[1] > 0
+        queue_scores = self._queue_scores(prototypes.detach()) if uses_queue else None  # [A, Q, K]
         potentials = sinkhorn_potentials(
             self._assigning(scores.detach()), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
-        if self.queue_started:
+        if uses_queue:
             self._enqueue(self._assigning(embeddings))
         return swav_loss(
             scores,
@@ -93,19 +94,22 @@ class SwAVLoss(nn.Module):
         """[V, B, ...] -> [A, B, ...]. Stacked, as indexing with a list would copy it to the GPU and wait for that."""
         return torch.stack([crops[i] for i in self.crops_for_assign])
 
+    def _queue_scores(self, prototypes: torch.Tensor) -> torch.Tensor:
+        """[A, Q, K]; until every slot holds an embedding all -inf, which keeps these images out of the balance."""
+        return (self.queue @ prototypes.T).masked_fill(self.queue_filled < self.queue.shape[1], -torch.inf)
+
     def _enqueue(self, embeddings: torch.Tensor) -> None:
         batch_size, queue_length = embeddings.shape[1], self.queue.shape[1]
         if queue_length % batch_size:
             raise ValueError(f"queue_length: expected a multiple of the batch of {batch_size}, got {queue_length}")
-        if queue_length:
-            self.queue.copy_(torch.cat([embeddings, self.queue[:, :-batch_size]], dim=1))
-            self.queue_filled = min(self.queue_filled + batch_size, queue_length)
+        self.queue.copy_(torch.cat([embeddings, self.queue[:, :-batch_size]], dim=1))
+        self.queue_filled.add_(batch_size).clamp_(max=queue_length)
 
-    def get_extra_state(self) -> dict[str, int | bool]:
-        return {"started": self.queue_started, "filled": self.queue_filled}
+    def get_extra_state(self) -> dict[str, bool]:
+        return {"started": self.queue_started}
 
-    def set_extra_state(self, state: dict[str, int | bool]) -> None:
-        self.queue_started, self.queue_filled = state["started"], state["filled"]
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        self.queue_started = state["started"]
 
     def gather_queue(self, batch_size: int) -> dict[str, torch.Tensor | int | bool]:
         """The queues of all processes as the one that a single process would have, for a checkpoint.
@@ -118,7 +122,7 @@ class SwAVLoss(nn.Module):
             shards = [torch.empty_like(self.queue) for _ in range(dist.get_world_size())]
             dist.all_gather(shards, self.queue)
         batches = torch.stack([shard.unflatten(1, (-1, batch_size)) for shard in shards], dim=2)  # [A, Q/B, W, B, D]
-        filled = self.queue_filled * len(shards)
+        filled = self.queue_filled.item() * len(shards)
         return {"embeddings": batches.flatten(1, 3), "started": self.queue_started, "filled": filled}
 
     def scatter_queue(self, state: dict[str, torch.Tensor | int | bool], batch_size: int) -> None:
@@ -126,4 +130,5 @@ class SwAVLoss(nn.Module):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         batches = state["embeddings"].unflatten(1, (-1, world_size, batch_size))  # [A, Q/B, W, B, D]
         self.queue.copy_(batches[:, :, rank].flatten(1, 2))
-        self.queue_started, self.queue_filled = state["started"], state["filled"] // world_size
+        self.queue_filled.fill_(state["filled"] // world_size)
+        self.queue_started = state["started"]

@@ -11,10 +11,11 @@ any finite scores and any epsilon safe. Across processes only these K numbers tr
 A score of -inf masks: a prototype of which every score is -inf takes no part, its codes are 0; an image of which every
 score is -inf takes no part either and gets codes of 0, but its loss is NaN. NaN anywhere gives NaN.
 
-Copy this folder to use it elsewhere: it needs torch alone. With setup.py beside it, `pip install --no-build-isolation .`
-compiles faster kernels for the operators below; without them, each runs as it stands here, on any device.
+Copy this folder to use it elsewhere: it needs torch alone, and serves any device as it stands here. With setup.py
+beside it, `pip install --no-build-isolation .` compiles faster kernels for the operators below.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import warnings
@@ -337,10 +338,11 @@ def _load_kernels() -> None:
     choice = os.environ.get("SINKHORN_EXT", "")
     if choice not in ("", "torch"):
         raise ValueError(f"SINKHORN_EXT: expected torch or nothing in the environment, got {choice}")
-    if choice == "torch" or importlib.util.find_spec("._C", __name__) is None:
+    kernels = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", __path__)  # beside this file, nowhere else
+    if choice == "torch" or kernels is None:
         return
     try:
-        importlib.import_module("._C", __name__)
+        importlib.util.module_from_spec(kernels)  # loading the library is what registers its kernels
     except ImportError as error:
         warnings.warn(
             f"sinkhorn_ext runs in plain torch: its compiled kernels do not load ({error}); "

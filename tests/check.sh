@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must hold, for people and CI alike: installs what is missing, then lint, format and tests.
+# Everything that must hold, for people and CI alike: installs what is missing, then lint, format and tests, once in
+# plain torch and once with the compiled kernels (CUDA's too where nvcc is: their compilation is checked without a GPU).
 #   bash tests/check.sh            whole
 #   bash tests/check.sh -k queue   words after it go to pytest
 set -euo pipefail
@@ -10,7 +11,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -c 'import torch, torchvision, pytest, ruff' 2>/dev/null || {
+python -c 'import torch, torchvision, setuptools, ninja, pytest, ruff' 2>/dev/null || {
   echo "installing requirements.txt (some gigabytes, minutes) ..."
   python -m pip install -q -r requirements.txt
 }
@@ -18,4 +19,9 @@ echo "python $(python -V | cut -d' ' -f2), torch $(python -c 'import torch; prin
 
 ruff check .
 ruff format --check .
+SINKHORN_EXT=torch python -m pytest -q "$@"
+
+echo "compiling sinkhorn_ext (minutes, the first time) ..."
+SINKHORN_EXT_BUILD=strict python -m pip install -q --no-build-isolation --no-deps -e .
+python -c 'import sinkhorn_ext as s; print("sinkhorn_ext:", s.backend("cpu"), "on CPUs,", s.backend("cuda"), "on GPUs")'
 python -m pytest -q "$@"

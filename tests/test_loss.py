@@ -46,6 +46,25 @@ def test_queue_joins_the_step_after_it_is_full_and_is_scored_with_todays_prototy
     assert abs(loss.item() - expected_loss(embeddings @ todays.T, (0, 2), {})) > 1e-6
 
 
+@pytest.mark.parametrize("queue_length", [0, 12 * B])
+def test_compiles_into_one_graph_that_serves_the_filling_queue(queue_length):
+    eager, to_compile = (SwAVLoss(V, queue_length=queue_length, feat_dim=D).double() for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(to_compile, fullgraph=True, backend="aot_eager")
+    for seed in range(16):
+        if seed == 2:
+            eager.start_queue()
+            to_compile.start_queue()
+        results = []
+        for module in (eager, compiled):
+            embeddings, scores, prototypes = batch(seed)
+            loss = module(embeddings, scores.requires_grad_(), prototypes)
+            loss.backward()
+            results.append((loss, scores.grad))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+    assert queue_length == to_compile.queue_filled
+
+
 def test_queue_stays_empty_until_started():
     swav_loss = SwAVLoss(V, queue_length=B, feat_dim=D).double()
     for seed in range(3):
@@ -122,5 +141,9 @@ def gather_and_scatter(rank: int, world_size: int, of_one_process: dict) -> tupl
         embeddings, scores, prototypes = batch(seed, images=4)
         swav_loss(embeddings[own], scores[own], prototypes)
     restored.scatter_queue(of_one_process, 2)
-    kept = torch.equal(restored.queue, swav_loss.queue) and restored.get_extra_state() == swav_loss.get_extra_state()
+    kept = (
+        torch.equal(restored.queue, swav_loss.queue)
+        and torch.equal(restored.queue_filled, swav_loss.queue_filled)
+        and restored.queue_started == swav_loss.queue_started
+    )
     return swav_loss.gather_queue(2), kept

@@ -1,17 +1,28 @@
-"""The codes and the swapped loss of sinkhorn_ext against the float64 reference, on every device at hand."""
+"""The codes and the swapped loss of sinkhorn_ext against the float64 reference, on every device at hand.
+
+check.sh runs this file twice: in plain torch (SINKHORN_EXT=torch), and with the compiled kernels.
+"""
 
 import os
+import re
+import shutil
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import reference
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import run_processes
 
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
+HOUSE = Path(__file__).resolve().parent.parent
 HAS_CUDA = torch.cuda.is_available()
+IS_COMPILED = backend("cpu") == "cpp"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no GPU"))]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 17, 129, 3000]
@@ -23,8 +34,7 @@ def cosines(nmb_images, nmb_prototypes, *, crops=None, seed=0, dtype=torch.float
     lead = () if crops is None else (crops,)
     images = torch.randn(*lead, nmb_images, 16, generator=generator, dtype=torch.float64)
     prototypes = torch.randn(nmb_prototypes, 16, generator=generator, dtype=torch.float64)
-    unit = torch.nn.functional.normalize
-    return (unit(images, dim=-1) @ unit(prototypes, dim=-1).T).to(device, dtype)
+    return (F.normalize(images, dim=-1) @ F.normalize(prototypes, dim=-1).T).to(device, dtype)
 
 
 def unnormalised(nmb_images, nmb_prototypes, *, dtype=torch.float32, device="cpu"):
@@ -137,6 +147,61 @@ def test_any_stride_is_read_right_and_never_written(layout, device):
 def test_equal_scores_give_uniform_codes(nmb_images, nmb_prototypes, value, device):
     codes = sinkhorn(torch.full((nmb_images, nmb_prototypes), value, device=device))
     torch.testing.assert_close(codes, torch.full_like(codes, 1 / nmb_prototypes), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", [(0, 0), (7, 5), (39, 24)])
+def test_one_nan_makes_all_codes_nan(where, device):
+    scores = cosines(40, 25, device=device)
+    scores[where] = torch.nan
+    assert sinkhorn(scores).isnan().all()
+    assert sinkhorn(cosines(40, 25, device=device), extra=scores).isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("epsilon", [0.05, 0.01])
+@pytest.mark.parametrize("with_extra", [False, True])
+def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, device):
+    scores = cosines(40, 25, dtype=torch.float64, device=device)
+    scores[:, [3, 24]] = -torch.inf
+    scores[[0, 17], :] = -torch.inf
+    prototypes = [k for k in range(25) if k not in (3, 24)]
+    images = [b for b in range(40) if b not in (0, 17)]
+    extra = scores[:20] if with_extra else None
+    codes = sinkhorn(scores, epsilon, extra=extra)
+    assert not codes[[0, 17]].any() and not codes[:, [3, 24]].any()
+    extra = scores[1:17][:, prototypes].repeat(2, 1)[:16] if with_extra else None
+    extra = torch.cat([extra, scores[18:20][:, prototypes]]) if with_extra else None
+    expected = reference.sinkhorn_log(scores[images][:, prototypes], epsilon, extra=extra)
+    torch.testing.assert_close(codes[images][:, prototypes], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nmb_images, nmb_prototypes", [(3, 65_536), (2, 10_000), (5000, 3)])
+def test_extreme_sizes_follow_the_reference(nmb_images, nmb_prototypes, device):
+    scores = cosines(nmb_images, nmb_prototypes, device=device)
+    expected = reference.sinkhorn(scores)
+    floor = 4 * logit_rounding(scores, 0.05, torch.float32) * expected.max().item()
+    assert max_error(sinkhorn(scores), expected) <= 2 * max_error(naive_sinkhorn(scores), expected) + floor
+    batch = cosines(nmb_images, nmb_prototypes, crops=3, device=device)
+    assert_loss_and_gradient(batch, (0, 1), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_does_not_change_a_bit(dtype):
+    if not IS_COMPILED:
+        pytest.skip("torch itself makes no such promise")
+    scores, batch = cosines(300, 301, dtype=dtype), cosines(40, 3001, crops=4, dtype=dtype)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        potentials = sinkhorn_potentials(batch[:2])
+        loss = swav_loss(batch.requires_grad_(), potentials)
+        (grad,) = torch.autograd.grad(loss, batch)
+        results.append((sinkhorn(scores), sinkhorn(scores, extra=scores), potentials, loss, grad))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -320,6 +385,59 @@ def test_loss_of_strided_scores_follows_the_reference_and_leaves_them(device):
     assert torch.equal(whole, before)
 
 
+def naive_loss(scores, potentials, crops_for_assign):
+    """The loss as one writes it first, in the dtype of the scores."""
+    loss = 0
+    for i, potential in zip(crops_for_assign, potentials.to(scores.dtype), strict=True):
+        codes = torch.softmax(scores[i].detach() / 0.05 + potential, dim=1)
+        for v in range(len(scores)):
+            if v != i:
+                loss = loss - (codes * F.log_softmax(scores[v] / 0.1, dim=1)).sum(dim=1).mean()
+    return loss / len(crops_for_assign) / (len(scores) - 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nmb_images, nmb_prototypes", [(1, 3000), (17, 129), (64, 3000)])
+def test_error_of_loss_and_gradient_is_at_most_twice_that_of_naive_torch(nmb_images, nmb_prototypes, dtype, device):
+    scores = cosines(nmb_images, nmb_prototypes, crops=4, dtype=dtype, device=device).requires_grad_()
+    exact = scores.detach().double().requires_grad_()
+    potentials = sinkhorn_potentials(exact.detach()[:2])
+    losses = [naive_loss(exact, potentials, (0, 1)), naive_loss(scores, potentials, (0, 1))]
+    losses.append(swav_loss(scores, potentials))
+    grads = [torch.autograd.grad(losses[0], exact)[0]] + [torch.autograd.grad(loss, scores)[0] for loss in losses[1:]]
+    # Both potentials in float32 and a gradient in half precision are rounded once, whatever computes them.
+    rounding = logit_rounding(scores, 0.05, potentials.float().dtype if dtype != torch.float64 else dtype)
+    rounding += torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0
+    for exact_value, naive, ours in (losses, grads):
+        floor = 4 * rounding * exact_value.abs().max().item()
+        assert max_error(ours, exact_value) <= 2 * max_error(naive, exact_value) + floor
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masked_prototypes_get_no_gradient_and_leave_the_loss_as_without_them(device):
+    scores = cosines(9, 20, crops=4, dtype=torch.float64, device=device)
+    masked = scores.clone()
+    masked[:, :, 5] = -torch.inf
+    others = [k for k in range(20) if k != 5]
+    results = []
+    for leaf in (masked.requires_grad_(), scores[:, :, others].requires_grad_()):
+        loss = swav_loss(leaf, sinkhorn_potentials(leaf[:2]))
+        results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1][:, :, others], results[1][1])
+    assert not results[0][1][:, :, 5].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_the_loss_of_a_nan_or_of_a_masked_image_is_nan(value, device):
+    scores = cosines(9, 20, crops=4, device=device)
+    potentials = sinkhorn_potentials(scores[:2])
+    scores[3, 4] = value
+    assert swav_loss(scores, potentials).isnan()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_loss_of_unnormalised_scores_is_finite_and_right(device):
     assert_loss_and_gradient(unnormalised(51, 20, device=device).unflatten(0, (3, 17)), (0, 1), 5e-3)
@@ -352,9 +470,146 @@ def test_the_loss_sends_no_gradient_into_potentials(device):
     assert potentials.grad is None
 
 
+# The operators
+
+
+def operator_arguments(dtype, device):
+    scores, extra = (cosines(n, 17, crops=4, dtype=dtype, device=device) for n in (5, 3))
+    potentials = sinkhorn_potentials(scores[:2])
+    out = torch.empty(5, 17, dtype=potentials.dtype, device=device)
+    logsumexps = torch.randn(6, 5, device=device).to(potentials.dtype)
+    return {
+        "prototype_logsumexp": (scores, extra, 0.05),
+        "prototype_totals": (scores[:2], extra[:2], potentials, 0.05),
+        "potentials": (scores, extra, 0.05, 3),
+        "codes": (scores[0], potentials[0], 0.05, out),
+        "sinkhorn": (scores[0], extra[0], 0.05, 3, out),
+        "swapped_loss": (scores.clone().requires_grad_(), potentials, [0, 1], 0.1, 0.05),
+        "swapped_loss_backward": (potentials.sum(), scores.detach(), potentials, logsumexps, [0, 1], 0.1, 0.05),
+    }
+
+
+OPERATORS = list(operator_arguments(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, dtype, device):
+    torch.library.opcheck(getattr(torch.ops.sinkhorn_ext, name).default, operator_arguments(dtype, device)[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_operators_refuse_what_does_not_fit(name, device):
+    if backend(device) == "torch":
+        pytest.skip("plain torch has its own words")
+    arguments = list(operator_arguments(torch.float32, device)[name])
+    tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor) and argument.dim() > 1]
+    for i in tensors:
+        wrong = [a.detach()[..., :-1] if j == i else a for j, a in enumerate(arguments)]
+        if name != "prototype_logsumexp" or len(tensors) > 1:
+            with pytest.raises(RuntimeError, match="expected .* got "):
+                getattr(torch.ops.sinkhorn_ext, name)(*wrong)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+@pytest.mark.parametrize("nmb_prototypes", [300, 3000, 10_000])
+def test_replaying_a_cuda_graph_equals_eager(nmb_prototypes):
+    scores = cosines(64, nmb_prototypes, crops=4, device="cuda").requires_grad_()
+
+    def step():
+        potentials = sinkhorn_potentials(scores.detach()[:2])
+        loss = swav_loss(scores, potentials)
+        return sinkhorn(scores[0]), potentials, loss, torch.autograd.grad(loss, scores)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            scores.copy_(cosines(64, nmb_prototypes, crops=4, seed=seed))
+        graph.replay()
+        replayed = [result.clone() for result in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_the_compiled_loss_holds_no_second_matrix():
+    if not IS_COMPILED:
+        pytest.skip("plain torch does")
+    program = """
+import torch
+from sinkhorn_ext import sinkhorn_potentials, swav_loss
+
+def kib(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+def step(scores):
+    swav_loss(scores, sinkhorn_potentials(scores.detach()[:2])).backward()
+
+step(torch.rand(8, 2, 3000, requires_grad=True))
+scores = torch.rand(8, 256, 3000, requires_grad=True)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = kib("VmRSS")
+step(scores)
+print((kib("VmHWM") - before) * 1024 / scores.nbytes)
+"""
+    peak = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)
+    assert 0.9 < float(peak.stdout) < 1.4  # the gradient, and the totals of the slabs
+
+
+# Which implementation runs
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_backend_names_an_implementation_and_the_environment_can_force_torch(device):
     name = backend(device)
     assert name == backend(torch.device(device))
     assert name in ("torch", {"cpu": "cpp", "cuda": "cuda"}[device])
     assert name == "torch" or os.environ.get("SINKHORN_EXT") != "torch"
+    assert backend("meta") == "torch"
+
+
+def test_built_kernels_are_used_unless_the_environment_says_torch():
+    is_built = any((HOUSE / "sinkhorn_ext").glob("_C.*"))
+    assert backend("cpu") == ("cpp" if is_built and os.environ.get("SINKHORN_EXT") != "torch" else "torch")
+
+
+@pytest.fixture
+def imported(tmp_path):
+    """Imports a copy of the folder without compiled kernels, in a fresh process: its backend, and what it warned."""
+    shutil.copytree(HOUSE / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=shutil.ignore_patterns("_C.*", "__pyc*"))
+
+    def run(sinkhorn_ext_variable=None):
+        environment = {name: value for name, value in os.environ.items() if name != "SINKHORN_EXT"}
+        if sinkhorn_ext_variable is not None:
+            environment["SINKHORN_EXT"] = sinkhorn_ext_variable
+        program = "import sinkhorn_ext; print(sinkhorn_ext.backend('cpu'))"
+        return subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    return run
+
+
+def test_without_kernels_torch_serves_silently(imported):
+    result = imported()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "torch\n", "")
+
+
+def test_kernels_that_do_not_load_are_said_once_with_the_reason(imported, tmp_path):
+    (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library")
+    result = imported()
+    assert (result.returncode, result.stdout) == (0, "torch\n")
+    assert len(re.findall("UserWarning: sinkhorn_ext runs in plain torch", result.stderr)) == 1
+    assert "_C.abi3.so" in result.stderr and "pip install" in result.stderr
+    assert imported("torch").stderr == ""
+
+
+def test_an_unknown_choice_of_implementation_is_refused(imported):
+    assert "ValueError: SINKHORN_EXT: expected torch or nothing" in imported("cuda").stderr

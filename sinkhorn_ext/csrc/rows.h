@@ -72,6 +72,15 @@ inline void check_potentials(const at::Tensor& potentials, const at::Tensor& sco
               potentials.device());
 }
 
+inline void check_logsumexps(const at::Tensor& logsumexps, const at::Tensor& potentials, const at::Tensor& scores) {
+  TORCH_CHECK(logsumexps.dim() == 2 && logsumexps.size(0) == scores.size(0) + potentials.size(0) &&
+                  logsumexps.size(1) == scores.size(1) && logsumexps.scalar_type() == potentials.scalar_type() &&
+                  logsumexps.device() == scores.device(),
+              "logsumexps: expected [", scores.size(0) + potentials.size(0), ", ", scores.size(1), "] ",
+              potentials.scalar_type(), " on ", scores.device(), ", got ", logsumexps.sizes(), " ",
+              logsumexps.scalar_type(), " on ", logsumexps.device());
+}
+
 inline void check_out(const at::Tensor& out, const at::Tensor& scores) {
   TORCH_CHECK(out.sizes() == scores.sizes() && out.scalar_type() == accumulation_type(scores) &&
                   out.device() == scores.device() && (out.stride(1) == 1 || out.size(1) == 1),

@@ -605,6 +605,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
   check_potentials(potentials, scores_, nmb_assigning);
+  check_logsumexps(logsumexps, potentials, scores_);
   const std::vector<int64_t> position = positions(crops_for_assign, nmb_crops);
   const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
   at::Tensor result = at::empty(scores.sizes(), scores.options());

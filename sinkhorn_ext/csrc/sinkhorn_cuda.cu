@@ -681,6 +681,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
                                  const at::Tensor& logsumexps, at::IntArrayRef crops_for_assign, double temperature,
                                  double epsilon) {
   check_potentials(potentials, scores, crops_for_assign.size());
+  check_logsumexps(logsumexps, potentials, scores);
   const Problem problem(scores, std::nullopt);
   const Assigning assigning(crops_for_assign, problem.problems);
   const at::Tensor result = problem.empty(scores.sizes(), scores.scalar_type());
