@@ -144,8 +144,17 @@ def backend(device: torch.device | str) -> str:
 
 
 def _operator(schema: str, mutates_args: Sequence[str] = ()):
+    """Makes a function the operator of that schema; the function itself stays at hand as `in_torch`."""
     name = schema.split("(")[0]
-    return torch.library.custom_op(f"sinkhorn_ext::{name}", mutates_args=mutates_args, schema=schema[len(name) :])
+
+    def define(function):
+        operator = torch.library.custom_op(
+            f"sinkhorn_ext::{name}", function, mutates_args=mutates_args, schema=schema[len(name) :]
+        )
+        operator.in_torch = function
+        return operator
+
+    return define
 
 
 @_operator("prototype_logsumexp(Tensor scores, Tensor? extra, float epsilon) -> Tensor")
