@@ -23,30 +23,43 @@ except ImportError as error:
 
 STRICT = os.environ.get("SINKHORN_EXT_BUILD") == "strict"
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]  # results depend on neither errno nor traps
+LINK_FLAGS = []
 if sys.platform == "linux":
-    CXX_FLAGS.append("-fopenmp")  # compiled with, not linked: torch brings the library, and two would fight for cores
-if sys.platform == "win32":
+    # GCC's library comes with torch, and a second one would fight it for cores; clang needs its own.
+    CXX_FLAGS.append("-fopenmp")
+    LINK_FLAGS += ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
+elif sys.platform == "darwin":
+    CXX_FLAGS.append("-fopenmp-simd")
+elif sys.platform == "win32":
     CXX_FLAGS = ["/O2"]
 
 
 def extension(with_cuda: bool) -> Extension:
-    sources = ["sinkhorn_ext/csrc/sinkhorn_cpu.cpp"]
-    if not with_cuda:
-        return CppExtension("sinkhorn_ext._C", sources, extra_compile_args={"cxx": CXX_FLAGS})
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:  # without a list, torch asks the GPU, and builders often have none
-        capabilities = {(8, 0), (9, 0)}
-        if torch.cuda.is_available():
-            capabilities.add(torch.cuda.get_device_capability())
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{x}.{y}" for x, y in sorted(capabilities)) + "+PTX"
-    sources.append("sinkhorn_ext/csrc/sinkhorn_cuda.cu")
-    built = CUDAExtension("sinkhorn_ext._C", sources, extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]})
+    sources, flags, kind = ["sinkhorn_ext/csrc/sinkhorn_cpu.cpp"], {"cxx": CXX_FLAGS}, CppExtension
+    if with_cuda:
+        if not os.environ.get(
+            "TORCH_CUDA_ARCH_LIST"
+        ):  # without a list, torch asks the GPU, and builders often have none
+            here = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+            names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | here)]
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+        sources, kind = [*sources, "sinkhorn_ext/csrc/sinkhorn_cuda.cu"], CUDAExtension
+        flags = {"cxx": [*CXX_FLAGS, "-DWITH_CUDA"], "nvcc": ["-O3"]}
+    made = kind(
+        "sinkhorn_ext._C",
+        sources,
+        depends=["sinkhorn_ext/csrc/rows.h"],
+        extra_compile_args=flags,
+        extra_link_args=LINK_FLAGS,
+    )
     if sys.platform == "linux":  # torch brings the CUDA runtime too; a toolkit may have nvcc without it
-        built.libraries.remove("cudart")
-    return built
+        made.libraries = [library for library in made.libraries if library != "cudart"]
+    return made
 
 
 class BuildWhatCanBeBuilt(BuildExtension):
     def build_extensions(self) -> None:
+        self.force = True  # a library that is newer than its sources may still lack what can be built now
         with_cuda = bool(CUDA_HOME and torch.version.cuda)
         if not with_cuda:
             print("sinkhorn_ext: no CUDA kernels:", "torch was built without CUDA" if CUDA_HOME else "no nvcc found")

@@ -42,15 +42,16 @@ def sinkhorn(
     epsilon: entropy weight, > 0. iterations: rounds of scaling prototypes, then images, >= 1.
     extra [Q, K]: scores of further images of this process (the queue's), balanced together with the batch, no codes.
     group: the processes whose images are balanced together; None: the default group if one is initialised.
-    out [B, K]: receives the codes, if given.
+    out [B, K]: receives the codes, if given; memory apart from that of scores.
     Returns codes [B, K], float32 (float64 for float64 scores); each row sums to 1.
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 2)
     dtype = _accumulation_dtype(scores)
-    if out is not None and (out.shape != scores.shape or out.dtype != dtype):
+    if out is not None and (out.shape != scores.shape or out.dtype != dtype or out.requires_grad):
         raise ValueError(
-            f"out: expected shape {tuple(scores.shape)} and {dtype}, got shape {tuple(out.shape)} and {out.dtype}"
+            f"out: expected shape {tuple(scores.shape)} and {dtype} without gradient, "
+            f"got shape {tuple(out.shape)} and {out.dtype}{' with gradient' if out.requires_grad else ''}"
         )
     scores, extra = _check_problem(scores, epsilon, iterations, extra)
     has_contiguous_rows = out is not None and (out.stride(1) == 1 or out.shape[1] == 1)
@@ -205,13 +206,14 @@ def _swapped_loss(
     log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]
     log_sums = [torch.where(log_sum == -torch.inf, torch.nan, log_sum) for log_sum in log_sums]
     all_crops = scores.sum(dim=0)  # [B, K]
+    all_log_sums = torch.stack(log_sums).sum()
     loss = scores.new_zeros(())
     for i, potential in zip(crops_for_assign, potentials, strict=True):
         logits = scores[i] / epsilon + potential
         log_sums.append(torch.logsumexp(logits, dim=1))
         codes = _softmax(logits)
         agreement = torch.where(codes == 0, 0, codes * (all_crops - scores[i])).sum() / temperature
-        loss = loss + sum(log_sums[v].sum() for v in range(len(scores)) if v != i) - agreement
+        loss = loss + all_log_sums - log_sums[i].sum() - agreement
     return loss / (len(potentials) * (len(scores) - 1) * scores.shape[1]), torch.stack(log_sums)
 
 
@@ -347,7 +349,8 @@ def _load_kernels() -> None:
     choice = os.environ.get("SINKHORN_EXT", "")
     if choice not in ("", "torch"):
         raise ValueError(f"SINKHORN_EXT: expected torch or nothing in the environment, got {choice}")
-    kernels = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", __path__)  # beside this file, nowhere else
+    beside_this_file = globals().get("__path__", [])
+    kernels = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", beside_this_file)
     if choice == "torch" or kernels is None:
         return
     try:

@@ -92,6 +92,29 @@ def test_small_epsilon_and_unnormalised_scores_give_finite_and_right_codes(sprea
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("iterations", [1, 3, 100])
+def test_rows_far_apart_give_finite_and_right_codes(iterations, device):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        nmb_images, nmb_prototypes = torch.randint(1, 20, (2,), generator=generator).tolist()
+        scores = 1.5 * torch.randn(nmb_images, 1, generator=generator)
+        scores = (scores + 0.1 * torch.randn(nmb_images, nmb_prototypes, generator=generator)).to(device)
+        expected = reference.sinkhorn_log(scores, 0.05, iterations)
+        assert max_error(sinkhorn(scores, 0.05, iterations), expected) <= logit_rounding(scores, 0.05, torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_out_that_is_scores_is_refused_or_served_right(device):
+    scores = unnormalised(12, 9, device=device)
+    expected = sinkhorn(scores)
+    if backend(device) == "torch":
+        assert torch.equal(sinkhorn(scores, out=scores), expected)
+    else:
+        with pytest.raises(RuntimeError, match="single memory location"):
+            sinkhorn(scores, out=scores)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_are_float32_or_float64_and_rows_sum_to_one(dtype, device):
     codes = sinkhorn(cosines(129, 3000, dtype=dtype, device=device))
@@ -266,6 +289,7 @@ REFUSED = {
     "extra of whole numbers": lambda: sinkhorn(X, extra=X.long()),
     "out of other shape": lambda: sinkhorn(X, out=torch.empty(6, 4)),
     "out of other dtype": lambda: sinkhorn(X, out=torch.empty(4, 6, dtype=torch.float64)),
+    "out with gradient": lambda: sinkhorn(X, out=torch.empty(4, 6, requires_grad=True)),
     "potentials of two dimensions": lambda: sinkhorn_potentials(X),
     "potentials with other extra crops": lambda: sinkhorn_potentials(X[None], extra=torch.zeros(2, 3, 6)),
     "loss of two dimensions": lambda: swav_loss(X, X[:2]),
@@ -274,6 +298,7 @@ REFUSED = {
     "loss with other prototypes": lambda: swav_loss(X.expand(3, 4, 6), X[:2, :5]),
     "loss with a crop too high": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, 3)),
     "loss with a crop below 0": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, -1)),
+    "loss with a crop twice": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(1, 1)),
     "loss of one crop": lambda: swav_loss(X[None], X[:1], crops_for_assign=(0,)),
     "loss at temperature 0": lambda: swav_loss(X.expand(3, 4, 6), X[:2], temperature=0),
 }
@@ -431,11 +456,15 @@ def test_masked_prototypes_get_no_gradient_and_leave_the_loss_as_without_them(de
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_the_loss_of_a_nan_or_of_a_masked_image_is_nan(value, device):
+@pytest.mark.parametrize("crop, crops_for_assign", [(3, (0, 1)), (0, (0, 1)), (0, (0,))])
+def test_loss_and_gradient_of_a_nan_or_of_a_masked_image_are_nan(crop, crops_for_assign, value, device):
     scores = cosines(9, 20, crops=4, device=device)
-    potentials = sinkhorn_potentials(scores[:2])
-    scores[3, 4] = value
-    assert swav_loss(scores, potentials).isnan()
+    potentials = sinkhorn_potentials(scores[list(crops_for_assign)])
+    scores[crop, 4] = value
+    loss = swav_loss(scores.requires_grad_(), potentials, crops_for_assign=crops_for_assign)
+    assert loss.isnan()
+    (grad,) = torch.autograd.grad(loss, scores)
+    assert grad[crop, 4].isnan().all() and grad[:, 5:].isfinite().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -609,6 +638,16 @@ def test_kernels_that_do_not_load_are_said_once_with_the_reason(imported, tmp_pa
     assert len(re.findall("UserWarning: sinkhorn_ext runs in plain torch", result.stderr)) == 1
     assert "_C.abi3.so" in result.stderr and "pip install" in result.stderr
     assert imported("torch").stderr == ""
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="no compiled kernels to put beside other operators")
+def test_kernels_of_other_operators_are_said_and_left_out(imported, tmp_path):
+    (library,) = (HOUSE / "sinkhorn_ext").glob("_C.*")
+    shutil.copy(library, tmp_path / "sinkhorn_ext")
+    source = tmp_path / "sinkhorn_ext" / "__init__.py"
+    source.write_text(source.read_text().replace("potentials(Tensor scores,", "potentials(int another, Tensor scores,"))
+    result = imported()
+    assert result.returncode == 0 and "UserWarning: sinkhorn_ext runs in plain torch" in result.stderr
 
 
 def test_an_unknown_choice_of_implementation_is_refused(imported):

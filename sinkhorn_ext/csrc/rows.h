@@ -1,6 +1,7 @@
 // What the CPU and the CUDA kernels share: where the rows of scores lie.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/macros/Macros.h>
@@ -51,13 +52,18 @@ Rows<scalar_t> rows_of(const at::Tensor& scores, const std::optional<at::Tensor>
 }
 
 inline void check_scores(const at::Tensor& scores, const std::optional<at::Tensor>& extra) {
-  TORCH_CHECK(scores.dim() == 3 && scores.is_floating_point(),
-              "scores: expected a floating-point tensor [A, B, K], got ", scores.scalar_type(), " ", scores.sizes());
+  TORCH_CHECK(scores.dim() == 3 && scores.is_floating_point() && scores.size(2) > 0,
+              "scores: expected a floating-point tensor [A, B, K], K > 0, got ", scores.scalar_type(), " ",
+              scores.sizes());
   TORCH_CHECK(!extra || (extra->dim() == 3 && extra->scalar_type() == scores.scalar_type() &&
                          extra->device() == scores.device() && extra->size(0) == scores.size(0) &&
                          extra->size(2) == scores.size(2)),
               "extra: expected [", scores.size(0), ", any, ", scores.size(2), "] ", scores.scalar_type(), " on ",
               scores.device(), " as scores, got ", extra->sizes(), " ", extra->scalar_type(), " on ", extra->device());
+}
+
+inline void check_iterations(int64_t iterations) {
+  TORCH_CHECK(iterations >= 1, "iterations: expected 1 or more, got ", iterations);
 }
 
 inline at::ScalarType accumulation_type(const at::Tensor& scores) {
@@ -81,11 +87,26 @@ inline void check_logsumexps(const at::Tensor& logsumexps, const at::Tensor& pot
               logsumexps.scalar_type(), " on ", logsumexps.device());
 }
 
+inline void check_loss(const at::Tensor& scores, const at::Tensor& potentials, at::IntArrayRef crops_for_assign) {
+  check_scores(scores, std::nullopt);
+  TORCH_CHECK(scores.size(0) >= 2 && scores.size(1) >= 1 && !crops_for_assign.empty(),
+              "scores: expected two crops of one image or more, of which one or more assign, got ", scores.sizes());
+  check_potentials(potentials, scores, crops_for_assign.size());
+}
+
+inline void check_gradient(const at::Tensor& grad, const at::Tensor& potentials) {
+  TORCH_CHECK(grad.dim() == 0 && grad.scalar_type() == potentials.scalar_type() && grad.device() == potentials.device(),
+              "grad: expected a scalar ", potentials.scalar_type(), " on ", potentials.device(), ", got ",
+              grad.scalar_type(), " ", grad.sizes(), " on ", grad.device());
+}
+
 inline void check_out(const at::Tensor& out, const at::Tensor& scores) {
   TORCH_CHECK(out.sizes() == scores.sizes() && out.scalar_type() == accumulation_type(scores) &&
                   out.device() == scores.device() && (out.stride(1) == 1 || out.size(1) == 1),
               "out: expected contiguous rows ", scores.sizes(), " ", accumulation_type(scores), " on ", scores.device(),
               ", got ", out.sizes(), " ", out.scalar_type(), " on ", out.device(), " with strides ", out.strides());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_overlap(out, scores);
 }
 
 }  // namespace sinkhorn_ext

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -24,7 +25,7 @@
 #endif
 
 // One machine code per width of vector registers, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define SIMD_WIDTHS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SIMD_WIDTHS
@@ -189,13 +190,16 @@ SIMD_WIDTHS T store_exp2(const T* x, T scale, T shift, int64_t n, T* e, T* sums)
 
 // Sum of codes times the other crops' scores. A code of 0 counts as 0 even where the score is -inf.
 template <typename T>
-SIMD_WIDTHS double agreement(const T* e, const T* all_crops, const T* own_crop, int64_t n) {
+SIMD_WIDTHS double agreement(const T* e, T inverse_sum, const T* all_crops, const T* own_crop, int64_t n) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = begin; k < end; k++) sum += e[k] == 0 ? T(0) : e[k] * (all_crops[k] - own_crop[k]);
+    for (int64_t k = begin; k < end; k++) {
+      const T code = e[k] * inverse_sum;
+      sum += code == 0 ? T(0) : code * (all_crops[k] - own_crop[k]);
+    }
     total += sum;
   }
   return total;
@@ -284,7 +288,7 @@ struct Slabs {
   }
 };
 
-constexpr int64_t kWorthAThread = 65536;  // elements below which starting a thread costs more than it saves
+constexpr int64_t kWorthAThread = 16384;  // elements below which starting a thread costs more than it saves
 
 // result [problems, n] = sum over rows of what body(slab, problem, row, scratch [2 n], sums [n]) adds to sums.
 template <typename T, typename Body>
@@ -292,20 +296,21 @@ void sum_over_rows(const Slabs& slabs, int64_t n, double* result, const Body& bo
   const std::unique_ptr<double[]> totals(new double[slabs.problems * slabs.per_problem * n]);
   slabs.for_each([&](int64_t slab, int64_t problem, int64_t first, int64_t last) {
     constexpr int64_t rows_in_float = 64;
-    std::vector<T> sums(n), scratch(2 * n);
+    const std::unique_ptr<T[]> memory(new T[3 * n]);
+    T *sums = memory.get(), *scratch = sums + n;
     for (int64_t begin = first; begin < last; begin += rows_in_float) {
-      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill_n(sums, n, T(0));
       for (int64_t row = begin; row < std::min(begin + rows_in_float, last); row++)
-        body(slab, problem, row, scratch.data(), sums.data());
+        body(slab, problem, row, scratch, sums);
       if (begin == first) {
-        convert_row(&totals[slab * n], sums.data(), n);
+        convert_row(&totals[slab * n], sums, n);
       } else {
-        add_scaled(&totals[slab * n], sums.data(), T(1), n);
+        add_scaled(&totals[slab * n], sums, T(1), n);
       }
     }
   }, backward);
   for (int64_t problem = 0; problem < slabs.problems; problem++) {
-    at::parallel_for(0, n, 1 + kWorthAThread / (slabs.per_problem + 1), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, n, 1 + 4 * kWorthAThread / (slabs.per_problem + 1), [&](int64_t begin, int64_t end) {
       std::fill(result + problem * n + begin, result + problem * n + end, 0.0);
       for (int64_t slab = problem * slabs.per_problem; slab < (problem + 1) * slabs.per_problem; slab++)
         add_scaled(result + problem * n + begin, &totals[slab * n + begin], 1.0, end - begin);
@@ -393,12 +398,20 @@ template <typename scalar_t, typename T = accumulation_t<scalar_t>>
 bool scale_exponentials(const Rows<scalar_t>& rows, double epsilon, int64_t iterations, T* out, int64_t out_stride) {
   constexpr T widest_log2 = 90, largest_scale = 1e30;
   const int64_t n = rows.prototypes;
+  const double row_total = static_cast<double>(n) / rows.count;  // prototypes' totals are near 1 then: no scale drifts
   const T scale = kLog2E / epsilon;
   const Slabs slabs(rows);
   const std::vector<T> no_offset(n);
   std::vector<T> first_row(n), lowest(slabs.per_problem, std::numeric_limits<T>::max()), scales(n);
   const T shift = max_logit(in_accumulation_type(rows.row(0, 0), first_row.data(), n), no_offset.data(), scale, n);
   std::vector<double> sums(n);
+  std::atomic<bool> in_range{true};
+  // Products of a low exponential and a low scale underflow: a row's sum of them has to stay well above that.
+  const auto inverse_row_sum = [&](const T* e) {
+    const double sum = dot(e, scales.data(), n);
+    if (!(sum > 1e-25)) in_range = false;
+    return 1 / sum;
+  };
 
   sum_over_rows<T>(slabs, n, sums.data(), [&](int64_t slab, int64_t, int64_t row, T* scratch, T* row_sums) {
     const T* x = in_accumulation_type(rows.row(0, row), scratch, n);
@@ -408,19 +421,20 @@ bool scale_exponentials(const Rows<scalar_t>& rows, double epsilon, int64_t iter
   if (!(shift - *std::min_element(lowest.begin(), lowest.end()) <= widest_log2)) return false;
   for (int64_t round = 1;; round++) {
     if (!store_reciprocals(scales.data(), sums.data(), largest_scale, n)) return false;
-    if (round == iterations) break;
+    if (!in_range) return false;
+    if (round >= iterations) break;
     sum_over_rows<T>(slabs, n, sums.data(), [&](int64_t, int64_t, int64_t row, T*, T* row_sums) {
       const T* e = out + row * out_stride;
-      add_scaled(row_sums, e, static_cast<T>(1 / dot(e, scales.data(), n)), n);
+      add_scaled(row_sums, e, static_cast<T>(row_total * inverse_row_sum(e)), n);
     }, round % 2 == 1);
   }
   slabs.for_each([&](int64_t, int64_t, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
       T* e = out + row * out_stride;
-      scale_row(e, scales.data(), static_cast<T>(1 / dot(e, scales.data(), n)), n);
+      scale_row(e, scales.data(), static_cast<T>(inverse_row_sum(e)), n);
     }
   }, iterations % 2 == 1);
-  return true;
+  return in_range;
 }
 
 template <typename T>
@@ -481,6 +495,7 @@ at::Tensor prototype_totals(const at::Tensor& scores_, const std::optional<at::T
 at::Tensor potentials(const at::Tensor& scores_, const std::optional<at::Tensor>& extra_, double epsilon,
                       int64_t iterations) {
   check_scores(scores_, extra_);
+  check_iterations(iterations);
   const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
   const auto extra = with_contiguous_rows(extra_);
   const int64_t size = scores.size(0) * scores.size(2);
@@ -514,7 +529,7 @@ void codes(const at::Tensor& scores_, const at::Tensor& potentials, double epsil
     const std::vector<T> offsets = in_powers_of_two<T>(potentials);
     const scalar_t* x = scores.const_data_ptr<scalar_t>();
     T* result = out.mutable_data_ptr<T>();
-    at::parallel_for(0, scores.size(0), 1 + 16384 / n, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, scores.size(0), 1 + kWorthAThread / n, [&](int64_t begin, int64_t end) {
       std::vector<T> e(n), scratch(std::is_same_v<scalar_t, T> ? 0 : n);
       for (int64_t row = begin; row < end; row++) {
         const T* values = in_accumulation_type(x + row * scores.stride(0), scratch.data(), n);
@@ -527,6 +542,8 @@ void codes(const at::Tensor& scores_, const at::Tensor& potentials, double epsil
 
 void sinkhorn(const at::Tensor& scores_, const std::optional<at::Tensor>& extra, double epsilon, int64_t iterations,
               at::Tensor out) {
+  check_scores(scores_.unsqueeze(0), extra ? std::make_optional(extra->unsqueeze(0)) : std::nullopt);
+  check_iterations(iterations);
   check_out(out, scores_);
   const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_).unsqueeze(0);
   prefer_huge_pages(out);
@@ -556,10 +573,9 @@ std::vector<int64_t> positions(at::IntArrayRef crops_for_assign, int64_t nmb_cro
 std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const at::Tensor& potentials,
                                                 at::IntArrayRef crops_for_assign, double temperature,
                                                 double epsilon) {
-  check_scores(scores_, std::nullopt);
+  check_loss(scores_, potentials, crops_for_assign);
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
-  check_potentials(potentials, scores_, nmb_assigning);
   positions(crops_for_assign, nmb_crops);
   const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
   at::Tensor logsumexps = at::empty({nmb_crops + nmb_assigning, batch_size}, potentials.options());
@@ -568,7 +584,7 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
     const Rows<scalar_t> rows = rows_of<scalar_t>(scores, std::nullopt);
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), no_offset(n);
     T* saved = logsumexps.mutable_data_ptr<T>();
-    at::parallel_for(0, batch_size, 1 + 16384 / (nmb_crops * n), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch_size, 1 + kWorthAThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       std::vector<T> e(n), all_crops(n), scratch(std::is_same_v<scalar_t, T> ? 0 : n);
       for (int64_t image = begin; image < end; image++) {
         double loss = 0;
@@ -587,7 +603,8 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
           const Exponentials<T> code(x, &offsets[i * n], kLog2E / epsilon, n, e.data());
           saved[(nmb_crops + i) * batch_size + image] = code.log2_sum() * kLn2;
           loss += all_log_sums - log_sums[crops_for_assign[i]];
-          loss -= agreement(e.data(), all_crops.data(), x, n) * code.inverse_sum() / temperature;
+          const T inverse_sum = code.inverse_sum();
+          loss -= agreement(e.data(), inverse_sum, all_crops.data(), x, n) / temperature;
         }
         loss_per_image[image] = loss;
       }
@@ -601,10 +618,10 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
 at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores_, const at::Tensor& potentials,
                                  const at::Tensor& logsumexps, at::IntArrayRef crops_for_assign, double temperature,
                                  double epsilon) {
-  check_scores(scores_, std::nullopt);
+  check_loss(scores_, potentials, crops_for_assign);
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
-  check_potentials(potentials, scores_, nmb_assigning);
+  check_gradient(grad, potentials);
   check_logsumexps(logsumexps, potentials, scores_);
   const std::vector<int64_t> position = positions(crops_for_assign, nmb_crops);
   const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
@@ -617,7 +634,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), log2_sums = in_powers_of_two<T>(logsumexps);
     const std::vector<T> no_code(n);
     scalar_t* gradient = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch_size, 1 + 16384 / (nmb_crops * n), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch_size, 1 + kWorthAThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       const int64_t converted = std::is_same_v<scalar_t, T> ? 0 : n;
       std::vector<T> codes(nmb_assigning * n), all_codes(n), scratch(converted), unrounded(converted);
       for (int64_t image = begin; image < end; image++) {
@@ -644,9 +661,8 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   return result;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sinkhorn_ext, CPU, library) {
+torch::Library cpu_kernels() {
+  torch::Library library = MAKE_TORCH_LIBRARY_IMPL(sinkhorn_ext, CPU);
   library.impl("prototype_logsumexp", prototype_logsumexp);
   library.impl("prototype_totals", prototype_totals);
   library.impl("potentials", potentials);
@@ -654,12 +670,29 @@ TORCH_LIBRARY_IMPL(sinkhorn_ext, CPU, library) {
   library.impl("sinkhorn", sinkhorn);
   library.impl("swapped_loss", swapped_loss);
   library.impl("swapped_loss_backward", swapped_loss_backward);
+  return library;
 }
+
+}  // namespace
+
+#ifdef WITH_CUDA
+torch::Library cuda_kernels();  // sinkhorn_cuda.cu
+#endif
 
 }  // namespace sinkhorn_ext
 
-// Importing the module is what registers the kernels; it holds nothing else.
+// Creating the module is what registers the kernels; it holds nothing else. Not done while the library is loaded, where
+// an error (operators that have changed since the compilation, say) would end the process.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C"};
+  try {
+    static const torch::Library cpu = sinkhorn_ext::cpu_kernels();
+#ifdef WITH_CUDA
+    static const torch::Library cuda = sinkhorn_ext::cuda_kernels();
+#endif
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
   return PyModule_Create(&module);
 }

@@ -18,7 +18,7 @@
 namespace sinkhorn_ext {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 512, kGroups = kThreads / kWarp;
+constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every block has kThreads
 constexpr int kMostItems = 8;                                // columns a thread can own
 constexpr int64_t kTile = int64_t{kThreads} * kMostItems;    // columns a block can own: 4096
 constexpr int kMostAssigning = 32;
@@ -28,7 +28,11 @@ using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, doub
 
 template <typename T>
 __device__ constexpr T lowest() {
-  return std::is_same_v<T, double> ? T(-1.7976931348623157e308) : T(-3.402823466e38f);
+  if constexpr (std::is_same_v<T, double>) {
+    return -1.7976931348623157e308;
+  } else {
+    return -3.402823466e38f;
+  }
 }
 
 __device__ inline float power_of_two(float x) { return exp2f(x); }
@@ -44,14 +48,15 @@ template <typename T>
 class BlockReduce {
  public:
   __device__ BlockReduce() {
-    __shared__ T buffers[2][kWarp];
+    __shared__ T buffers[2][kWarps];
     buffers_ = buffers;
   }
   __device__ T sum(T value) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
     const T* of_warps = exchange(value);
     T total = 0;
-    for (int warp = 0; warp < blockDim.x / kWarp; warp++) total += of_warps[warp];
+#pragma unroll
+    for (int warp = 0; warp < kWarps; warp++) total += of_warps[warp];
     return total;
   }
   __device__ T max(T value) {
@@ -59,12 +64,13 @@ class BlockReduce {
       value = larger(value, __shfl_xor_sync(~0u, value, offset));
     const T* of_warps = exchange(value);
     T largest = lowest<T>();
-    for (int warp = 0; warp < blockDim.x / kWarp; warp++) largest = larger(largest, of_warps[warp]);
+#pragma unroll
+    for (int warp = 0; warp < kWarps; warp++) largest = larger(largest, of_warps[warp]);
     return largest;
   }
 
  private:
-  T (*buffers_)[kWarp];
+  T (*buffers_)[kWarps];
   int turn_ = 0;
 
   __device__ const T* exchange(T value) {
@@ -83,24 +89,34 @@ __device__ bool in_range(T sum) {  // no exponential was lost that matters
 
 // The logit of a score in powers of two. potential may be null.
 template <typename scalar_t, typename T>
-__device__ T log2_logit(const scalar_t* x, const T* potential, T scale, int64_t k) {
+__device__ T log2_logit(const scalar_t* x, const T* potential, T scale, int k) {
   return static_cast<T>(x[k]) * scale + (potential ? potential[k] * T(kLog2E) : T(0));
 }
 
-// log2 sum over a row of 2^logit, by a block; -inf if every score is.
+// Sum over a row of 2^(logit - shift), the shift keeping it in range.
+template <typename T>
+struct RowSum {
+  T shift, sum;
+
+  __device__ T inverse() const { return sum == 0 ? T(0) : 1 / sum; }  // 0: every score is -inf, the image takes no part
+  __device__ T log2() const { return shift + log_two(sum); }
+};
+
+// By a block; most rows need no shift, and one pass then.
 template <typename scalar_t, typename T>
-__device__ T row_log2_sum(const scalar_t* x, const T* potential, T scale, int64_t n, BlockReduce<T>& reduce) {
-  const auto logit = [&](int64_t k) { return log2_logit(x, potential, scale, k); };
-  T sum = 0;
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) sum += power_of_two(logit(k));
-  sum = reduce.sum(sum);
-  if (in_range(sum)) return log_two(sum);
+__device__ RowSum<T> row_sum(const scalar_t* x, const T* potential, T scale, int n, BlockReduce<T>& reduce) {
+  const auto logit = [&](int k) { return log2_logit(x, potential, scale, k); };
+  const auto sum = [&](T shift) {
+    T own = 0;
+    for (int k = threadIdx.x; k < n; k += kThreads) own += power_of_two(logit(k) - shift);
+    return reduce.sum(own);
+  };
+  const T plain = sum(0);
+  if (in_range(plain)) return {0, plain};
   T largest = lowest<T>();
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) largest = larger(largest, logit(k));
+  for (int k = threadIdx.x; k < n; k += kThreads) largest = larger(largest, logit(k));
   largest = reduce.max(largest);
-  sum = 0;
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) sum += power_of_two(logit(k) - largest);
-  return largest + log_two(reduce.sum(sum));
+  return {largest, sum(largest)};
 }
 
 // Partial results of the slabs, [A, slabs, K] each: slab s of a problem is rows s, s + slabs, s + 2 slabs, ...
@@ -111,20 +127,21 @@ struct Partials {
 };
 
 template <typename scalar_t, typename T, int kItems>
-__device__ void log2_sums_of_slab(const Rows<scalar_t>& rows, int64_t problem, int64_t slab, int64_t first_column,
-                                  T scale, const Partials<T>& partials) {
+__device__ void log2_sums_of_slab(const Rows<scalar_t>& rows, int64_t problem, int64_t slab, int first_column, T scale,
+                                  const Partials<T>& partials) {
+  const int n = rows.prototypes;
   T shifts[kItems], sums[kItems];
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
     shifts[item] = lowest<T>();
     sums[item] = 0;
   }
-  const int64_t n = rows.prototypes;
+#pragma unroll 2
   for (int64_t row = slab; row < rows.count; row += partials.slabs) {
     const scalar_t* x = rows.row(problem, row);
 #pragma unroll
     for (int item = 0; item < kItems; item++) {
-      const int64_t k = first_column + threadIdx.x + item * kThreads;
+      const int k = first_column + threadIdx.x + item * kThreads;
       if (k < n) {
         const T logit = static_cast<T>(x[k]) * scale, shift = larger(shifts[item], logit);
         sums[item] = sums[item] * power_of_two(shifts[item] - shift) + power_of_two(logit - shift);
@@ -132,95 +149,156 @@ __device__ void log2_sums_of_slab(const Rows<scalar_t>& rows, int64_t problem, i
       }
     }
   }
+  const int64_t start = (problem * partials.slabs + slab) * n;
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
-    const int64_t k = first_column + threadIdx.x + item * kThreads;
+    const int k = first_column + threadIdx.x + item * kThreads;
     if (k < n) {
-      partials.shifts[(problem * partials.slabs + slab) * n + k] = shifts[item];
-      partials.sums[(problem * partials.slabs + slab) * n + k] = sums[item];
+      partials.shifts[start + k] = shifts[item];
+      partials.sums[start + k] = sums[item];
     }
   }
 }
 
-// Sum over the rows of a slab of the softmax over prototypes; K <= kThreads * kItems.
+// A row of K <= kThreads * kItems scores in the registers of a block.
 template <typename scalar_t, typename T, int kItems>
-__device__ void softmax_sums_of_slab(const Rows<scalar_t>& rows, const T* potentials, int64_t problem, int64_t slab,
-                                     T scale, const Partials<T>& partials, BlockReduce<T>& reduce) {
-  T offsets[kItems], sums[kItems];
-  const int64_t n = rows.prototypes;
-#pragma unroll
-  for (int item = 0; item < kItems; item++) {
-    const int64_t k = threadIdx.x + item * kThreads;
-    offsets[item] = k < n ? potentials[problem * n + k] * T(kLog2E) : T(0);
-    sums[item] = 0;
-  }
-  for (int64_t row = slab; row < rows.count; row += partials.slabs) {
-    const scalar_t* x = rows.row(problem, row);
-    T logits[kItems], sum = 0;
+struct HeldRow {
+  scalar_t values[kItems];
+
+  __device__ void load(const scalar_t* x, int n) {
 #pragma unroll
     for (int item = 0; item < kItems; item++) {
-      const int64_t k = threadIdx.x + item * kThreads;
-      logits[item] = k < n ? static_cast<T>(x[k]) * scale + offsets[item] : -std::numeric_limits<T>::infinity();
-      sum += power_of_two(logits[item]);
+      const int k = threadIdx.x + item * kThreads;
+      if (k < n) values[item] = x[k];
     }
-    sum = reduce.sum(sum);
-    T shift = 0;
-    if (!in_range(sum)) {
-      shift = lowest<T>();
-#pragma unroll
-      for (int item = 0; item < kItems; item++) shift = larger(shift, logits[item]);
-      shift = reduce.max(shift);
-      sum = 0;
-#pragma unroll
-      for (int item = 0; item < kItems; item++) sum += power_of_two(logits[item] - shift);
-      sum = reduce.sum(sum);
-    }
-    const T inverse = sum == 0 ? 0 : 1 / sum;  // 0: every score is -inf, the image takes no part
-#pragma unroll
-    for (int item = 0; item < kItems; item++) sums[item] += power_of_two(logits[item] - shift) * inverse;
   }
+  __device__ void logits(T scale, const T* offsets, int n, T* result) const {
+#pragma unroll
+    for (int item = 0; item < kItems; item++)
+      result[item] = static_cast<int>(threadIdx.x) + item * kThreads < n
+                         ? static_cast<T>(values[item]) * scale + offsets[item]
+                         : -std::numeric_limits<T>::infinity();
+  }
+};
+
+template <typename T, int kItems>
+__device__ T exponentiate(T* e, T shift) {
+  T sum = 0;
 #pragma unroll
   for (int item = 0; item < kItems; item++) {
-    const int64_t k = threadIdx.x + item * kThreads;
-    if (k < n) partials.sums[(problem * partials.slabs + slab) * n + k] = sums[item];
+    e[item] = power_of_two(e[item] - shift);
+    sum += e[item];
+  }
+  return sum;
+}
+
+// Potentials in powers of two, of the columns that a thread owns.
+template <typename T, int kItems>
+__device__ void load_offsets(const T* potentials, int n, T* offsets) {
+#pragma unroll
+  for (int item = 0; item < kItems; item++) {
+    const int k = threadIdx.x + item * kThreads;
+    offsets[item] = k < n ? potentials[k] * T(kLog2E) : T(0);
   }
 }
 
-// The second stage, by all blocks: finish(i, sum over slabs) for every i = problem * K + k. A warp's lanes take
-// neighbouring columns, its block's warps take the slabs in turn.
+// e: logits before, exponentials after; returns the inverse of their sum. Every thread must call. reload() gives the
+// logits once more, for the few rows whose sum is out of range.
+template <typename T, int kItems, typename Reload>
+__device__ T normalize(T* e, T own_sum, BlockReduce<T>& reduce, const Reload& reload) {
+  T sum = reduce.sum(own_sum);
+  if (!in_range(sum)) {
+    reload();
+    T shift = lowest<T>();
+#pragma unroll
+    for (int item = 0; item < kItems; item++) shift = larger(shift, e[item]);
+    shift = reduce.max(shift);
+    sum = reduce.sum(exponentiate<T, kItems>(e, shift));
+  }
+  return sum == 0 ? T(0) : 1 / sum;  // 0: every score is -inf, the image takes no part
+}
+
+// Sum over the rows of a slab of the softmax over prototypes; K <= kThreads * kItems. Backward: last row first, which
+// the pass before has left in the cache.
+template <typename scalar_t, typename T, int kItems>
+__device__ void softmax_sums_of_slab(const Rows<scalar_t>& rows, const T* potentials, int64_t problem, int64_t slab,
+                                     bool backward, T scale, const Partials<T>& partials, BlockReduce<T>& reduce) {
+  const int n = rows.prototypes;
+  const int64_t steps = slab < rows.count ? (rows.count - slab + partials.slabs - 1) / partials.slabs : 0;
+  const auto row_of = [&](int64_t step) {
+    return rows.row(problem, slab + (backward ? steps - 1 - step : step) * partials.slabs);
+  };
+  T offsets[kItems], sums[kItems] = {};
+  load_offsets<T, kItems>(potentials + problem * n, n, offsets);
+  HeldRow<scalar_t, T, kItems> held;
+  if (steps > 0) held.load(row_of(0), n);
+  for (int64_t step = 0; step < steps; step++) {
+    T e[kItems];
+    held.logits(scale, offsets, n, e);
+    const T own_sum = exponentiate<T, kItems>(e, 0);
+    if (step + 1 < steps) held.load(row_of(step + 1), n);  // on its way while the block adds up
+    const T inverse = normalize<T, kItems>(e, own_sum, reduce, [&] {
+      HeldRow<scalar_t, T, kItems> again;
+      again.load(row_of(step), n);
+      again.logits(scale, offsets, n, e);
+    });
+#pragma unroll
+    for (int item = 0; item < kItems; item++) sums[item] += e[item] * inverse;
+  }
+  const int64_t start = (problem * partials.slabs + slab) * n;
+#pragma unroll
+  for (int item = 0; item < kItems; item++) {
+    const int k = threadIdx.x + item * kThreads;
+    if (k < n) partials.sums[start + k] = sums[item];
+  }
+}
+
+// A sum of powers of two: sum * 2^shift.
+template <typename T>
+struct ShiftedSum {
+  T shift;
+  double sum;
+
+  __device__ void add(T other_shift, double other_sum) {
+    const T larger_shift = larger(shift, other_shift);
+    sum = sum * power_of_two(shift - larger_shift) + other_sum * power_of_two(other_shift - larger_shift);
+    shift = larger_shift;
+  }
+};
+
+// The second stage, by all blocks: finish(i, result) for every i = problem * K + k, the result being the sum over slabs
+// or, with shifts, its log2. A warp's lanes take neighbouring columns, its block's warps take the slabs in turn.
 template <typename T, typename Finish>
 __device__ void combine(const Partials<T>& partials, int64_t problems, int64_t n, bool with_shifts,
                         const Finish& finish) {
-  __shared__ double of_groups[kGroups][kWarp + 1];
-  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
+  __shared__ ShiftedSum<T> of_warps[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int64_t first = int64_t{blockIdx.x} * kWarp; first < problems * n; first += int64_t{gridDim.x} * kWarp) {
     const int64_t i = first + lane;
     const bool is_column = i < problems * n;
     const int64_t start = is_column ? i / n * partials.slabs * n + i % n : 0;
-    T shift = 0;
-    if (with_shifts) {
-      shift = lowest<T>();
-      if (is_column)
-        for (int64_t slab = group; slab < partials.slabs; slab += kGroups)
-          shift = larger(shift, partials.shifts[start + slab * n]);
-      of_groups[group][lane] = shift;
-      __syncthreads();
-      for (int other = 0; other < kGroups; other++) shift = larger(shift, static_cast<T>(of_groups[other][lane]));
-      __syncthreads();
-    }
-    double sum = 0;
-    if (is_column)
+    ShiftedSum<T> own{lowest<T>(), 0};
+    if (is_column) {
 #pragma unroll 4
-      for (int64_t slab = group; slab < partials.slabs; slab += kGroups) {
-        const T factor = with_shifts ? power_of_two(partials.shifts[start + slab * n] - shift) : T(1);
-        sum += partials.sums[start + slab * n] * factor;
+      for (int64_t slab = warp; slab < partials.slabs; slab += kWarps) {
+        if (with_shifts) {
+          own.add(partials.shifts[start + slab * n], partials.sums[start + slab * n]);
+        } else {
+          own.sum += partials.sums[start + slab * n];
+        }
       }
-    of_groups[group][lane] = sum;
+    }
+    of_warps[warp][lane] = own;
     __syncthreads();
-    if (group == 0 && is_column) {
-      double total = 0;
-      for (int other = 0; other < kGroups; other++) total += of_groups[other][lane];
-      finish(i, with_shifts ? shift + log2(total) : total);
+    if (warp == 0 && is_column) {
+      for (int other = 1; other < kWarps; other++) {
+        if (with_shifts) {
+          own.add(of_warps[other][lane].shift, of_warps[other][lane].sum);
+        } else {
+          own.sum += of_warps[other][lane].sum;
+        }
+      }
+      finish(i, with_shifts ? own.shift + log2(own.sum) : own.sum);
     }
     __syncthreads();
   }
@@ -248,18 +326,21 @@ struct Potentials {
 };
 
 template <typename scalar_t, typename T, int kItems>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(float) ? 2 : 1)
     potentials_kernel(Rows<scalar_t> rows, T scale, int64_t iterations, Partials<T> partials, Potentials<T> potentials) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   BlockReduce<T> reduce;
   const int64_t problem = blockIdx.x / partials.slabs, slab = blockIdx.x % partials.slabs;
-  log2_sums_of_slab<scalar_t, T, kItems>(rows, problem, slab, 0, scale, partials);
+  const bool has_slab = problem < rows.problems;  // further blocks only help to combine
+  if (has_slab) log2_sums_of_slab<scalar_t, T, kItems>(rows, problem, slab, 0, scale, partials);
   grid.sync();
   combine(partials, rows.problems, rows.prototypes, true,
           [&](int64_t i, double log2_sum) { potentials.start(i, log2_sum); });
   for (int64_t round = 1; round < iterations; round++) {
     grid.sync();
-    softmax_sums_of_slab<scalar_t, T, kItems>(rows, potentials.natural, problem, slab, scale, partials, reduce);
+    if (has_slab)
+      softmax_sums_of_slab<scalar_t, T, kItems>(rows, potentials.natural, problem, slab, round % 2 == 1, scale,
+                                                partials, reduce);
     grid.sync();
     combine(partials, rows.problems, rows.prototypes, false,
             [&](int64_t i, double total) { potentials.advance(i, total); });
@@ -277,39 +358,35 @@ template <typename scalar_t, typename T, int kItems>
 __global__ void __launch_bounds__(kThreads)
     softmax_sums_kernel(Rows<scalar_t> rows, const T* potentials, T scale, Partials<T> partials) {
   BlockReduce<T> reduce;
-  softmax_sums_of_slab<scalar_t, T, kItems>(rows, potentials, blockIdx.z, blockIdx.x, scale, partials, reduce);
+  softmax_sums_of_slab<scalar_t, T, kItems>(rows, potentials, blockIdx.z, blockIdx.x, true, scale, partials, reduce);
 }
 
 // For K > 4096 the sum of each row comes first, then a thread adds up one column.
 
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
-    row_log2_sums_kernel(Rows<scalar_t> rows, const T* potentials, T scale, T* result) {
+    row_sums_kernel(Rows<scalar_t> rows, const T* potentials, T scale, RowSum<T>* result) {
   BlockReduce<T> reduce;
-  const int64_t problem = blockIdx.x / rows.count, row = blockIdx.x % rows.count, n = rows.prototypes;
-  const T log2_sum = row_log2_sum(rows.row(problem, row), potentials + problem * n, scale, n, reduce);
-  if (threadIdx.x == 0) result[blockIdx.x] = log2_sum;
-}
-
-// A score's softmax where the row's sum is known; 0 where every score of the row is -inf.
-template <typename scalar_t, typename T>
-__device__ T softmax_of(const scalar_t* x, const T* potential, T scale, int64_t k, T log2_sum) {
-  return log2_sum == -std::numeric_limits<T>::infinity()
-             ? T(0)
-             : power_of_two(log2_logit(x, potential, scale, k) - log2_sum);
+  const int64_t problem = blockIdx.x / rows.count, row = blockIdx.x % rows.count;
+  const int n = rows.prototypes;
+  const RowSum<T> sum = row_sum(rows.row(problem, row), potentials + problem * n, scale, n, reduce);
+  if (threadIdx.x == 0) result[blockIdx.x] = sum;
 }
 
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
-    softmax_columns_kernel(Rows<scalar_t> rows, const T* potentials, const T* row_log2_sums, T scale,
+    softmax_columns_kernel(Rows<scalar_t> rows, const T* potentials, const RowSum<T>* row_sums, T scale,
                            Partials<T> partials) {
-  const int64_t n = rows.prototypes, problem = blockIdx.z, k = int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  const int n = rows.prototypes, k = blockIdx.y * kThreads + threadIdx.x;
+  const int64_t problem = blockIdx.z;
   if (k >= n) return;
-  T sum = 0;
-  for (int64_t row = blockIdx.x; row < rows.count; row += partials.slabs)
-    sum += softmax_of(rows.row(problem, row), potentials + problem * n, scale, k,
-                      row_log2_sums[problem * rows.count + row]);
-  partials.sums[(problem * partials.slabs + blockIdx.x) * n + k] = sum;
+  T total = 0;
+  for (int64_t row = blockIdx.x; row < rows.count; row += partials.slabs) {
+    const RowSum<T> sum = row_sums[problem * rows.count + row];
+    const T logit = log2_logit(rows.row(problem, row), potentials + problem * n, scale, k);
+    total += power_of_two(logit - sum.shift) * sum.inverse();
+  }
+  partials.sums[(problem * partials.slabs + blockIdx.x) * n + k] = total;
 }
 
 template <typename T>
@@ -331,15 +408,34 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <typename scalar_t, typename T>
+// One block per row, which it holds in registers if kItems > 0.
+template <typename scalar_t, typename T, int kItems>
 __global__ void __launch_bounds__(kThreads)
-    codes_kernel(Rows<scalar_t> rows, const T* potentials, T scale, T* out, int64_t out_stride) {
+    codes_kernel(Rows<scalar_t> rows, const T* potentials, T scale, T* __restrict__ out, int64_t out_stride) {
   BlockReduce<T> reduce;
-  const int64_t n = rows.prototypes;
+  const int n = rows.prototypes;
   const scalar_t* x = rows.row(0, blockIdx.x);
-  const T log2_sum = row_log2_sum(x, potentials, scale, n, reduce);
   T* codes = out + blockIdx.x * out_stride;
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) codes[k] = softmax_of(x, potentials, scale, k, log2_sum);
+  if constexpr (kItems > 0) {
+    T offsets[kItems], e[kItems];
+    HeldRow<scalar_t, T, kItems> held;
+    held.load(x, n);
+    load_offsets<T, kItems>(potentials, n, offsets);
+    held.logits(scale, offsets, n, e);
+    const T own_sum = exponentiate<T, kItems>(e, 0);
+    const T inverse =
+        normalize<T, kItems>(e, own_sum, reduce, [&] { held.logits(scale, offsets, n, e); });
+#pragma unroll
+    for (int item = 0; item < kItems; item++) {
+      const int k = threadIdx.x + item * kThreads;
+      if (k < n) __stcs(codes + k, e[item] * inverse);  // not read again soon: leave the cache to scores
+    }
+  } else {
+    const RowSum<T> sum = row_sum(x, potentials, scale, n, reduce);
+    const T inverse = sum.inverse();
+    for (int k = threadIdx.x; k < n; k += kThreads)
+      codes[k] = power_of_two(log2_logit(x, potentials, scale, k) - sum.shift) * inverse;
+  }
 }
 
 // The crops that assign, by value, as a kernel cannot read a list of the host.
@@ -362,51 +458,60 @@ struct Assigning {
   }
 };
 
-// One block per image. Its V x K scores wait in shared memory where they fit, in the caches otherwise.
-template <typename scalar_t, typename T>
+// One block per image. Its V x K scores wait in shared memory if kStaged, in the caches otherwise.
+template <typename scalar_t, typename T, bool kStaged>
 __global__ void __launch_bounds__(kThreads)
     swapped_loss_kernel(Rows<scalar_t> rows, const T* potentials, Assigning assigning, T prediction_scale, T code_scale,
-                        double temperature, bool is_staged, T* logsumexps, double* loss_per_image) {
+                        double temperature, T* logsumexps, double* loss_per_image) {
   extern __shared__ __align__(8) unsigned char shared[];
   scalar_t* staged = reinterpret_cast<scalar_t*>(shared);
   BlockReduce<T> reduce;
-  const int64_t n = rows.prototypes, nmb_crops = rows.problems, image = blockIdx.x, batch_size = rows.count;
-  if (is_staged) {
-    for (int64_t crop = 0; crop < nmb_crops; crop++) {
+  const int n = rows.prototypes, nmb_crops = rows.problems;
+  const int64_t image = blockIdx.x, batch_size = rows.count;
+  if constexpr (kStaged) {
+    for (int crop = 0; crop < nmb_crops; crop++) {
       const scalar_t* x = rows.row(crop, image);
-      for (int64_t k = threadIdx.x; k < n; k += blockDim.x) staged[crop * n + k] = x[k];
+#pragma unroll 4
+      for (int k = threadIdx.x; k < n; k += kThreads) staged[crop * n + k] = x[k];
     }
     __syncthreads();
   }
-  const auto scores = [&](int64_t crop) { return is_staged ? staged + crop * n : rows.row(crop, image); };
-  const auto save = [&](int64_t row, T log2_sum) {
+  const auto scores = [&](int crop) -> const scalar_t* {
+    if constexpr (kStaged) {
+      return staged + crop * n;
+    } else {
+      return rows.row(crop, image);
+    }
+  };
+  const auto save = [&](int row, T log2_sum) {
     if (threadIdx.x == 0) logsumexps[row * batch_size + image] = log2_sum * T(kLn2);
   };
 
   // Over assigning crops i and other crops v: logsumexp_v, less the codes of i times the scores of v.
-  double loss = 0;
-  for (int64_t crop = 0; crop < nmb_crops; crop++) {
-    T log2_sum = row_log2_sum<scalar_t, T>(scores(crop), nullptr, prediction_scale, n, reduce);
-    if (log2_sum == -std::numeric_limits<T>::infinity()) log2_sum = std::numeric_limits<T>::quiet_NaN();
+  double loss = 0;  // of thread 0
+  for (int crop = 0; crop < nmb_crops; crop++) {
+    const RowSum<T> sum = row_sum<scalar_t, T>(scores(crop), nullptr, prediction_scale, n, reduce);
+    const T log2_sum = sum.sum == 0 ? std::numeric_limits<T>::quiet_NaN() : sum.log2();  // no finite score: no loss
     save(crop, log2_sum);
-    const int other_codes = assigning.count - (assigning.position(crop) >= 0);
-    if (other_codes > 0) loss += other_codes * (log2_sum * kLn2);
+    if (threadIdx.x == 0) loss += (assigning.count - (assigning.position(crop) >= 0)) * (log2_sum * kLn2);
   }
   for (int i = 0; i < assigning.count; i++) {
     const scalar_t* own = scores(assigning.crops[i]);
-    const T* potential = potentials + i * n;
-    const T log2_sum = row_log2_sum(own, potential, code_scale, n, reduce);
-    save(nmb_crops + i, log2_sum);
+    const T* potential = potentials + int64_t{i} * n;
+    const RowSum<T> sum = row_sum(own, potential, code_scale, n, reduce);
+    save(nmb_crops + i, sum.log2());
+    const T inverse = sum.inverse();
     T agreement = 0;
-    for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
-      const T code = softmax_of(own, potential, code_scale, k, log2_sum);
+    for (int k = threadIdx.x; k < n; k += kThreads) {
+      const T code = power_of_two(log2_logit(own, potential, code_scale, k) - sum.shift) * inverse;
       if (code == 0) continue;  // counts as 0 even where the score is -inf
       T others = 0;
-      for (int64_t crop = 0; crop < nmb_crops; crop++)
+      for (int crop = 0; crop < nmb_crops; crop++)
         if (crop != assigning.crops[i]) others += static_cast<T>(scores(crop)[k]);
       agreement += code * others;
     }
-    loss -= reduce.sum(agreement) / temperature;
+    agreement = reduce.sum(agreement);
+    if (threadIdx.x == 0) loss -= agreement / temperature;
   }
   if (threadIdx.x == 0) loss_per_image[image] = loss;
 }
@@ -425,22 +530,25 @@ __global__ void __launch_bounds__(kThreads)
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
     swapped_loss_backward_kernel(Rows<scalar_t> rows, const T* potentials, const T* logsumexps, Assigning assigning,
-                                 T prediction_scale, T code_scale, const T* grad, double factor, scalar_t* result) {
-  const int64_t n = rows.prototypes, nmb_crops = rows.problems, batch_size = rows.count;
-  const int64_t tiles = (n + kThreads - 1) / kThreads, image = blockIdx.x / tiles;
-  const int64_t k = blockIdx.x % tiles * kThreads + threadIdx.x;
+                                 T prediction_scale, T code_scale, const T* grad, double factor,
+                                 scalar_t* __restrict__ result) {
+  const int n = rows.prototypes, nmb_crops = rows.problems, k = blockIdx.y * kThreads + threadIdx.x;
+  const int64_t image = blockIdx.x, batch_size = rows.count;
   if (k >= n) return;
   const T scaled_grad = *grad * factor;
+  const auto softmax = [&](int crop, const T* potential, T scale, int saved) {
+    const T log2_sum = logsumexps[saved * batch_size + image] * T(kLog2E);
+    return power_of_two(log2_logit(rows.row(crop, image), potential, scale, k) - log2_sum);
+  };
   const auto code = [&](int i) {
-    const T log2_sum = logsumexps[(nmb_crops + i) * batch_size + image] * T(kLog2E);
-    return softmax_of(rows.row(assigning.crops[i], image), potentials + i * n, code_scale, k, log2_sum);
+    return softmax(assigning.crops[i], potentials + int64_t{i} * n, code_scale, nmb_crops + i);
   };
   T all_codes = 0;
   for (int i = 0; i < assigning.count; i++) all_codes += code(i);
-  for (int64_t crop = 0; crop < nmb_crops; crop++) {
+#pragma unroll 4
+  for (int crop = 0; crop < nmb_crops; crop++) {
     const int position = assigning.position(crop);
-    const T log2_sum = logsumexps[crop * batch_size + image] * T(kLog2E);
-    const T prediction = softmax_of<scalar_t, T>(rows.row(crop, image), nullptr, prediction_scale, k, log2_sum);
+    const T prediction = softmax(crop, nullptr, prediction_scale, crop);
     const T other_codes = position < 0 ? all_codes : all_codes - code(position);
     const T nmb_others = assigning.count - (position >= 0);
     result[(crop * batch_size + image) * n + k] = scaled_grad * (nmb_others * prediction - other_codes);
@@ -455,7 +563,7 @@ __global__ void __launch_bounds__(kThreads)
     __VA_ARGS__ \
   })
 
-// Calls body with the number of columns a thread owns as a constant; K <= 4096.
+// Calls body with the number of columns that a thread owns as a constant; K <= 4096.
 template <typename Body>
 void with_items(int64_t n, const Body& body) {
   if (n <= 2 * kThreads) return body(std::integral_constant<int, 2>{});
@@ -494,8 +602,11 @@ struct Problem {
 
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, scores.get_device()); }
 
-  // Slabs of a problem, so that `blocks` blocks serve all problems.
-  int64_t slabs(int64_t blocks) const { return std::clamp<int64_t>(blocks / problems, 1, std::max<int64_t>(rows, 1)); }
+  // Slabs of a problem, so that `blocks` blocks serve all problems and tiles of columns.
+  int64_t slabs(int64_t blocks) const {
+    const int64_t tiles = (n + kTile - 1) / kTile;
+    return std::clamp<int64_t>(blocks / (problems * tiles), 1, std::max<int64_t>(rows, 1));
+  }
 
   at::Tensor partials(int64_t slabs) const { return empty({2, problems, slabs, n}, accumulation_type(scores)); }
 
@@ -530,15 +641,16 @@ void launch_softmax_sums(const Problem& problem, const T* potentials, T scale, c
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return;
   }
-  const at::Tensor row_sums = problem.empty({problem.problems, problem.rows}, accumulation_type(problem.scores));
+  const at::Tensor memory = problem.empty({problem.problems, problem.rows, 2}, accumulation_type(problem.scores));
+  RowSum<T>* row_sums = reinterpret_cast<RowSum<T>*>(memory.mutable_data_ptr<T>());
   if (problem.rows > 0) {
-    row_log2_sums_kernel<scalar_t, T><<<problem.problems * problem.rows, kThreads, 0, problem.stream>>>(
-        rows, potentials, scale, row_sums.mutable_data_ptr<T>());
+    row_sums_kernel<scalar_t, T>
+        <<<problem.problems * problem.rows, kThreads, 0, problem.stream>>>(rows, potentials, scale, row_sums);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   const dim3 blocks(partials.slabs, (problem.n + kThreads - 1) / kThreads, problem.problems);
-  softmax_columns_kernel<scalar_t, T><<<blocks, kThreads, 0, problem.stream>>>(
-      rows, potentials, row_sums.const_data_ptr<T>(), scale, partials);
+  softmax_columns_kernel<scalar_t, T>
+      <<<blocks, kThreads, 0, problem.stream>>>(rows, potentials, row_sums, scale, partials);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -592,9 +704,15 @@ bool launch_cooperatively(const Problem& problem, T scale, int64_t iterations, P
     Rows<scalar_t> rows = rows_of<scalar_t>(problem.scores, problem.extra);
     Partials<T> partials = partials_in<T>(memory);
     void* arguments[] = {&rows, &scale, &iterations, &partials, &potentials};
-    const dim3 grid(partials.slabs * problem.problems);
-    C10_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), arguments,
-                                               0, problem.stream));
+    const dim3 grid(std::max<int64_t>(partials.slabs * problem.problems,
+                                      std::min<int64_t>(blocks, problem.combining_blocks())));
+    const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads),
+                                                          arguments, 0, problem.stream);
+    if (error == cudaErrorCooperativeLaunchTooLarge) {  // the GPU is shared with somebody
+      (void)cudaGetLastError();
+      return;
+    }
+    C10_CUDA_CHECK(error);
     launched = true;
   });
   return launched;
@@ -602,6 +720,7 @@ bool launch_cooperatively(const Problem& problem, T scale, int64_t iterations, P
 
 at::Tensor potentials(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon,
                       int64_t iterations) {
+  check_iterations(iterations);
   const Problem problem(scores, extra);
   const at::Tensor result = problem.per_prototype();
   if (result.numel() == 0) return result;
@@ -633,9 +752,16 @@ void codes(const at::Tensor& scores, const at::Tensor& potentials, double epsilo
   if (out.numel() == 0) return;
   const at::Tensor contiguous = potentials.contiguous();
   DISPATCH(scores, "codes", {
-    codes_kernel<scalar_t, T><<<problem.rows, kThreads, 0, problem.stream>>>(
-        rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), kLog2E / epsilon,
-        out.mutable_data_ptr<T>(), out.stride(0));
+    const auto launch = [&](auto items) {
+      codes_kernel<scalar_t, T, items><<<problem.rows, kThreads, 0, problem.stream>>>(
+          rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), kLog2E / epsilon,
+          out.mutable_data_ptr<T>(), out.stride(0));
+    };
+    if (problem.n <= kTile) {
+      with_items(problem.n, launch);
+    } else {
+      launch(std::integral_constant<int, 0>{});
+    }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -649,7 +775,7 @@ void sinkhorn(const at::Tensor& scores, const std::optional<at::Tensor>& extra, 
 std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const at::Tensor& potentials,
                                                 at::IntArrayRef crops_for_assign, double temperature,
                                                 double epsilon) {
-  check_potentials(potentials, scores, crops_for_assign.size());
+  check_loss(scores, potentials, crops_for_assign);
   const Problem problem(scores, std::nullopt);
   const Assigning assigning(crops_for_assign, problem.problems);
   const auto type = accumulation_type(scores);
@@ -658,18 +784,23 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
   const at::Tensor loss_per_image = problem.empty({problem.rows}, at::kDouble);
   const double terms = static_cast<double>(assigning.count * (problem.problems - 1) * problem.rows);
   DISPATCH(scores, "swapped_loss", {
-    const auto kernel = swapped_loss_kernel<scalar_t, T>;
     // What the kernel itself declares comes out of the same shared memory.
-    const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, scores.get_device()) - 1024;
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, scores.get_device()) - 1024;
     const int64_t bytes = problem.problems * problem.n * static_cast<int64_t>(sizeof(scalar_t));
-    const bool is_staged = bytes <= most;
-    if (is_staged && bytes > 47 * 1024)
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    kernel<<<problem.rows, kThreads, is_staged ? bytes : 0, problem.stream>>>(
-        rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), assigning,
-        kLog2E / temperature, kLog2E / epsilon, temperature, is_staged, logsumexps.mutable_data_ptr<T>(),
-        loss_per_image.mutable_data_ptr<double>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const auto launch = [&](auto kernel, int64_t shared_bytes) {
+      if (shared_bytes > 47 * 1024)
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      kernel<<<problem.rows, kThreads, shared_bytes, problem.stream>>>(
+          rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), assigning,
+          kLog2E / temperature, kLog2E / epsilon, temperature, logsumexps.mutable_data_ptr<T>(),
+          loss_per_image.mutable_data_ptr<double>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    };
+    if (bytes <= most) {
+      launch(swapped_loss_kernel<scalar_t, T, true>, bytes);
+    } else {
+      launch(swapped_loss_kernel<scalar_t, T, false>, 0);
+    }
     mean_loss_kernel<T><<<1, kThreads, 0, problem.stream>>>(loss_per_image.const_data_ptr<double>(), problem.rows,
                                                             1 / terms, loss.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -680,16 +811,17 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
 at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores, const at::Tensor& potentials,
                                  const at::Tensor& logsumexps, at::IntArrayRef crops_for_assign, double temperature,
                                  double epsilon) {
-  check_potentials(potentials, scores, crops_for_assign.size());
+  check_loss(scores, potentials, crops_for_assign);
+  check_gradient(grad, potentials);
   check_logsumexps(logsumexps, potentials, scores);
   const Problem problem(scores, std::nullopt);
   const Assigning assigning(crops_for_assign, problem.problems);
   const at::Tensor result = problem.empty(scores.sizes(), scores.scalar_type());
   const at::Tensor contiguous = potentials.contiguous(), saved = logsumexps.contiguous();
   const double terms = static_cast<double>(assigning.count * (problem.problems - 1) * problem.rows);
-  const int64_t tiles = (problem.n + kThreads - 1) / kThreads;
+  const dim3 blocks(problem.rows, (problem.n + kThreads - 1) / kThreads);
   DISPATCH(scores, "swapped_loss_backward", {
-    swapped_loss_backward_kernel<scalar_t, T><<<problem.rows * tiles, kThreads, 0, problem.stream>>>(
+    swapped_loss_backward_kernel<scalar_t, T><<<blocks, kThreads, 0, problem.stream>>>(
         rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), saved.const_data_ptr<T>(),
         assigning, kLog2E / temperature, kLog2E / epsilon, grad.const_data_ptr<T>(), 1 / (terms * temperature),
         result.mutable_data_ptr<scalar_t>());
@@ -700,7 +832,8 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sinkhorn_ext, CUDA, library) {
+torch::Library cuda_kernels() {
+  torch::Library library = MAKE_TORCH_LIBRARY_IMPL(sinkhorn_ext, CUDA);
   library.impl("prototype_logsumexp", prototype_logsumexp);
   library.impl("prototype_totals", prototype_totals);
   library.impl("potentials", potentials);
@@ -708,6 +841,7 @@ TORCH_LIBRARY_IMPL(sinkhorn_ext, CUDA, library) {
   library.impl("sinkhorn", sinkhorn);
   library.impl("swapped_loss", swapped_loss);
   library.impl("swapped_loss_backward", swapped_loss_backward);
+  return library;
 }
 
 }  // namespace sinkhorn_ext
