@@ -208,7 +208,7 @@ def cosines(crops: int, batch_size: int, nmb_prototypes: int, device: torch.devi
 
 
 def measure(candidates: dict[str, Callable], repetitions: int, device: torch.device) -> Times:
-    """Seconds per call. Candidates take turns; a short one is called several times in its turn, for 5 ms or more."""
+    """Seconds per call. Candidates take turns; a short one is called several times in its turn, for 20 ms or more."""
 
     def turn(call: Callable, calls: int) -> float:
         synchronize(device)
@@ -218,7 +218,7 @@ def measure(candidates: dict[str, Callable], repetitions: int, device: torch.dev
         synchronize(device)
         return (time.perf_counter() - start) / calls
 
-    calls = {name: 1 + int(5e-3 / min(turn(call, 1) for _ in range(3))) for name, call in candidates.items()}
+    calls = {name: 1 + int(20e-3 / min(turn(call, 1) for _ in range(3))) for name, call in candidates.items()}
     times = {name: [] for name in candidates}
     for _ in range(repetitions):
         for name, call in candidates.items():

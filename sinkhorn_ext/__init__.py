@@ -59,9 +59,9 @@ def sinkhorn(
     if _has_peers(group):
         extra = None if extra is None else extra.unsqueeze(0)
         potentials = sinkhorn_potentials(scores.unsqueeze(0), epsilon, iterations, extra=extra, group=group)
-        _codes(scores, potentials[0], epsilon, codes)
+        _without_autograd(_codes, scores, potentials[0], epsilon, codes)
     else:
-        _sinkhorn(scores, extra, epsilon, iterations, codes)
+        _without_autograd(_sinkhorn, scores, extra, epsilon, iterations, codes)
     return codes if out is None or has_contiguous_rows else out.copy_(codes)
 
 
@@ -82,15 +82,15 @@ def sinkhorn_potentials(
     _check_scores("scores", scores, 3)
     scores, extra = _check_problem(scores, epsilon, iterations, extra)
     if not _has_peers(group):
-        return _potentials(scores, extra, epsilon, iterations)
+        return _without_autograd(_potentials, scores, extra, epsilon, iterations)
 
     # Each process's own maximum is inside its logsumexp, so combining the K numbers of all processes is exact.
-    own_logsumexp = _prototype_logsumexp(scores, extra, epsilon)  # [A, K]
+    own_logsumexp = _without_autograd(_prototype_logsumexp, scores, extra, epsilon)  # [A, K]
     gathered = [torch.empty_like(own_logsumexp) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own_logsumexp, group=group)
     potentials = _first_potentials(torch.logsumexp(torch.stack(gathered), dim=0))
     for _ in range(iterations - 1):
-        totals = _prototype_totals(scores, extra, potentials, epsilon)  # [A, K]
+        totals = _without_autograd(_prototype_totals, scores, extra, potentials, epsilon)  # [A, K]
         dist.all_reduce(totals, group=group)
         potentials = _next_potentials(potentials, totals)
     return potentials
@@ -156,6 +156,14 @@ def _operator(schema: str, mutates_args: Sequence[str] = ()):
         return operator
 
     return define
+
+
+def _without_autograd(operator, *arguments):
+    """Calls an operator that no gradient flows through. Autograd's wrappers cost more than small problems take."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return operator(*arguments)
 
 
 @_operator("prototype_logsumexp(Tensor scores, Tensor? extra, float epsilon) -> Tensor")

@@ -97,6 +97,15 @@ SIMD_WIDTHS T max_logit(const T* x, const T* offset, T scale, int64_t n) {
   return largest;
 }
 
+// NaN loses.
+template <typename T>
+SIMD_WIDTHS T largest_score(const T* x, int64_t n) {
+  T largest = std::numeric_limits<T>::lowest();
+#pragma omp simd reduction(max : largest)
+  for (int64_t k = 0; k < n; k++) largest = x[k] > largest ? x[k] : largest;
+  return largest;
+}
+
 template <typename T>
 SIMD_WIDTHS void raise_to_logits(T* largest, const T* x, T scale, int64_t n) {
 #pragma omp simd
@@ -267,7 +276,7 @@ struct Slabs {
 
   template <typename scalar_t>
   explicit Slabs(const Rows<scalar_t>& all) : problems(all.problems), rows(all.count) {
-    constexpr int64_t worth_a_slab = 32768, most = 64;
+    constexpr int64_t worth_a_slab = 32768, most = 32;
     int64_t count = 1;  // a power of two, which the usual numbers of threads divide evenly
     while (2 * count <= std::min({rows, rows * all.prototypes / worth_a_slab, most})) count *= 2;
     rows_per_slab = divide_up(std::max<int64_t>(rows, 1), count);
@@ -366,11 +375,10 @@ void log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double* res
   const int64_t n = rows.prototypes;
   const T scale = kLog2E / epsilon;
   if (rows.count == 0) return any_log2_sums_over_rows(rows, epsilon, result);
-  const std::vector<T> no_offset(n);
   std::vector<T> scratch(n), shifts(rows.problems * n);
   for (int64_t problem = 0; problem < rows.problems; problem++) {
     const T* first_row = in_accumulation_type(rows.row(problem, 0), scratch.data(), n);
-    std::fill_n(&shifts[problem * n], n, max_logit(first_row, no_offset.data(), scale, n));
+    std::fill_n(&shifts[problem * n], n, largest_score(first_row, n) * scale);
   }
   sum_over_rows<T>(Slabs(rows), n, result, [&](int64_t, int64_t problem, int64_t row, T* row_scratch, T* sums) {
     add_exp2(sums, in_accumulation_type(rows.row(problem, row), row_scratch, n), scale, &shifts[problem * n], n);
@@ -401,10 +409,9 @@ bool scale_exponentials(const Rows<scalar_t>& rows, double epsilon, int64_t iter
   const double row_total = static_cast<double>(n) / rows.count;  // prototypes' totals are near 1 then: no scale drifts
   const T scale = kLog2E / epsilon;
   const Slabs slabs(rows);
-  const std::vector<T> no_offset(n);
-  std::vector<T> first_row(n), lowest(slabs.per_problem, std::numeric_limits<T>::max()), scales(n);
-  const T shift = max_logit(in_accumulation_type(rows.row(0, 0), first_row.data(), n), no_offset.data(), scale, n);
+  std::vector<T> lowest(slabs.per_problem, std::numeric_limits<T>::max()), scales(n);
   std::vector<double> sums(n);
+  const T shift = largest_score(in_accumulation_type(rows.row(0, 0), scales.data(), n), n) * scale;
   std::atomic<bool> in_range{true};
   // Products of a low exponential and a low scale underflow: a row's sum of them has to stay well above that.
   const auto inverse_row_sum = [&](const T* e) {
