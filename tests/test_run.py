@@ -17,6 +17,7 @@ from PIL import Image
 import eval_linear
 import train
 from data import ShuffledBatches
+from sinkhorn_ext import backend
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -78,7 +79,13 @@ def assert_same(ours, theirs, name: str = "checkpoint") -> None:
 def test_run_writes_checkpoints_metrics_and_lines(images, tmp_path, capsys):
     checkpoint = run_training(images, tmp_path / "run", "--log_freq", "1")
     out = capsys.readouterr().out
-    assert "10 images" in out and "2 steps an epoch" in out and "device: cpu" in out and "--arch resnet18" in out
+    assert (
+        "10 images" in out
+        and "2 steps an epoch" in out
+        and "device: cpu" in out
+        and f"sinkhorn: {backend('cpu')}" in out
+        and "--arch resnet18" in out
+    )
     lines = re.findall(r"epoch (\d)/4  step (\d)/8  loss [\d.]+ \(ln K 1.792\)  lr \S+  \d+ images/s  data wait", out)
     assert lines == [(str(step // 2 + 1), str(step + 1)) for step in range(8)]
     assert "ETA" in out and "python eval_linear.py" in out

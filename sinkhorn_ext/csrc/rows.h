@@ -1,17 +1,29 @@
 // What the CPU and the CUDA kernels share: where the rows of scores lie.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/macros/Macros.h>
 
 #include <optional>
+#include <type_traits>
 
 namespace sinkhorn_ext {
 
 constexpr double kLog2E = 1.4426950408889634;  // kernels work in powers of two: exp(x) = exp2(x * log2 e)
 constexpr double kLn2 = 0.6931471805599453;
+
+template <typename scalar_t>
+using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// Runs the code with scalar_t, the type of scores, and T, in which they are computed with.
+#define DISPATCH(scores, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), name, [&] { \
+    using T = accumulation_t<scalar_t>; \
+    __VA_ARGS__ \
+  })
 
 // The images of `problems` independent problems, one list each: the rows of scores [A, N, K], then of extra [A, Q, K].
 template <typename scalar_t>
@@ -30,6 +42,10 @@ struct Rows {
 // Any stride will do between rows; only a row that is itself scattered is copied.
 inline at::Tensor with_contiguous_rows(const at::Tensor& scores) {
   return scores.stride(-1) == 1 || scores.size(-1) == 1 ? scores : scores.contiguous();
+}
+
+inline std::optional<at::Tensor> with_contiguous_rows(const std::optional<at::Tensor>& extra) {
+  return extra ? std::make_optional(with_contiguous_rows(*extra)) : std::nullopt;
 }
 
 // Refers to memory of scores and extra: keep both.

@@ -5,7 +5,6 @@
 
 #include "rows.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <Python.h>
@@ -25,8 +24,12 @@
 #endif
 
 // One machine code per width of vector registers, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define SIMD_WIDTHS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define SIMD_WIDTHS __attribute__((target_clones("default", "avx2")))
+#endif
 #else
 #define SIMD_WIDTHS
 #endif
@@ -227,9 +230,6 @@ template <typename To, typename From>
 SIMD_WIDTHS void convert_row(To* to, const From* from, int64_t n) {
   for (int64_t k = 0; k < n; k++) to[k] = static_cast<To>(from[k]);
 }
-
-template <typename scalar_t>
-using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 // The row itself, or its values as float in scratch.
 template <typename scalar_t, typename T>
@@ -460,19 +460,9 @@ at::Tensor per_prototype(const std::vector<double>& values, double factor, const
   return result;
 }
 
-#define DISPATCH(scores, name, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), name, [&] { \
-    using T = accumulation_t<scalar_t>; \
-    __VA_ARGS__ \
-  })
-
-std::optional<at::Tensor> with_contiguous_rows(const std::optional<at::Tensor>& extra) {
-  return extra ? std::make_optional(sinkhorn_ext::with_contiguous_rows(*extra)) : std::nullopt;
-}
-
 at::Tensor prototype_logsumexp(const at::Tensor& scores_, const std::optional<at::Tensor>& extra_, double epsilon) {
   check_scores(scores_, extra_);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   const auto extra = with_contiguous_rows(extra_);
   std::vector<double> sums(scores.size(0) * scores.size(2));
   at::Tensor result;
@@ -487,7 +477,7 @@ at::Tensor prototype_totals(const at::Tensor& scores_, const std::optional<at::T
                             const at::Tensor& potentials, double epsilon) {
   check_scores(scores_, extra_);
   check_potentials(potentials, scores_, scores_.size(0));
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   const auto extra = with_contiguous_rows(extra_);
   std::vector<double> totals(potentials.numel());
   at::Tensor result;
@@ -503,7 +493,7 @@ at::Tensor potentials(const at::Tensor& scores_, const std::optional<at::Tensor>
                       int64_t iterations) {
   check_scores(scores_, extra_);
   check_iterations(iterations);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   const auto extra = with_contiguous_rows(extra_);
   const int64_t size = scores.size(0) * scores.size(2);
   std::vector<double> log2_potentials(size), totals(size);
@@ -529,7 +519,7 @@ void codes(const at::Tensor& scores_, const at::Tensor& potentials, double epsil
   check_scores(scores_.unsqueeze(0), std::nullopt);
   check_potentials(potentials.unsqueeze(0), scores_, 1);
   check_out(out, scores_);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   const int64_t n = scores.size(1);
   prefer_huge_pages(out);
   DISPATCH(scores, "codes", {
@@ -552,7 +542,7 @@ void sinkhorn(const at::Tensor& scores_, const std::optional<at::Tensor>& extra,
   check_scores(scores_.unsqueeze(0), extra ? std::make_optional(extra->unsqueeze(0)) : std::nullopt);
   check_iterations(iterations);
   check_out(out, scores_);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_).unsqueeze(0);
+  const at::Tensor scores = with_contiguous_rows(scores_).unsqueeze(0);
   prefer_huge_pages(out);
   bool done = scores.size(1) == 0;
   if (!extra && !done) {
@@ -584,7 +574,7 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
   positions(crops_for_assign, nmb_crops);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   at::Tensor logsumexps = at::empty({nmb_crops + nmb_assigning, batch_size}, potentials.options());
   std::vector<double> loss_per_image(batch_size);
   DISPATCH(scores, "swapped_loss", {
@@ -631,7 +621,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   check_gradient(grad, potentials);
   check_logsumexps(logsumexps, potentials, scores_);
   const std::vector<int64_t> position = positions(crops_for_assign, nmb_crops);
-  const at::Tensor scores = sinkhorn_ext::with_contiguous_rows(scores_);
+  const at::Tensor scores = with_contiguous_rows(scores_);
   at::Tensor result = at::empty(scores.sizes(), scores.options());
   prefer_huge_pages(result);
   const double factor =

@@ -5,7 +5,6 @@
 
 #include "rows.h"
 
-#include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -22,9 +21,6 @@ constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every b
 constexpr int kMostItems = 8;                                // columns a thread can own
 constexpr int64_t kTile = int64_t{kThreads} * kMostItems;    // columns a block can own: 4096
 constexpr int kMostAssigning = 32;
-
-template <typename scalar_t>
-using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename T>
 __device__ constexpr T lowest() {
@@ -557,12 +553,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // Host side
 
-#define DISPATCH(scores, name, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), name, [&] { \
-    using T = accumulation_t<scalar_t>; \
-    __VA_ARGS__ \
-  })
-
 // Calls body with the number of columns that a thread owns as a constant; K <= 4096.
 template <typename Body>
 void with_items(int64_t n, const Body& body) {
@@ -588,7 +578,7 @@ struct Problem {
   Problem(const at::Tensor& all_scores, const std::optional<at::Tensor>& all_extra) : guard(all_scores.device()) {
     check_scores(all_scores, all_extra);
     scores = with_contiguous_rows(all_scores);
-    if (all_extra) extra = with_contiguous_rows(*all_extra);
+    extra = with_contiguous_rows(all_extra);
     stream = c10::cuda::getCurrentCUDAStream();
     problems = scores.size(0);
     rows = scores.size(1) + (extra ? extra->size(1) : 0);
