@@ -107,6 +107,7 @@ def swav_loss(
     """Swapped prediction (section 3.1, eq. 1-2, over multi-crop as in section 3.2): every crop predicts others' codes.
 
     scores [V, B, K] of all crops, with gradient; potentials [A, K] of the assigning crops, from `sinkhorn_potentials`.
+    crops_for_assign: which crops these are, in that order; the CUDA kernels take 32 at most.
     Returns a scalar: the mean over assigning crops i, over the other crops v != i and over images of
     -sum_k codes_i[k] log softmax(scores_v / temperature)[k]. No gradient flows through the codes, none through the
     gradient. No code is ever stored: the compiled kernels hold, beside scores and gradient, a row at a time.
