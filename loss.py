@@ -96,7 +96,7 @@ class SwAVLoss(nn.Module):
 
     def _queue_scores(self, prototypes: torch.Tensor) -> torch.Tensor:
         """[A, Q, K]; until every slot holds an embedding all -inf, which keeps these images out of the balance."""
-        return (self.queue @ prototypes.T).masked_fill(self.queue_filled < self.queue.shape[1], -torch.inf)
+        return (self.queue @ prototypes.T).masked_fill_(self.queue_filled < self.queue.shape[1], -torch.inf)
 
     def _enqueue(self, embeddings: torch.Tensor) -> None:
         batch_size, queue_length = embeddings.shape[1], self.queue.shape[1]

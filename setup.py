@@ -37,9 +37,8 @@ elif sys.platform == "win32":
 def extension(with_cuda: bool) -> Extension:
     sources, flags, kind = ["sinkhorn_ext/csrc/sinkhorn_cpu.cpp"], {"cxx": CXX_FLAGS}, CppExtension
     if with_cuda:
-        if not os.environ.get(
-            "TORCH_CUDA_ARCH_LIST"
-        ):  # without a list, torch asks the GPU, and builders often have none
+        # Without a list, torch asks the GPU, and builders often have none.
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             here = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
             names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | here)]
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"

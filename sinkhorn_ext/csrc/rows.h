@@ -25,6 +25,16 @@ using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, doub
     __VA_ARGS__ \
   })
 
+// Registers the functions of these names, one for each operator of __init__.py.
+#define IMPLEMENT_OPERATORS(library) \
+  library.impl("prototype_logsumexp", prototype_logsumexp); \
+  library.impl("prototype_totals", prototype_totals); \
+  library.impl("potentials", potentials); \
+  library.impl("codes", codes); \
+  library.impl("sinkhorn", sinkhorn); \
+  library.impl("swapped_loss", swapped_loss); \
+  library.impl("swapped_loss_backward", swapped_loss_backward)
+
 // The images of `problems` independent problems, one list each: the rows of scores [A, N, K], then of extra [A, Q, K].
 template <typename scalar_t>
 struct Rows {

@@ -660,13 +660,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
 
 torch::Library cpu_kernels() {
   torch::Library library = MAKE_TORCH_LIBRARY_IMPL(sinkhorn_ext, CPU);
-  library.impl("prototype_logsumexp", prototype_logsumexp);
-  library.impl("prototype_totals", prototype_totals);
-  library.impl("potentials", potentials);
-  library.impl("codes", codes);
-  library.impl("sinkhorn", sinkhorn);
-  library.impl("swapped_loss", swapped_loss);
-  library.impl("swapped_loss_backward", swapped_loss_backward);
+  IMPLEMENT_OPERATORS(library);
   return library;
 }
 
