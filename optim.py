@@ -58,8 +58,11 @@ class LARS(torch.optim.Optimizer):
 
     def _step_group(self, params: list[torch.Tensor], group: dict) -> None:
         grads = [p.grad for p in params]
-        param_norms = torch.stack(torch._foreach_norm(params))  # [number of parameters]
-        grad_norms = torch.stack(torch._foreach_norm(grads))
+        on_cpu = params[0].device.type == "cpu"
+        param_norms, grad_norms = (
+            torch.stack([_norm(tensor) for tensor in tensors] if on_cpu else torch._foreach_norm(tensors))
+            for tensors in (params, grads)
+        )  # [number of parameters]
         trust_ratios = (
             group["trust_coefficient"] * param_norms / (grad_norms + group["weight_decay"] * param_norms + group["eps"])
         )
@@ -67,15 +70,52 @@ class LARS(torch.optim.Optimizer):
         trust_ratios = torch.where(param_norms == 0, 1.0, trust_ratios)
         trust_ratios = torch.where(grad_norms == 0, 0.0, trust_ratios)
 
-        updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-        torch._foreach_mul_(updates, list(trust_ratios.unbind()))
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        update = _update_one_by_one if on_cpu else _update_together
+        update(params, grads, buffers, trust_ratios, group["lr"], group["momentum"], group["weight_decay"])
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Of rows first, which takes all threads of a CPU, where the norm of a whole tensor takes one."""
+    if tensor.ndim > 1:
+        tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
+    return torch.linalg.vector_norm(tensor)
+
+
+def _update_together(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    trust_ratios: torch.Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """One kernel for many parameters, for GPUs, where starting kernels is what costs."""
+    updates = torch._foreach_add(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(updates, list(trust_ratios.unbind()))
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, updates)
+    torch._foreach_add_(params, buffers, alpha=-lr)
+
+
+def _update_one_by_one(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    trust_ratios: torch.Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """The same for CPUs, where memory is what costs: a parameter stays in the cache for all of its operations."""
+    decays = weight_decay * trust_ratios
+    for p, grad, buffer, trust_ratio, decay in zip(params, grads, buffers, trust_ratios, decays, strict=True):
+        buffer.mul_(momentum).addcmul_(grad, trust_ratio).addcmul_(p, decay)
+        p.add_(buffer, alpha=-lr)
 
 
 def warmup_cosine(

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 
+import optim
 from optim import LARS, warmup_cosine
 
 SHAPES = {
@@ -56,9 +57,12 @@ def take_step(optimizer, params, step):
     optimizer.step()
 
 
+@pytest.mark.parametrize("form", ["of CPUs", "of GPUs"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", [{}, dict(momentum=0.5, trust_coefficient=0.02, eps=0.1), dict(momentum=0.0)])
-def test_ten_steps_follow_the_reference(options, dtype, tolerance):
+def test_ten_steps_follow_the_reference(options, dtype, tolerance, form, monkeypatch):
+    if form == "of GPUs":
+        monkeypatch.setattr(optim, "_update_one_by_one", optim._update_together)
     params = new_params(dtype)
     expected, buffers = {name: p.detach().double().clone() for name, p in params.items()}, {}
     optimizer = new_optimizer(params, **options)
