@@ -26,7 +26,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from data import DATASETS, CentreCrop, ProbeCrop, open_images, ordered_loader, training_loader
+from data import (
+    DATASETS,
+    CentreCrop,
+    ProbeCrop,
+    keep_freed_memory,
+    open_images,
+    ordered_loader,
+    training_loader,
+)
 from model import ARCHS, ResNet, architecture_of, backbone_weights
 
 LARGEST_PIXEL_TABLE = 2**30  # numbers; raw pixels of bigger sets are not compared
@@ -376,7 +384,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         size = args.size or trained.get("size_crops", [224])[0]
         resize = args.resize or round(size * 8 / 7)
     else:
-        size = args.size or val_images[0][0].width
+        size = args.size or val_images[0][0].shape[2]
         resize = args.resize or size
     if resize < size:
         raise ValueError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
@@ -386,6 +394,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2) if args.workers is None else args.workers
     if device.type == "cpu" and not ("OMP_NUM_THREADS" in os.environ and environment("LOCAL_WORLD_SIZE", 1) == 1):
         torch.set_num_threads(max(1, cores - workers))
+    keep_freed_memory()
     batch_size = args.batch_size or max(1, 256 // world_size)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
     say(

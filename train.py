@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -28,7 +29,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from data import DATASETS, MultiCrop, open_images, training_loader
+from data import (
+    CACHE_SHARE,
+    DATASETS,
+    CachedImages,
+    ImageFiles,
+    MultiCrop,
+    augment,
+    cached_size,
+    image_size,
+    keep_freed_memory,
+    open_images,
+    place_batch,
+    training_loader,
+)
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV
 from optim import LARS, warmup_cosine
@@ -74,6 +88,10 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], int
         return value
 
     return parse
+
+
+def auto_or(kind: Callable[[str], int]) -> Callable[[str], int | str]:
+    return lambda text: text if text == "auto" else kind(text)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -154,7 +172,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
     add("sync_bn", "pytorch", str, "BatchNorm over all processes, on GPUs", choices=("pytorch", "none", "apex"))
-    add("workers", None, whole, "loader processes of each training process (default: by the cores at hand)")
+    add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
+    add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
+        "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
+    add("cache", "auto", str, "keep decoded images in memory, once a machine: ram, off, or auto: if a quarter of what "
+        "is free is enough (sets of one file are in memory anyway)", choices=("auto", "off", "ram"))  # fmt: skip
+    add("compile", "off", str, "torch.compile for backbone and augmentation: minutes at the start, faster steps "
+        "(README: measured)", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("seed", 31, whole, "of the weights, the order of images and the crops")
 
     add = partial(option, parser.add_argument_group("output"))
@@ -256,19 +280,25 @@ def setup_processes(device: torch.device) -> tuple[int, int]:
     return environment("RANK", 0), world_size
 
 
-def share_cores(workers: int | None, device: torch.device) -> int:
+def share_cores(workers: int | str, device: torch.device, cut_only: bool, in_memory: bool) -> int:
     """Deal this machine's cores out to its training processes; the number of loader workers of each.
 
-    On a CPU, loading and training split them: threads that wait for a core that a worker holds cost more than they add.
-    OMP_NUM_THREADS is respected, except that torchrun's own setting of 1 for several processes says nothing.
+    cut_only: workers leave augmentation to the device. in_memory: they need not read files either. On a CPU, workers
+    that do it all get half of the cores, which training does without: a thread that waits for a core which a worker
+    holds costs more than it adds. Cutting out is so little beside training that all cores train, and cutting crops
+    out of images in memory not worth a worker that would disturb them (measured on two cores: 412 images/s, 349 with
+    a worker, 261 with a worker and a thread less). OMP_NUM_THREADS is respected, except that torchrun's own setting of
+    1 for several processes says nothing.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= environment("LOCAL_WORLD_SIZE", 1)
-    if workers is None:
-        workers = min(10, max(1, cores) if device.type == "cuda" else cores // 2)
+    if workers == "auto" and device.type == "cuda":
+        workers = min(16, max(1, cores - 1))
+    elif workers == "auto":
+        workers = cores // 2 if not cut_only else 0 if in_memory else min(cores, max(1, cores // 8))
     set_by_user = "OMP_NUM_THREADS" in os.environ and environment("LOCAL_WORLD_SIZE", 1) == 1
     if device.type == "cpu" and not set_by_user:
-        torch.set_num_threads(max(1, cores - workers))
+        torch.set_num_threads(max(1, cores if cut_only else cores - workers))
     return workers
 
 
@@ -346,7 +376,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
     """name: (before, now), where both know the option and it matters to what is learned."""
-    ignored = ("dump_path", "device", "workers", "log_freq", "checkpoint_freq")
+    ignored = ("dump_path", "device", "workers", "augment", "cache", "compile", "log_freq", "checkpoint_freq")
     before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
     return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}
 
@@ -373,12 +403,47 @@ def main(args: argparse.Namespace) -> None:
                 f"--batch_size: expected at most {largest} ({len(images)} images over "
                 f"{environment('WORLD_SIZE', 1)} process(es)), got {args.batch_size}"
             )
+        fits = fits_in_memory(images, args.cache)
     rank, world_size = setup_processes(device)
     if not goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain")
+    images = cache_images(images, goes_first and fits)
     train(args, images, rank, world_size, device, dtype)
     if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
         dist.destroy_process_group()
+
+
+def fits_in_memory(images: Dataset, cache: str) -> bool:
+    """Whether to keep decoded images in memory. Raises ValueError where --cache ram asks for too much."""
+    needed, allowed = (0, 0) if cache == "off" else cached_size(images)
+    if cache == "ram" and needed > allowed:
+        raise ValueError(
+            f"--cache ram: expected at most {allowed / 2**30:.1f} GiB of decoded images ({CACHE_SHARE:.0%} of the free "
+            f"memory, no more than Linux' /dev/shm has), got some {needed / 2**30:.1f}; write --cache off"
+        )
+    return 0 < needed <= allowed
+
+
+def cache_images(images: Dataset, wanted: bool) -> Dataset:
+    """The images, or the same in memory if the first process of this machine, who alone knows, wants it."""
+    path = None
+    if wanted:
+        say("cache: reading the sizes of all images ...")
+        descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
+        os.close(descriptor)
+    try:
+        if dist.is_initialized():
+            paths = [None] * dist.get_world_size()
+            dist.all_gather_object(paths, path)
+            path = paths[dist.get_rank() - environment("LOCAL_RANK", 0)]
+        if path is not None:
+            images = CachedImages(images, [image_size(name) for name in images.paths], path)
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if wanted:
+            os.unlink(path)  # the memory stays for those who have it open, and goes with them
+    return images
 
 
 def train(
@@ -388,6 +453,9 @@ def train(
     torch.manual_seed(args.seed)
     dump = Path(args.dump_path)
     dump.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    cut_only = args.augment != "workers"
+    in_memory = not isinstance(images, ImageFiles)
     loader = training_loader(
         images,
         build_multicrop(args),
@@ -395,9 +463,11 @@ def train(
         seed=args.seed,
         rank=rank,
         world_size=world_size,
-        workers=share_cores(args.workers, device),
+        workers=share_cores(args.workers, device, cut_only, in_memory),
         pin_memory=device.type == "cuda",
+        cut_only=cut_only,
     )
+    placing = dict(device=device, stream=torch.cuda.Stream(device) if device.type == "cuda" else None)
     steps_per_epoch = len(loader)
     learning_rates = warmup_cosine(
         steps_per_epoch, args.epochs, args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
@@ -413,9 +483,14 @@ def train(
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss, steps_per_epoch)
+    if args.compile == "on":  # a graph for each resolution
+        model.features = torch.compile(model.features, dynamic=False)
+        placing["augment"] = torch.compile(augment, dynamic=False)
     network = model
     if world_size > 1:
-        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        options = dict(gradient_as_bucket_view=True, static_graph=True)
+        devices = [device.index] if device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=devices, **options)
     metrics = open_metrics(dump, first_epoch) if rank == 0 else None
     describe(args, images, loader, model, device, dtype)
 
@@ -432,9 +507,9 @@ def train(
         interval_steps, waited = 0, 0.0
         for step_of_epoch in range(1, steps_per_epoch + 1):
             asked = time.perf_counter()
-            crops, _ = next(batches)  # V of [B, 3, S, S]
-            crops = [crop.to(device, non_blocking=True, memory_format=layout) for crop in crops]
+            batch, _ = next(batches)
             waited += time.perf_counter() - asked
+            crops = place_batch(batch, memory_format=layout, **placing)  # V of [B, 3, S, S]
 
             # 1. prototypes to the unit sphere, 2. forward
             model.normalize_prototypes()
@@ -588,6 +663,8 @@ def describe(
         f"sinkhorn: {backend(device)}"
     )
     source = getattr(images, "root", None) or args.data_path or "drawn in memory"
+    if isinstance(images, CachedImages):
+        source = f"{source}, kept in memory, {images.ends[-1] / 2**20:.0f} MiB"
     say(
         f"data: {len(images)} images ({args.dataset}, {source}); {len(loader)} steps an epoch of "
         f"{args.batch_size * world_size} images; {args.epochs} epochs"

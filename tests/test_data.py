@@ -3,8 +3,12 @@
 import gzip
 import io
 import math
+import platform
 import random
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +20,33 @@ from torchvision.transforms.v2 import functional as F
 
 import data
 from data import (
+    ROW,
+    STEPS,
+    CachedImages,
     CentreCrop,
-    Crop,
     ImageArrays,
     ImageFiles,
     MultiCrop,
     ProbeCrop,
     SeededImages,
     ShuffledBatches,
-    apply_crop,
+    augment,
+    augment_singly,
+    cached_size,
+    cut_crop,
     draw_shape,
+    image_size,
     open_images,
     ordered_loader,
-    sample_box,
+    place_batch,
+    read_image,
+    sample_rows,
+    step_of,
+    to_pixels,
     training_loader,
 )
 
+ROOT = Path(__file__).parent.parent
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)
 TWO_SIZES = ([24, 16], [2, 3], [0.3, 0.1], [1.0, 0.3])
@@ -67,119 +82,225 @@ def test_crops_are_normalised_with_the_published_constants():
             torch.testing.assert_close(crop, (-MEAN / STD).expand_as(crop))
 
 
-def torchvision_crop(image, crop, kernel):
-    """The same crop, one torchvision operation after the other."""
+# Augmentation, in both of its forms
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+FORMS = {
+    "singly": lambda pixels, rows, device="cpu": augment_singly(pixels, rows),
+    "batched": lambda pixels, rows, device="cpu": augment(pixels.to(device), torch.from_numpy(rows).to(device)).cpu(),
+}
+PICTURES = {
+    "noise": np.random.default_rng(0).integers(0, 256, (3, 24, 24)),
+    "grey": np.random.default_rng(1).integers(0, 256, (1, 24, 24)).repeat(3, axis=0),
+    "pure colours": np.random.default_rng(2).integers(0, 2, (3, 24, 24)) * 255,
+    "ramps": np.stack([*np.meshgrid(np.arange(24), np.arange(24)), np.full((24, 24), 13)]) * 10,
+}
+
+
+def row_of(flip=False, jitter=(), grey=False, sigma=0.0):
+    """The row of these operations, jitter in its order as (name, factor)."""
+    names = [name for name, _ in jitter] + ["hue"]
+    row = np.zeros(ROW, np.float32)
+    row[:4] = flip, grey, sigma, dict(jitter).get("hue", 0)
+    for name, factor in jitter:
+        if name != "hue":
+            start = 4 + 3 * step_of(name, names)
+            row[start : start + 3] = 1 - factor, name == "saturation", name == "contrast"
+    return row
+
+
+def operations_of(row):
+    """What `row_of` gave `row` for; operations that do nothing are left out."""
+    jitter = []
+    for step in range(STEPS):
+        if step == STEPS // 2 and row[3]:
+            jitter.append(("hue", float(row[3])))
+        share, luminance, mean = row[4 + 3 * step : 7 + 3 * step]
+        if share:
+            jitter.append(("saturation" if luminance else "contrast" if mean else "brightness", float(1 - share)))
+    return dict(flip=bool(row[0]), jitter=tuple(jitter), grey=bool(row[1]), sigma=float(row[2]))
+
+
+def torchvisions(image, flip=False, jitter=(), grey=False, sigma=0.0, kernel=33):
+    """The same, one torchvision operation after the other, on a float tensor or a PIL image; normalised."""
     adjust = {
         "brightness": F.adjust_brightness,
         "contrast": F.adjust_contrast,
         "saturation": F.adjust_saturation,
         "hue": F.adjust_hue,
     }
-    pixels = F.crop(image, crop.top, crop.left, crop.height, crop.width)
-    pixels = F.resize(pixels, [crop.size, crop.size], F.InterpolationMode.BILINEAR, antialias=True)
-    pixels = F.horizontal_flip(pixels) if crop.flip else pixels
-    for name, factor in crop.jitter:
-        pixels = adjust[name](pixels, factor)
-    pixels = F.rgb_to_grayscale(pixels, num_output_channels=3) if crop.grey else pixels
-    pixels = F.to_dtype(F.to_image(pixels), torch.float32, scale=True)
-    pixels = F.gaussian_blur(pixels, [kernel, kernel], [crop.sigma, crop.sigma]) if crop.sigma else pixels
+    image = F.horizontal_flip(image) if flip else image
+    for name, factor in jitter:
+        image = adjust[name](image, factor)
+    image = F.rgb_to_grayscale(image, num_output_channels=3) if grey else image
+    pixels = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(torch.Tensor)
+    pixels = F.gaussian_blur(pixels, [kernel, kernel], [sigma, sigma]) if sigma else pixels
     return (pixels - MEAN) / STD
 
 
-BOX = dict(size=24, top=3, left=5, height=31, width=40)
-PLAIN = dict(flip=False, jitter=(), grey=False, sigma=0.0)
 JITTER = (("hue", -0.2), ("contrast", 1.8), ("brightness", 0.4), ("saturation", 1.7))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize(
-    "options",
+    "operations",
     [
         {},
-        dict(size=48, height=20, width=27),
         dict(flip=True),
+        *(dict(jitter=((name, factor),)) for name in ("brightness", "contrast", "saturation") for factor in (0.2, 1.8)),
+        *(dict(jitter=(("hue", turns),)) for turns in (-0.2, -0.03, 0.1, 0.2)),
         dict(jitter=JITTER),
         dict(jitter=JITTER[::-1]),
         dict(grey=True),
-        dict(sigma=0.1),
-        dict(sigma=0.75),
-        dict(sigma=2.0),
+        *(dict(sigma=sigma) for sigma in (0.1, 0.3, 0.75, 1.3, 2.0)),
         dict(flip=True, jitter=JITTER, grey=True, sigma=1.9),
     ],
     ids=str,
 )
-def test_each_operation_is_torchvisions(options):
-    crop = Crop(**{**BOX, **PLAIN, **options})
-    pixels = apply_crop(noise(), crop)
-    # A kernel of 33 reaches 16 pixels, beyond which a sigma of 2 leaves nothing; ours reaches 8.
-    torch.testing.assert_close(pixels, torchvision_crop(noise(), crop, 33), rtol=0, atol=5e-5 if crop.sigma else 1e-5)
+def test_each_operation_is_torchvisions(operations, picture, form):
+    pixels = torch.from_numpy(PICTURES[picture].astype(np.uint8))
+    ours = FORMS[form](pixels[None], row_of(**operations)[None])[0]
+    error = ((ours - torchvisions(pixels / 255, **operations)) * STD * 255).abs()
+    assert error.max() < 1 and error.mean() < 0.2
+    if not operations.get("sigma"):  # a blur is cut at 3 sigma, torchvision's weights of grey differ by 0.0001
+        assert error.max() < 0.12
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_sampled_crops_equal_torchvisions(seed):
-    image = noise(*((60, 47) if seed % 2 else (50, 90)), seed)
-    for crop in MultiCrop(*TWO_SIZES).sample(*image.size, np.random.default_rng(seed)):
-        kernel = 2 * math.ceil(4 * crop.sigma) + 1
-        torch.testing.assert_close(apply_crop(image, crop), torchvision_crop(image, crop, kernel), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("size", [7, 24, 70, 200])
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_both_blurs_are_torchvisions_of_the_same_reach(size, sigma):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8))
+    expected = torchvisions(pixels[0] / 255, sigma=sigma, kernel=2 * math.ceil(3 * sigma) + 1)
+    for form in FORMS.values():
+        torch.testing.assert_close(form(pixels, row_of(sigma=sigma)[None])[0], expected, rtol=0, atol=2e-5)
 
 
-def test_the_smallest_crop_takes_the_widest_blur():
-    crop = Crop(**{**BOX, **PLAIN, "size": 9, "sigma": 2.0})
-    torch.testing.assert_close(apply_crop(noise(), crop), torchvision_crop(noise(), crop, 17), rtol=0, atol=1e-5)
+def random_crops(count, size, seed=0):
+    """uint8 [count, 3, size, size] of slopes and noise, and rows that MultiCrop draws."""
+    rng = np.random.default_rng(seed)
+    slopes = rng.uniform(-3, 3, (2, count, 3, 1, 1)) * np.stack(np.meshgrid(*2 * [np.arange(size)]))[:, None, None]
+    pixels = rng.uniform(40, 215, (count, 3, 1, 1)) + slopes.sum(0) + rng.normal(0, 8, (count, 3, size, size))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), sample_rows(rng.random((count, 10)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [7, 24, 65, 224])
+def test_crops_in_batches_on_the_device_are_those_of_workers(size, device):
+    pixels, rows = random_crops(40, size)
+    before = pixels.clone()
+    batched = FORMS["batched"](pixels, rows, device)
+    torch.testing.assert_close(batched, augment_singly(pixels, rows), rtol=0, atol=2e-4)
+    assert batched.is_contiguous() and torch.equal(pixels, before)
+
+
+def test_sampled_crops_are_torchvisions_and_close_to_those_of_8_bit_images():
+    pixels, rows = random_crops(200, 32)
+    rounded = []
+    for ours, crop, row in zip(augment_singly(pixels, rows), pixels, rows, strict=True):
+        operations = operations_of(row)
+        kernel = 2 * math.ceil(3 * operations["sigma"]) + 1
+        assert np.allclose(row_of(**operations)[:4], row[:4])
+        error = ((ours - torchvisions(crop / 255, **operations, kernel=kernel)) * STD * 255).abs()
+        assert error.max() < 0.3, operations
+        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        rounded.append(((ours - torchvisions(image, **operations, kernel=kernel)) * STD * 255).abs())
+    # The published program rounds to 8 bits after each operation, and hue has but 256 values there.
+    assert torch.stack(rounded).mean() < 1.5 and torch.stack(rounded).quantile(0.99) < 12
+
+
+def test_a_batch_is_augmented_without_a_look_at_its_values():
+    pixels, rows = random_crops(5, 24)
+    out = augment(pixels.to("meta"), torch.from_numpy(rows).to("meta"))  # has no values: reading one raises
+    assert out.shape == pixels.shape and out.dtype == torch.float32
+
+
+def test_a_batch_is_augmented_in_one_graph():
+    pixels, rows = random_crops(5, 70)
+    whole = torch.compile(augment, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = augment(pixels, torch.from_numpy(rows))
+    torch.testing.assert_close(whole(pixels, torch.from_numpy(rows)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size, box", [(24, (3, 5, 31, 40)), (48, (0, 0, 20, 27)), (9, (10, 20, 37, 40))])
+def test_boxes_are_cut_out_as_pillow_does(size, box):
+    image = noise()
+    top, left, height, width = box
+    expected = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    error = cut_crop(to_pixels(image), box, size).astype(int) - np.array(expected).transpose(2, 0, 1)
+    assert error.dtype == int and np.abs(error).max() <= 1
+
+
+# What is drawn
 
 
 @pytest.fixture(scope="module")
 def draws():
-    """4000 crops of an image that is large enough for every box to fit and for whole pixels not to matter."""
-    transform, rng = MultiCrop([96], [1], [0.05], [0.14]), np.random.default_rng(0)
-    return [transform.sample(4000, 3000, rng)[0] for _ in range(4000)]
+    """Boxes and rows of 4000 crops of an image so large that every box fits and whole pixels do not matter."""
+    transform = MultiCrop([96], [4000], [0.05], [0.14])
+    boxes, rows = transform.sample([(4000, 3000)], [np.random.default_rng(0)])
+    return boxes[0], rows[0]
 
 
 def assert_uniform(values, low, high):
     """Kolmogorov-Smirnov: the largest distance between the two distribution functions; 2 / sqrt(n) is 1 in 1500."""
     shares = (np.sort(values) - low) / (high - low)
     ranks = np.arange(len(shares) + 1) / len(shares)
-    assert shares[0] >= -1e-9 and shares[-1] <= 1 + 1e-9
+    assert shares[0] >= -1e-3 and shares[-1] <= 1 + 1e-3  # boxes have whole pixels
     assert max((ranks[1:] - shares).max(), (shares - ranks[:-1]).max()) < 2 / math.sqrt(len(shares))
 
 
 def test_probabilities_of_flip_jitter_grey_and_blur(draws):
-    shares = {
-        "flip": (0.5, [crop.flip for crop in draws]),
-        "jitter": (0.8, [bool(crop.jitter) for crop in draws]),
-        "grey": (0.2, [crop.grey for crop in draws]),
-        "blur": (0.5, [crop.sigma > 0 for crop in draws]),
-    }
-    for name, (expected, values) in shares.items():
-        assert np.mean(values) == pytest.approx(expected, abs=0.025), name
+    drawn = [operations_of(row) for row in draws[1]]
+    for name, expected in dict(flip=0.5, jitter=0.8, grey=0.2, sigma=0.5).items():
+        assert np.mean([bool(operations[name]) for operations in drawn]) == pytest.approx(expected, abs=0.025), name
 
 
 def test_boxes_are_uniform_in_area_log_aspect_and_place(draws):
-    assert_uniform([crop.height * crop.width / (4000 * 3000) for crop in draws], 0.0499, 0.1401)  # whole pixels
-    assert_uniform([math.log(crop.width / crop.height) for crop in draws], math.log(0.749), math.log(1.335))
-    assert_uniform([crop.top / (3000 - crop.height) for crop in draws], 0, 1)
-    assert_uniform([crop.left / (4000 - crop.width) for crop in draws], 0, 1)
+    top, left, height, width = draws[0].T
+    assert_uniform(height * width / (4000 * 3000), 0.05, 0.14)
+    assert_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3))
+    assert_uniform((top + 0.5) / (3000 - height + 1), 0, 1)
+    assert_uniform((left + 0.5) / (4000 - width + 1), 0, 1)
 
 
 def test_jitter_factors_and_blur_are_uniform_in_their_ranges(draws):
-    for name in ("brightness", "contrast", "saturation"):
-        assert_uniform([dict(crop.jitter)[name] for crop in draws if crop.jitter], 0.2, 1.8)
-    assert_uniform([dict(crop.jitter)["hue"] for crop in draws if crop.jitter], -0.2, 0.2)
-    assert_uniform([crop.sigma for crop in draws if crop.sigma], 0.1, 2.0)
+    jitters = [dict(operations_of(row)["jitter"]) for row in draws[1] if row[3]]
+    assert all(len(jitter) == 4 for jitter in jitters)
+    for name, low, high in (
+        ("brightness", 0.2, 1.8),
+        ("contrast", 0.2, 1.8),
+        ("saturation", 0.2, 1.8),
+        ("hue", -0.2, 0.2),
+    ):
+        assert_uniform([jitter[name] for jitter in jitters], low, high)
+    assert_uniform([row[2] for row in draws[1] if row[2]], 0.1, 2.0)
 
 
 def test_jitter_comes_in_all_24_orders_equally_often(draws):
-    orders = [tuple(name for name, _ in crop.jitter) for crop in draws if crop.jitter]
+    orders = [tuple(name for name, _ in operations_of(row)["jitter"]) for row in draws[1] if row[3]]
     counts = [orders.count(order) for order in set(orders)]
     assert len(counts) == 24 and all(len(set(order)) == 4 for order in orders)
     assert min(counts) > 0.6 * len(orders) / 24 and max(counts) < 1.4 * len(orders) / 24
 
 
+def test_what_is_drawn_is_independent(draws):
+    """Flip, grey, blur, hue, the first step and the box: no two of them tell of each other."""
+    columns = np.concatenate([draws[1][:, :5], draws[0]], axis=1)
+    correlations = np.corrcoef(columns[draws[1][:, 3] != 0].T)
+    correlations[-2:, :] = correlations[:, -2:] = 0  # height and width follow from one area, and bound the place
+    assert np.abs(correlations - np.diag(np.diag(correlations))).max() < 4 / math.sqrt(0.8 * 4000)
+
+
+def boxes_of(width, height, scale, count):
+    transform = MultiCrop([24], [count], [scale[0]], [scale[1]])
+    return transform.sample([(width, height)], [np.random.default_rng(0)])[0][0].tolist()
+
+
 @pytest.mark.parametrize("scale", [(0.05, 0.14), (0.14, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("width, height", [(64, 64), (37, 91), (500, 333), (3000, 20), (2, 1000), (1, 1)])
 def test_boxes_lie_in_the_image_with_an_allowed_area_and_aspect(width, height, scale):
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        top, left, box_height, box_width = sample_box(width, height, scale, rng)
+    for top, left, box_height, box_width in boxes_of(width, height, scale, 200):
         assert 0 <= top <= top + box_height <= height and box_height > 0
         assert 0 <= left <= left + box_width <= width and box_width > 0
         assert box_width <= (box_height + 0.5) * 4 / 3 + 0.5 and box_height <= (box_width + 0.5) * 4 / 3 + 0.5
@@ -187,15 +308,14 @@ def test_boxes_lie_in_the_image_with_an_allowed_area_and_aspect(width, height, s
 
 
 @pytest.mark.parametrize(
-    "width, height, box", [(4000, 30, (0, 1980, 30, 40)), (30, 4000, (1980, 0, 40, 30)), (50, 50, (0, 0, 50, 50))]
+    "width, height, box", [(4000, 30, [0, 1980, 30, 40]), (30, 4000, [1980, 0, 40, 30]), (50, 50, [0, 0, 50, 50])]
 )
 def test_where_no_box_fits_it_is_the_largest_centred_one(width, height, box):
-    assert sample_box(width, height, (1.0, 1.0), np.random.default_rng(0)) == box
+    assert boxes_of(width, height, (1.0, 1.0), 1) == [box]
 
 
 def test_every_place_that_fits_is_taken_edges_included():
-    rng = np.random.default_rng(0)
-    boxes = [sample_box(12, 12, (0.5, 0.5), rng) for _ in range(2000)]
+    boxes = boxes_of(12, 12, (0.5, 0.5), 2000)
     assert {top for top, _, height, _ in boxes if height == 8} == set(range(5))
     assert {left for _, left, _, width in boxes if width == 8} == set(range(5))
 
@@ -206,7 +326,7 @@ def test_every_place_that_fits_is_taken_edges_included():
         ("nmb_crops", ([24, 16], [2], [0.3, 0.1], [1, 0.3])),
         ("min_scale_crops", ([24, 16], [2, 3], [0.3], [1, 0.3])),
         ("max_scale_crops", ([24, 16], [2, 3], [0.3, 0.1], [1, 0.3, 0.2])),
-        ("size_crops", ([24, 8], [2, 3], [0.3, 0.1], [1, 0.3])),
+        ("size_crops", ([24, 6], [2, 3], [0.3, 0.1], [1, 0.3])),
         ("size_crops", ([], [], [], [])),
         ("nmb_crops", ([24, 16], [2, 0], [0.3, 0.1], [1, 0.3])),
         ("min_scale_crops", ([24, 16], [2, 3], [0.0, 0.1], [1, 0.3])),
@@ -232,9 +352,9 @@ def crops_by_image(loaders, epoch=0):
     return crops
 
 
-def loaders(seed=0, workers=0, world_size=1):
+def loaders(seed=0, workers=0, world_size=1, **more):
     images, transform, batch_size = numbered_images(12), MultiCrop(*TWO_SIZES), 4 // world_size
-    options = dict(seed=seed, workers=workers, world_size=world_size)
+    options = dict(seed=seed, workers=workers, world_size=world_size, **more)
     return [training_loader(images, transform, batch_size, rank=rank, **options) for rank in range(world_size)]
 
 
@@ -245,6 +365,26 @@ def test_crops_do_not_depend_on_workers_and_processes(workers, world_size):
         crops, other_crops = crops_by_image(expected, epoch), crops_by_image(others, epoch)
         assert sorted(crops) == sorted(other_crops) == list(range(12))
         assert all(equal(crops[index], other_crops[index]) for index in crops)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("workers, world_size", [(0, 1), (2, 1), (0, 2)])
+def test_crops_augmented_on_the_device_are_the_same(workers, world_size, device):
+    pairs = zip(loaders(world_size=world_size), loaders(3, workers, world_size, cut_only=True), strict=True)
+    for in_workers, on_device in pairs:
+        on_device.dataset.seed = on_device.batch_sampler.seed = 0
+        for loader in (in_workers, on_device):
+            loader.batch_sampler.epoch = 3
+        for (crops, labels), (batch, other_labels) in zip(in_workers, on_device, strict=True):
+            assert all(pixels.dtype == torch.uint8 and pixels.is_contiguous() for pixels, _ in batch)
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            options = dict(stream=stream, memory_format=torch.channels_last)
+            placed = place_batch(batch, torch.device(device), **options)
+            finished = place_batch(crops, torch.device(device), **options)
+            assert torch.equal(labels, other_labels) and len(placed) == len(finished) == 5
+            for ours, theirs in zip(placed, finished, strict=True):
+                assert ours.is_contiguous(memory_format=torch.channels_last)
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("seed, epoch", [(0, 1), (1, 0)])
@@ -289,7 +429,8 @@ def test_centre_crop_is_torchvisions_resize_and_centre_crop():
     image = noise(90, 61)
     pixels = F.to_image(F.center_crop(F.resize(image, [32], antialias=True), [24, 24]))
     expected = (F.to_dtype(pixels, torch.float32, scale=True) - MEAN) / STD
-    torch.testing.assert_close(CentreCrop(32, 24)(image), expected.as_subclass(torch.Tensor), rtol=0, atol=1e-5)
+    error = (CentreCrop(32, 24)(image) - expected.as_subclass(torch.Tensor)).abs() * STD * 255
+    assert error.max() < 1.01 and error.mean() < 0.02  # torch resizes to within a step of Pillow
 
 
 def test_probe_crop_cuts_and_flips_but_leaves_colours():
@@ -374,11 +515,29 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
     assert all(label == -1 for _, label in images)
 
 
+def test_jpeg_files_are_read_as_pillow_reads_them(tmp_path):
+    smooth = noise(9, 7).resize((61, 47), Image.Resampling.BICUBIC)
+    for name, image, options in (
+        ("rgb.jpg", smooth, {}),
+        ("progressive.jpg", smooth, dict(progressive=True)),
+        ("grey.jpg", smooth.convert("L"), {}),
+        ("cmyk.jpg", smooth.convert("CMYK"), {}),
+    ):
+        image.save(tmp_path / name, quality=95, **options)
+        pixels = read_image(tmp_path / name)
+        assert pixels.dtype == torch.uint8 and image_size(tmp_path / name) == (61, 47)
+        expected = np.array(Image.open(tmp_path / name).convert("RGB")).transpose(2, 0, 1).astype(int)
+        assert np.abs(pixels.numpy() - expected).max() <= 3, name
+    content = (tmp_path / "rgb.jpg").read_bytes()
+    (tmp_path / "more.jpg").write_bytes(content + b"appended")
+    assert torch.equal(read_image(tmp_path / "more.jpg"), to_pixels(Image.open(tmp_path / "rgb.jpg")))
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
 def test_images_of_any_mode_become_rgb(tmp_path, mode):
     save(tmp_path / "image.png", (255, 255, 255), mode)
-    image, _ = ImageFiles(tmp_path)[0]
-    assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 255, 255)
+    pixels, _ = ImageFiles(tmp_path)[0]
+    assert pixels.shape == (3, 12, 20) and pixels.dtype == torch.uint8 and (pixels == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
@@ -424,6 +583,59 @@ def test_an_unreadable_image_is_named(tmp_path, name):
         ImageFiles(tmp_path)[0]
 
 
+# Images in memory
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """(files, the same in memory): five images of different sizes."""
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (8 + i, 11, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    files = ImageFiles(tmp_path)
+    memory = tmp_path / "memory"
+    images = CachedImages(files, [image_size(path) for path in files.paths], str(memory))
+    memory.unlink()
+    return files, images
+
+
+def test_images_in_memory_are_those_of_the_files_and_read_once(cached, monkeypatch):
+    files, images = cached
+    expected = [files[i][0] for i in range(5)]
+    for _ in range(2):
+        assert len(images) == 5 and all(torch.equal(images[i][0], expected[i]) and images[i][1] == -1 for i in range(5))
+        monkeypatch.setattr(data, "read_image", None)
+
+
+def test_what_a_worker_reads_is_in_memory_for_all(cached, monkeypatch):
+    files, images = cached
+    expected = [files[i][0] for i in range(5)]
+    loader = training_loader(images, MultiCrop([8], [1], [0.5], [1.0]), 5, workers=2, cut_only=True)
+    assert len(list(loader)) == 1
+    monkeypatch.setattr(data, "read_image", None)
+    assert all(torch.equal(images[i][0], expected[i]) for i in range(5))
+
+
+def test_the_size_in_memory_is_known_before(cached):
+    files, images = cached
+    needed, allowed = cached_size(files)
+    assert needed == sum(3 * 11 * (8 + i) for i in range(5)) == images.ends[-1] - 5 and allowed > 2**20
+    assert cached_size(numbered_images(3)) == (0, 0)
+
+
+def test_memory_of_freed_tensors_is_used_again():
+    code = (
+        "import resource, torch, data\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20): torch.ones(2**22)\n"  # 16 MiB, 4096 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "data.keep_freed_memory(); faults(); print(faults())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert platform.libc_ver()[0] != "glibc" or int(result.stdout) < 4096
+
+
 @pytest.fixture
 def labelled(tmp_path):
     """train/ with 2 + 1 images of the classes cat and dog, val/ with 1 + 1."""
@@ -444,7 +656,7 @@ def test_labelled_splits_are_found_from_the_folder_or_from_its_train_folder(labe
     for split, expected in (("train", [0, 0, 1]), ("val", [0, 1])):
         images = open_images("folder", f"{labelled}/{below}", split)
         assert [label for _, label in images] == expected and images.classes == ["cat", "dog"]
-        assert images[0][0].mode == "RGB"
+        assert images[0][0].shape == (3, 12, 20)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -480,8 +692,7 @@ def test_fashion_mnist_is_read_from_its_four_files(tmp_path, split, prefix):
     images = open_images("fashion_mnist", tmp_path, split)
     assert len(images) == len(pixels)
     for index, (image, label) in enumerate(images[i] for i in range(len(images))):
-        assert image.mode == "RGB" and label == labels[index]
-        assert np.array_equal(np.array(image), np.repeat(pixels[index][..., None], 3, axis=2))
+        assert label == labels[index] and np.array_equal(image, np.repeat(pixels[index][None], 3, axis=0))
 
 
 CORRUPT = {
@@ -563,6 +774,6 @@ def test_shapes_are_small_colour_images_with_balanced_labels(monkeypatch, split,
     assert images.pixels.shape == (count, 64, 64, 3) and images.pixels.dtype == np.uint8
     assert np.bincount(images.labels).tolist() == [count // 10] * 10 and len(images.classes) == 10
     image, label = images[3]
-    assert image.mode == "RGB" and image.size == (64, 64) and label == images.labels[3]
+    assert image.shape == (3, 64, 64) and label == images.labels[3]
     drawn, _ = draw_shape("val" if split == "val" else "train", 3)
-    assert np.array_equal(np.array(image), drawn)
+    assert np.array_equal(image.permute(1, 2, 0), drawn)

@@ -124,6 +124,109 @@ def test_workers_do_not_change_what_is_learned(images, tmp_path):
     assert_same(helped["state_dict"], alone["state_dict"])
 
 
+def losses(dump: Path) -> list[float]:
+    rows = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_where_crops_are_augmented_does_not_change_what_is_learned(images, tmp_path):
+    for place in ("auto", "workers"):
+        run_training(images, tmp_path / place, "--augment", place, "--log_freq", "1")
+    assert len(losses(tmp_path / "auto")) == 8
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "workers"), rel=1e-3)
+
+
+def test_compiled_it_learns_the_same(images, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_without_a_compiler(function, **options):
+        compiled.append(function.__name__)
+        return torch_compile(function, backend="aot_eager", **options)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_a_compiler)
+    run_training(images, tmp_path / "off", "--log_freq", "1", "--epochs", "2")
+    assert not compiled
+    checkpoint = run_training(images, tmp_path / "on", "--log_freq", "1", "--epochs", "2", "--compile")
+    assert compiled == ["features", "augment"]
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-3)
+    assert checkpoint["state_dict"].keys() == train.build_model(train.parse_args(TINY)).state_dict().keys()
+
+
+@pytest.mark.parametrize("cache", ["auto", "ram"])
+def test_images_kept_in_memory_are_the_same(cache, images, tmp_path, capsys):
+    without = run_training(images, tmp_path / "off", "--cache", "off", "--epochs", "2")
+    assert "kept in memory" not in capsys.readouterr().out
+    within = run_training(images, tmp_path / "on", "--cache", cache, "--epochs", "2")
+    assert "kept in memory, 0 MiB" in capsys.readouterr().out
+    assert_same(within["state_dict"], without["state_dict"])
+    assert not list(Path("/dev/shm").glob("swav-*"))
+
+
+def test_images_kept_in_memory_are_shared_by_processes(images, tmp_path):
+    command = [ROOT / "train.py", *TINY, f"--data_path={images}", "--queue_length", "16", "--batch_size", "2"]
+    checkpoints = []
+    for cache in ("off", "ram"):
+        done = torchrun(2, *command, "--cache", cache, "--workers", "1", "--dump_path", tmp_path / cache)
+        assert done.returncode == 0, done.stderr
+        assert ("kept in memory" in done.stdout) == (cache == "ram")
+        checkpoints.append(torch.load(tmp_path / cache / "checkpoint.pth")["state_dict"])
+    assert_same(*checkpoints)
+
+
+def test_images_that_do_not_fit_into_memory_are_not_kept_there(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "cached_size", lambda images: (2**40, 2**33))
+    run_training(images, tmp_path, "--epochs", "1")
+    assert "kept in memory" not in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="^--cache ram: expected at most 8.0 GiB .* got some 1024.0; write --cache off"
+    ):
+        run_training(images, tmp_path, "--cache", "ram")
+
+
+def test_a_run_reads_no_more_values_of_tensors_for_more_steps(images, tmp_path):
+    """What would make a GPU's queue run dry shows in a trace of a CPU too. At the end of an epoch reading is free."""
+    counts = []
+    for batch_size in (4, 2):  # 2 and 5 steps
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run_training(
+                images,
+                tmp_path / str(batch_size),
+                "--batch_size",
+                str(batch_size),
+                *"--epochs 1 --epoch_queue_starts 0".split(),
+            )
+        calls = {event.key.removeprefix("aten::"): event.count for event in profile.key_averages()}
+        reads = "item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "argwhere"
+        counts.append({name: calls[name] for name in reads if name in calls})
+        steps = calls["sinkhorn_ext::swapped_loss_backward"]
+        assert steps == {4: 2, 2: 5}[batch_size]
+        if backend("cpu") == "cpp":  # whose gradient is multiplied by a number, not a tensor
+            counts[-1] = {name: count - steps for name, count in counts[-1].items()}
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_step_waits_for_the_gpu(images, tmp_path, monkeypatch):
+    """Between the lines, where losses are read, whatever waits raises."""
+    mean_over_processes, log = train.mean_over_processes, train.log
+
+    def reading(values):
+        torch.cuda.set_sync_debug_mode("default")
+        return mean_over_processes(values)
+
+    def logged(row, line, metrics, keep=False):
+        log(row, line, metrics, keep)
+        torch.cuda.set_sync_debug_mode("default" if keep else "error")
+
+    monkeypatch.setattr(train, "mean_over_processes", reading)
+    monkeypatch.setattr(train, "log", logged)
+    try:
+        run_training(images, tmp_path, "--device", "cuda", "--batch_size", "2", "--queue_length", "4")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_finished_run_is_left_alone(images, tmp_path, capsys):
     before = run_training(images, tmp_path)
     after = run_training(images, tmp_path)
@@ -164,25 +267,33 @@ def test_changed_steps_an_epoch_are_said(images, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "processes, asked, expected",
-    [(1, None, (4, 4)), (1, 1, (1, 7)), (4, None, (1, 1)), (16, None, (0, 1))],
+    "processes, asked, in_workers, in_memory, in_files",
+    [  # (workers, threads) of a process of eight cores or its part of them
+        (1, "auto", (4, 4), (0, 8), (1, 8)),
+        (1, 3, (3, 5), (3, 8), (3, 8)),
+        (4, "auto", (1, 1), (0, 2), (1, 2)),
+        (16, "auto", (0, 1), (0, 1), (0, 1)),
+    ],
 )
-def test_cores_are_shared_between_processes_and_their_loaders(processes, asked, expected, monkeypatch):
+def test_cores_are_shared_between_processes_and_their_loaders(
+    processes, asked, in_workers, in_memory, in_files, monkeypatch
+):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert (train.share_cores(asked, torch.device("cpu")), threads[-1]) == expected
+    for cut_only, held, expected in ((False, True, in_workers), (True, True, in_memory), (True, False, in_files)):
+        assert (train.share_cores(asked, torch.device("cpu"), cut_only, held), threads[-1]) == expected
     threads.clear()
-    assert train.share_cores(asked, torch.device("cuda", 0)) >= 1 and not threads
+    assert train.share_cores(asked, torch.device("cuda", 0), True, True) >= 1 and not threads
 
 
 def test_threads_that_the_user_sets_are_kept(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    train.share_cores(None, torch.device("cpu"))
+    train.share_cores("auto", torch.device("cpu"), True, True)
     assert not threads
 
 
