@@ -9,16 +9,31 @@ import pytest
 import torch
 
 import bench
+from data import MultiCrop
+from model import SwAV
+from optim import LARS
 
 HOUSE = Path(__file__).resolve().parent.parent
 
 
-def test_tables_and_figures_of_tiny_sizes(tmp_path):
-    command = [sys.executable, "bench.py", "sinkhorn", "loss", "--device", "cpu", "--json", str(tmp_path / "b.json")]
-    command += ["--batch_size", "3", "5", "--nmb_prototypes", "7", "--repetitions", "2"]
-    result = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, timeout=120)
+def figures_of(tmp_path, *words):
+    """What `bench.py` prints and writes, on a CPU."""
+    command = [sys.executable, "bench.py", *words, "--device", "cpu", "--json", str(tmp_path / "b.json")]
+    result = subprocess.run([*command, "--repetitions", "2"], cwd=HOUSE, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "b.json").read_text())
+    return json.loads((tmp_path / "b.json").read_text()), result.stdout
+
+
+def check_row(row, ratios, images=None):
+    """Ratios are quotients of medians, of which images/s follow too."""
+    medians = row["median_ms"]
+    assert row["ratios"] == {f"{a}/{b}": pytest.approx(medians[a] / medians[b]) for a, b in ratios}
+    if images is not None:
+        assert row["images_per_s"] == {name: pytest.approx(1e3 * images / ms) for name, ms in medians.items()}
+
+
+def test_tables_and_figures_of_tiny_sizes(tmp_path):
+    figures, out = figures_of(tmp_path, "sinkhorn", "loss", "--batch_size", "3", "5", "--nmb_prototypes", "7")
     assert figures["machine"]["torch"] == torch.__version__ and figures["machine"]["sinkhorn_ext"] in ("cpp", "torch")
     for name, floors in (("sinkhorn", {"read", "read+write", "read+exp+write", "new"}), ("loss", {"read+write"})):
         rows = figures[name]
@@ -30,8 +45,97 @@ def test_tables_and_figures_of_tiny_sizes(tmp_path):
                 assert 0 < low <= high and median > 0
             ratio = row["median_ms"]["published"] / row["median_ms"]["ours"]
             assert row["ratios"]["published/ours"] == pytest.approx(ratio)
-            assert f"{ratio:.2f}" in result.stdout
+            assert f"{ratio:.2f}" in out
     assert sys.platform != "linux" or figures["loss"][0]["peak_bytes"]["scores"] == 8 * 3 * 7 * 4
+
+
+def test_pipeline_of_tiny_sizes(tmp_path):
+    words = ["pipeline", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--batch_size", "4"]
+    figures, out = figures_of(tmp_path, *words, "--threads", "1")
+    crops, (augment,) = figures["pipeline"]["crops"], figures["pipeline"]["augment"]
+    assert [(row["width"], row["height"]) for row in crops] == [(500, 375), (160, 120)]
+    assert 100e3 < crops[0]["file_bytes"] < 120e3 and crops[1]["file_bytes"] < 20e3
+    for row in crops:
+        check_row(row, [("published", "workers"), ("published", "device"), ("device", "decode")], images=1)
+    check_row(augment, [("augment", "read+write")], images=4)
+    assert augment["B"] == 4 and "2x16 + 1x8" in out
+
+
+def test_step_of_tiny_sizes(tmp_path):
+    words = ["step", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--steps", "1"]
+    words += ["--batch_size", "4", "--nmb_prototypes", "7", "--threads", "1"]
+    figures, out = figures_of(tmp_path, *words)
+    (row,), (lars,) = figures["step"]["steps"], figures["step"]["lars"]
+    assert (row["B"], row["K"]) == (4, 7)
+    check_row(row, [("published", "ours")], images=4)
+    check_row(lars, [("published", "ours"), ("ours", "fused SGD")])
+    assert lars["params"] == len(list(SwAV("resnet50").parameters()))
+    for program in ("published", "ours"):
+        parts = row["parts_ms"][program]
+        assert tuple(parts) == bench.PARTS and parts["all-reduce"] == 0 == row["parts_ms"]["published"]["augment"]
+        assert all(parts[part] > 0 for part in bench.PARTS if part not in ("all-reduce", "augment"))
+    assert row["parts_ms"]["ours"]["augment"] > 0 and all(part in out for part in bench.PARTS)
+
+
+def test_scaling_of_tiny_sizes(tmp_path):
+    words = ["scaling", "--size_crops", "16", "8", "--steps", "1", "--processes", "1", "2", "--nmb_small_crops", "0"]
+    figures, out = figures_of(tmp_path, *words, "--batch_size", "4", "--nmb_prototypes", "7", "--step_ms", "180")
+    rows, computed = figures["scaling"]["measured"], figures["scaling"]["computed"]
+    assert [(row["W"], row["K"], row["small"], row["B"]) for row in rows] == [(1, 7, 0, 4), (2, 7, 0, 4)]
+    for row in rows:
+        check_row(row, [("step", "base")])
+        assert row["median_ms"]["base"] == rows[0]["median_ms"]["step"]
+        assert row["efficiency"] == pytest.approx(row["median_ms"]["base"] / row["median_ms"]["step"])
+        assert row["images_per_s"]["step"] == pytest.approx(1e3 * 4 * row["W"] / row["median_ms"]["step"])
+    parameters = sum(p.numel() for p in SwAV("resnet18", nmb_prototypes=7).parameters())
+    assert rows[0]["bytes_sent"] == {"gradients": 0, "codes": 0}
+    # A process of two sends half of what is summed twice, and once what is gathered.
+    assert rows[1]["bytes_sent"] == {"gradients": 4 * parameters, "codes": 3 * 2 * 4 * 7}
+    assert [row["GPUs"] for row in computed] == [8, 64, 512]
+    for row in computed:
+        ms = [row["gradients_ms"], row["codes_ms"], row["BatchNorm_ms"]]
+        assert row["exposed_ms"] == pytest.approx(sum(ms) - min(ms[0], 120))
+        assert row["efficiency"] == pytest.approx(180 / (180 + row["exposed_ms"]))
+    lines = out[out.index("computed") :].splitlines()
+    assert len(lines) == 8 and all("computed" in line for line in lines[:-1])
+
+
+def test_traffic_of_a_ring():
+    model = SwAV("resnet18", hidden_mlp=16, feat_dim=8, nmb_prototypes=30, width=8, blocks=[1, 1, 1, 1])
+    sent = bench.traffic(model, 4, resolutions=2, sync_bn=True)
+    assert sent["gradients"] == (2 * 3 / 4 * 4 * sum(p.numel() for p in model.parameters()), 1)
+    assert sent["codes"] == ((3 + 2 * 2 * 3 / 4) * 2 * 30 * 4, 3)
+    # Stem, two or three in each of four stages, for two resolutions; one in the head.
+    widths = 2 * (3 * [8] + 3 * [16] + 3 * [32] + 3 * [64]) + [16]
+    assert sent["BatchNorm"] == (sum(4 * (3 * (2 * w + 1) + 1.5 * 2 * w) for w in widths), 2 * len(widths))
+    assert bench.traffic(model, 1, resolutions=2, sync_bn=True)["gradients"][0] == 0
+
+
+def test_published_lars_computes_our_weights():
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.zeros(4), torch.randn(7)]
+    theirs, ours = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    published = bench.PublishedLARS(theirs)
+    optimizer = LARS(ours, bench.LEARNING_RATE, weight_decay=bench.WEIGHT_DECAY)
+    for step in range(3):
+        for a, b in zip(theirs, ours, strict=True):
+            gradient = torch.randn(a.shape) * (step != 1)  # without a norm once
+            a.grad, b.grad = gradient.clone(), gradient.clone()
+        published.step()
+        optimizer.step()
+    for p, a, b in zip(start, theirs, ours, strict=True):
+        assert not torch.equal(p, b)
+        torch.testing.assert_close(a, b)
+    bench.lars_candidates([p.shape for p in start], torch.device("cpu"))  # which checks the same
+
+
+def test_published_crops(tmp_path):
+    bench.write_photos(tmp_path, 2, 40, 30)
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    crops = bench.PublishedCrops(paths, MultiCrop([16, 8], [2, 1], *bench.SCALES))
+    assert len(crops) == 2
+    assert [tuple(crop.shape) for crop in crops[0]] == [(3, 16, 16), (3, 16, 16), (3, 8, 8)]
+    assert not torch.equal(crops[0][0], crops[0][1])
 
 
 def test_peers_compute_the_same():
@@ -46,6 +150,8 @@ def test_peers_compute_the_same():
     torch.testing.assert_close(published, bench.swav_loss(scores, potentials))
     (grad,) = torch.autograd.grad(published, scores)
     torch.testing.assert_close(bench.fallback_loss(scores.detach(), potentials), grad)
+    codes = [bench.published_sinkhorn(of_crop) for of_crop in scores[:2].detach()]
+    torch.testing.assert_close(bench.published_pairs(scores, codes), published)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +162,11 @@ def test_peers_compute_the_same():
         (["loss", "--repetitions", "0"], "--repetitions: expected 1 or more, got 0"),
         (["loss", "--batch_size", "4", "-1"], "--batch_size: expected 1 or more"),
         (["loss", "--device", "abacus"], "--device abacus: expected a device that is here"),
+        (["pipeline", "--size_crops", "16", "6"], "--size_crops: expected 7 or more, got [16, 6]"),
+        (["step", "--nmb_crops", "1", "6"], "--nmb_crops: expected 2 or more large ones, got 1"),
+        (["step", "--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (["scaling", "--nmb_small_crops", "2", "-1"], "--nmb_small_crops: expected 0 or more, got [2, -1]"),
+        (["scaling", "--step_ms", "nan"], "--step_ms: expected a number above 0, got nan"),
     ],
 )
 def test_bad_options_are_named(options, name, capsys):
