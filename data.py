@@ -58,6 +58,16 @@ UNIFORMS = BOX_UNIFORMS + 10  # numbers that decide a crop
 # how far, 0 for an unused step, and what the other image has of the luminance and of its mean.
 STEPS = 6
 ROW = 4 + 3 * STEPS
+
+
+def step_of(name: str, order: Sequence[str]) -> int:
+    """At which of the STEPS an operation of this order is done."""
+    place, hue = order.index(name), order.index("hue")
+    return place if place < hue else STEPS // 2 + place - hue - 1
+
+
+# Where in a row the numbers of brightness, contrast and saturation stand, by the number of the order: [24, 9].
+COLUMNS = np.array([[4 + 3 * step_of(name, order) + i for name in JITTER for i in range(3)] for order in JITTER_ORDERS])
 SMALLEST_CROP = 7  # the blur's largest kernel reaches 6 pixels, and reflects at the border
 
 
@@ -133,7 +143,9 @@ class MultiCrop:
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator | None = None) -> list[torch.Tensor]:
         if rng is None:
             rng = np.random.default_rng(torch.randint(2**63 - 1, ()).item())
-        return [crop for pixels, rows in self.cut([image], [rng]) for crop in augment_singly(pixels, rows)]
+        return [
+            crop for pixels, rows in self.cut([image], [rng]) for crop in torch.from_numpy(augment_singly(pixels, rows))
+        ]
 
 
 def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -149,10 +161,9 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
     root = (3 / 4) ** (0.5 - uniforms[..., BOX_ATTEMPTS : 2 * BOX_ATTEMPTS])  # of the aspect
     widths, heights = np.rint(side * root), np.rint(side / root)
     fit = (widths > 0) & (widths <= width[..., None]) & (heights > 0) & (heights <= height[..., None])
-    first, found = fit.argmax(-1)[..., None], fit.any(-1)
-    box_width = np.take_along_axis(widths, first, -1)[..., 0]
+    found, first = fit.any(-1), fit.argmax(-1)[None, ..., None]
+    box_width, box_height = np.take_along_axis(np.stack([widths, heights]), first, -1)[..., 0]
     box_width = np.where(found, box_width, np.minimum(width, np.rint(height * 4 / 3)))
-    box_height = np.take_along_axis(heights, first, -1)[..., 0]
     box_height = np.where(found, box_height, np.minimum(height, np.rint(width * 4 / 3)))
     down, across = uniforms[..., 2 * BOX_ATTEMPTS], uniforms[..., 2 * BOX_ATTEMPTS + 1]
     top = np.where(found, np.floor(down * (height - box_height + 1)), (height - box_height) // 2)
@@ -169,28 +180,32 @@ def sample_rows(uniforms: np.ndarray) -> np.ndarray:
     rows[..., 1] = grey < 0.2
     rows[..., 2] = (blurred < 0.5) * (0.1 + 1.9 * sigma)
     rows[..., 3] = jittered * HUE_JITTER * (2 * hue - 1)
-    for (name, strength), factor in zip(JITTER.items(), factors, strict=True):
-        column = 4 + 3 * np.array([step_of(name, names) for names in JITTER_ORDERS])[order]
-        numbers = strength * (1 - 2 * factor), name == "saturation", name == "contrast"
-        for i, number in enumerate(numbers):
-            np.put_along_axis(rows, (column + i)[..., None], (jittered * number)[..., None], axis=-1)
+    numbers = [
+        number
+        for (name, strength), factor in zip(JITTER.items(), factors, strict=True)
+        for number in (
+            jittered * strength * (1 - 2 * factor),
+            jittered * (name == "saturation"),
+            jittered * (name == "contrast"),
+        )
+    ]
+    np.put_along_axis(rows, COLUMNS[order], np.stack(numbers, axis=-1), axis=-1)
     return rows.astype(np.float32)
-
-
-def step_of(name: str, order: Sequence[str]) -> int:
-    """At which of the STEPS an operation of this order is done."""
-    place, hue = order.index(name), order.index("hue")
-    return place if place < hue else STEPS // 2 + place - hue - 1
 
 
 def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """PIL image, or uint8 [3, H, W] as it is -> uint8 [3, H, W]; red, green and blue side by side in memory.
 
-    Resizing is fastest on those.
+    Resizing is fastest on those. Raises ValueError for another tensor.
     """
-    return image if torch.is_tensor(image) else torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if not torch.is_tensor(image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+    return image
 
 
+@torch.inference_mode()
 def cut_crop(pixels: torch.Tensor, box: Sequence[int], size: int) -> np.ndarray:
     """A box (top, left, height, width) of an image uint8 [3, H, W], resized with antialias: uint8 [3, size, size]."""
     top, left, height, width = box
@@ -198,7 +213,8 @@ def cut_crop(pixels: torch.Tensor, box: Sequence[int], size: int) -> np.ndarray:
     return interpolate(part, (size, size), mode="bilinear", antialias=True)[0].numpy()
 
 
-def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+@torch.inference_mode()  # a tenth of the time
+def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> np.ndarray:
     """What `augment` does, but each crop goes through its own operations alone: the cheaper way on a CPU's one core.
 
     pixels: uint8 [N, 3, S, S]. rows: float32 [N, ROW]. Returns float32 [N, 3, S, S].
@@ -220,7 +236,7 @@ def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
             blur(seen, sigma)
         if grey:
             image.copy_(seen)
-    return normalize(images)
+    return normalize(images).numpy()  # not an inference tensor, which could not be trained on
 
 
 # Operations on images float32 [N, 3, S, S], from 0 to 255, in place; factors are numbers, or tensors [N, 1, 1, 1] of
@@ -596,6 +612,9 @@ class ShuffledBatches(Sampler):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
+BYTES_AT_A_TIME = 2**26  # of decoded images: a batch of photographs would fill a worker's memory
+
+
 class CutBatches(Dataset):
     """Keys (epoch, index) -> for each resolution (cut crops uint8 [n, B, 3, S, S], rows float32 [n, B, ROW]), labels.
 
@@ -608,10 +627,20 @@ class CutBatches(Dataset):
     def __getitems__(
         self, keys: Sequence[tuple[int, int]]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        images, labels = zip(*(self.images[index] for _, index in keys), strict=True)
-        groups = self.multi_crop.cut(images, [np.random.default_rng((self.seed, *key)) for key in keys])
-        shape = -1, len(keys)
-        batch = [(pixels.unflatten(0, shape), torch.from_numpy(rows).unflatten(0, shape)) for pixels, rows in groups]
+        cut, images, rngs, labels = [], [], [], []
+        for epoch, index in keys:
+            image, label = self.images[index]
+            images.append(to_pixels(image))
+            rngs.append(np.random.default_rng((self.seed, epoch, index)))
+            labels.append(label)
+            if len(labels) == len(keys) or sum(image.numel() for image in images) > BYTES_AT_A_TIME:
+                cut.append([(p.unflatten(0, (-1, len(images))), r) for p, r in self.multi_crop.cut(images, rngs)])
+                images, rngs = [], []
+        batch = []
+        for of_resolution in zip(*cut, strict=True):
+            pixels = torch.cat([pixels for pixels, _ in of_resolution], dim=1)
+            rows = np.concatenate([rows.reshape(len(pixels), -1, ROW) for _, rows in of_resolution], axis=1)
+            batch.append((pixels, torch.from_numpy(rows)))
         return batch, torch.tensor(labels)
 
 

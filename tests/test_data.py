@@ -72,7 +72,7 @@ def equal(crops, others):
 def test_crops_come_in_the_order_and_sizes_asked_for():
     crops = MultiCrop(*TWO_SIZES)(noise())
     assert [tuple(crop.shape) for crop in crops] == [(3, 24, 24)] * 2 + [(3, 16, 16)] * 3
-    assert all(crop.dtype == torch.float32 and crop.is_contiguous() for crop in crops)
+    assert all(crop.dtype == torch.float32 and crop.is_contiguous() and not crop.is_inference() for crop in crops)
 
 
 def test_crops_are_normalised_with_the_published_constants():
@@ -86,7 +86,7 @@ def test_crops_are_normalised_with_the_published_constants():
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 FORMS = {
-    "singly": lambda pixels, rows, device="cpu": augment_singly(pixels, rows),
+    "singly": lambda pixels, rows, device="cpu": torch.from_numpy(augment_singly(pixels, rows)),
     "batched": lambda pixels, rows, device="cpu": augment(pixels.to(device), torch.from_numpy(rows).to(device)).cpu(),
 }
 PICTURES = {
@@ -190,14 +190,14 @@ def test_crops_in_batches_on_the_device_are_those_of_workers(size, device):
     pixels, rows = random_crops(40, size)
     before = pixels.clone()
     batched = FORMS["batched"](pixels, rows, device)
-    torch.testing.assert_close(batched, augment_singly(pixels, rows), rtol=0, atol=2e-4)
+    torch.testing.assert_close(batched, FORMS["singly"](pixels, rows), rtol=0, atol=2e-4)
     assert batched.is_contiguous() and torch.equal(pixels, before)
 
 
 def test_sampled_crops_are_torchvisions_and_close_to_those_of_8_bit_images():
     pixels, rows = random_crops(200, 32)
     rounded = []
-    for ours, crop, row in zip(augment_singly(pixels, rows), pixels, rows, strict=True):
+    for ours, crop, row in zip(FORMS["singly"](pixels, rows), pixels, rows, strict=True):
         operations = operations_of(row)
         kernel = 2 * math.ceil(3 * operations["sigma"]) + 1
         assert np.allclose(row_of(**operations)[:4], row[:4])
@@ -385,6 +385,24 @@ def test_crops_augmented_on_the_device_are_the_same(workers, world_size, device)
             for ours, theirs in zip(placed, finished, strict=True):
                 assert ours.is_contiguous(memory_format=torch.channels_last)
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_large_images_are_cut_some_at_a_time(monkeypatch):
+    (whole,), images = loaders(cut_only=True), []
+    batches = list(whole)
+    monkeypatch.setattr(data, "BYTES_AT_A_TIME", 2 * 3 * 40 * 40 - 1)
+    cut = MultiCrop.cut
+    monkeypatch.setattr(MultiCrop, "cut", lambda self, some, rngs: images.append(len(some)) or cut(self, some, rngs))
+    (portioned,) = loaders(cut_only=True)
+    for (batch, _), (other, _) in zip(batches, portioned, strict=True):
+        assert all(torch.equal(a, b) for pair in zip(batch, other, strict=True) for a, b in zip(*pair, strict=True))
+    assert images == [2] * 6
+
+
+@pytest.mark.parametrize("image", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)])
+def test_tensors_that_are_no_images_are_refused(image):
+    with pytest.raises(ValueError, match="^image: expected PIL or uint8 .* got torch"):
+        MultiCrop([8], [1], [0.5], [1.0])(image)
 
 
 @pytest.mark.parametrize("seed, epoch", [(0, 1), (1, 0)])
