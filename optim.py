@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+Tensors = list[torch.Tensor]
+
 
 class LARS(torch.optim.Optimizer):
     """Momentum SGD on gradients rescaled per parameter to trust_coefficient * ||p|| (layer-wise adaptive rates).
@@ -75,7 +77,7 @@ class LARS(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         update = _update_one_by_one if on_cpu else _update_together
-        update(params, grads, buffers, trust_ratios, group["lr"], group["momentum"], group["weight_decay"])
+        update(params, grads, buffers, trust_ratios, group)
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,36 +88,24 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _update_together(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    buffers: list[torch.Tensor],
-    trust_ratios: torch.Tensor,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
     """One kernel for many parameters, for GPUs, where starting kernels is what costs."""
-    updates = torch._foreach_add(grads, params, alpha=weight_decay)
+    updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
     torch._foreach_mul_(updates, list(trust_ratios.unbind()))
-    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_mul_(buffers, group["momentum"])
     torch._foreach_add_(buffers, updates)
-    torch._foreach_add_(params, buffers, alpha=-lr)
+    torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def _update_one_by_one(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    buffers: list[torch.Tensor],
-    trust_ratios: torch.Tensor,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
     """The same for CPUs, where memory is what costs: a parameter stays in the cache for all of its operations."""
-    decays = weight_decay * trust_ratios
+    decays = group["weight_decay"] * trust_ratios
     for p, grad, buffer, trust_ratio, decay in zip(params, grads, buffers, trust_ratios, decays, strict=True):
-        buffer.mul_(momentum).addcmul_(grad, trust_ratio).addcmul_(p, decay)
-        p.add_(buffer, alpha=-lr)
+        buffer.mul_(group["momentum"]).addcmul_(grad, trust_ratio).addcmul_(p, decay)
+        p.add_(buffer, alpha=-group["lr"])
 
 
 def warmup_cosine(

@@ -23,6 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+# Read when torch is loaded. Threads that wait actively leave a shared machine no core to catch up on: with tests
+# running on the same two cores 74 images/s, 191 this way, and a few percent less than without on a quiet machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 from torch import nn
