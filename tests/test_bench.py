@@ -1,6 +1,7 @@
 """bench.py end to end on tiny sizes. Nothing here looks at how long anything took."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,11 @@ def test_tables_and_figures_of_tiny_sizes(tmp_path):
     assert sys.platform != "linux" or figures["loss"][0]["peak_bytes"]["scores"] == 8 * 3 * 7 * 4
 
 
+# Whole training processes, which take as long as all else here: once, with compiled kernels, is enough.
+with_kernels = pytest.mark.skipif(os.environ.get("SINKHORN_EXT") == "torch", reason="run with compiled kernels alone")
+
+
+@with_kernels
 def test_pipeline_of_tiny_sizes(tmp_path):
     words = ["pipeline", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--batch_size", "4"]
     figures, out = figures_of(tmp_path, *words, "--threads", "1")
@@ -61,6 +67,7 @@ def test_pipeline_of_tiny_sizes(tmp_path):
     assert augment["B"] == 4 and "2x16 + 1x8" in out
 
 
+@with_kernels
 def test_step_of_tiny_sizes(tmp_path):
     words = ["step", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--steps", "1"]
     words += ["--batch_size", "4", "--nmb_prototypes", "7", "--threads", "1"]
@@ -77,6 +84,7 @@ def test_step_of_tiny_sizes(tmp_path):
     assert row["parts_ms"]["ours"]["augment"] > 0 and all(part in out for part in bench.PARTS)
 
 
+@with_kernels
 def test_scaling_of_tiny_sizes(tmp_path):
     words = ["scaling", "--size_crops", "16", "8", "--steps", "1", "--processes", "1", "2", "--nmb_small_crops", "0"]
     figures, out = figures_of(tmp_path, *words, "--batch_size", "4", "--nmb_prototypes", "7", "--step_ms", "180")
