@@ -290,9 +290,9 @@ def share_cores(workers: int | str, device: torch.device, cut_only: bool, in_mem
     cut_only: workers leave augmentation to the device. in_memory: they need not read files either. On a CPU, workers
     that do it all get half of the cores, which training does without: a thread that waits for a core which a worker
     holds costs more than it adds. Cutting out is so little beside training that all cores train, and cutting crops
-    out of images in memory not worth a worker that would disturb them (measured on two cores: 412 images/s, 349 with
-    a worker, 261 with a worker and a thread less). OMP_NUM_THREADS is respected, except that torchrun's own setting of
-    1 for several processes says nothing.
+    out of images in memory is not worth a worker that would disturb them (two cores, threads waiting actively: 412
+    images/s, 349 with a worker, 261 with a worker and a thread less). OMP_NUM_THREADS is respected, except that
+    torchrun's own setting of 1 for several processes says nothing.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= environment("LOCAL_WORLD_SIZE", 1)
@@ -430,18 +430,20 @@ def fits_in_memory(images: Dataset, cache: str) -> bool:
 
 def cache_images(images: Dataset, wanted: bool) -> Dataset:
     """The images, or the same in memory if the first process of this machine, who alone knows, wants it."""
-    path = None
+    offer = None
     if wanted:
         say("cache: reading the sizes of all images ...")
+        sizes = [image_size(name) for name in images.paths]
         descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
         os.close(descriptor)
+        offer = sizes, path
     try:
         if dist.is_initialized():
-            paths = [None] * dist.get_world_size()
-            dist.all_gather_object(paths, path)
-            path = paths[dist.get_rank() - environment("LOCAL_RANK", 0)]
-        if path is not None:
-            images = CachedImages(images, [image_size(name) for name in images.paths], path)
+            offers = [None] * dist.get_world_size()
+            dist.all_gather_object(offers, offer)
+            offer = offers[dist.get_rank() - environment("LOCAL_RANK", 0)]
+        if offer is not None:
+            images = CachedImages(images, *offer)
         if dist.is_initialized():
             dist.barrier()
     finally:
