@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sinkhorn_ext import sinkhorn_potentials, swav_loss
+from sinkhorn_ext import sinkhorn, sinkhorn_potentials, swav_loss
 
 
 class SwAVLoss(nn.Module):
@@ -22,7 +22,10 @@ class SwAVLoss(nn.Module):
     nmb_crops: V. crops_for_assign: the crops whose codes the others predict (the large ones).
     temperature: of the prediction's softmax. epsilon, sinkhorn_iterations: of the codes, see `sinkhorn_ext.sinkhorn`.
     queue_length: embeddings of past images kept per process and assigning crop; a multiple of B, 0 for none.
-    feat_dim: D, needed for the queue. Raises ValueError for values out of range.
+    feat_dim: D, needed for the queue. relative_epsilon: epsilon is in units of the scores' `spread`, so that codes are
+    as sharp for embeddings that have drawn together as for those that have not (ours, not the paper's; with epsilon
+    0.3 small data sets keep learning where the published form gets stuck at ln K).
+    Raises ValueError for values out of range.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class SwAVLoss(nn.Module):
         sinkhorn_iterations: int = 3,
         queue_length: int = 0,
         feat_dim: int = 128,
+        relative_epsilon: bool = False,
     ) -> None:
         super().__init__()
         crops_for_assign = tuple(crops_for_assign)
@@ -56,6 +60,7 @@ class SwAVLoss(nn.Module):
         self.temperature = temperature
         self.epsilon = epsilon
         self.sinkhorn_iterations = sinkhorn_iterations
+        self.relative_epsilon = relative_epsilon
         # Embeddings, not scores: they are scored with today's prototypes. Newest first.
         self.register_buffer("queue", torch.zeros(len(crops_for_assign), queue_length, feat_dim))  # [A, Q, D]
         # Slots that hold an embedding. A tensor, as torch.compile would begin anew with each number.
@@ -77,18 +82,40 @@ class SwAVLoss(nn.Module):
         embeddings = embeddings.detach().unflatten(0, (self.nmb_crops, -1))  # [V, B, D]
         uses_queue = self.queue_started and self.queue.shape[1] > 0
         queue_scores = self._queue_scores(prototypes.detach()) if uses_queue else None  # [A, Q, K]
-        potentials = sinkhorn_potentials(
-            self._assigning(scores.detach()), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
+        self.unit = spread(self._assigning(scores.detach())) if self.relative_epsilon else scores.new_ones(())
+        if uses_queue and self.relative_epsilon:
+            queue_scores = queue_scores / self.unit
+        self.potentials = sinkhorn_potentials(
+            self._in_units(scores.detach()), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
         if uses_queue:
             self._enqueue(self._assigning(embeddings))
+        if self.relative_epsilon:
+            codes = self.code_logits(scores).softmax(dim=2)  # [A, B, K]
+            return swapped_prediction(scores, codes, self.crops_for_assign, self.temperature)
         return swav_loss(
             scores,
-            potentials,
+            self.potentials,
             crops_for_assign=self.crops_for_assign,
             temperature=self.temperature,
             epsilon=self.epsilon,
         )
+
+    @torch.no_grad()
+    def codes(self, scores: torch.Tensor) -> torch.Tensor:
+        """Codes [N, K] of other images' scores [N, K], balanced over them and those of all processes, without queue."""
+        if self.relative_epsilon:
+            scores = scores / spread(scores.unsqueeze(0))
+        return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
+
+    def code_logits(self, scores: torch.Tensor) -> torch.Tensor:
+        """scores [V, B, K] of the newest forward -> [A, B, K], whose softmax are its codes. Without gradient."""
+        return torch.add(self.potentials.unsqueeze(1), self._in_units(scores.detach()), alpha=1 / self.epsilon)
+
+    def _in_units(self, scores: torch.Tensor) -> torch.Tensor:
+        """[V, B, K] -> [A, B, K]"""
+        assigning = self._assigning(scores)
+        return assigning / self.unit if self.relative_epsilon else assigning
 
     def _assigning(self, crops: torch.Tensor) -> torch.Tensor:
         """[V, B, ...] -> [A, B, ...]. Stacked, as indexing with a list would copy it to the GPU and wait for that."""
@@ -132,3 +159,28 @@ class SwAVLoss(nn.Module):
         self.queue.copy_(batches[:, :, rank].flatten(1, 2))
         self.queue_filled.fill_(state["filled"] // world_size)
         self.queue_started = state["started"]
+
+
+def spread(scores: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of scores [A, B, K] over the images of all processes, each prototype's mean subtracted.
+
+    A scalar tensor, never zero. The balance of the codes makes up for the means, so this is what tells images apart.
+    """
+    count = scores.new_tensor([float(scores.shape[1])])
+    sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), count])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    *_, squares, images = sums[-2:].split(1)
+    means = sums[:-2].unflatten(0, (scores.shape[0], -1)) / images  # [A, K]
+    variance = squares / (images * means.numel()) - means.square().mean()
+    return variance.clamp_min(torch.finfo(scores.dtype).tiny).sqrt().squeeze(0)
+
+
+def swapped_prediction(
+    scores: torch.Tensor, codes: torch.Tensor, crops_for_assign: Sequence[int], temperature: float
+) -> torch.Tensor:
+    """Mean cross-entropy of scores [V, B, K] of crops v with codes [A, B, K] of crops i, over all i and all v != i."""
+    log_predictions = (scores / temperature).log_softmax(dim=2)  # [V, B, K]
+    all_crops = log_predictions.sum(0)
+    others = torch.stack([all_crops - log_predictions[i] for i in crops_for_assign])  # [A, B, K]
+    return -(codes * others).sum(2).mean() / (len(scores) - 1)
