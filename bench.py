@@ -5,6 +5,7 @@
     python bench.py pipeline            # JPEG files -> crops, on one core; augmentation on the device
     python bench.py step                # a training step, from files to new weights, and its parts; LARS
     python bench.py scaling             # a step's cost by processes, prototypes, small crops and batch
+    python bench.py collapse            # which settings learn nothing on small data: --sets, --settings
     python bench.py sinkhorn loss --device cuda
 
 Prints tables and writes all figures to --json. Candidates take turns, so that what else the machine does hits all
@@ -46,6 +47,8 @@ from torchvision import transforms
 
 import data
 import sinkhorn_ext
+import study
+from guard import CollapseGuard
 from loss import SwAVLoss
 from model import SwAV
 from optim import LARS
@@ -55,7 +58,7 @@ EPSILON, ITERATIONS, TEMPERATURE = 0.05, 3, 0.1
 SCALES = [0.14, 0.05], [1.0, 0.14]  # smallest and largest share of the image's area, of large and small crops
 PHOTO, SMALL_PHOTO, JPEG_QUALITY = (500, 375), (160, 120), 89  # about 110 KB, as ImageNet's files are
 LEARNING_RATE, WEIGHT_DECAY = 0.01, 1e-6
-PARTS = ("data wait", "copy", "augment", "forward", "codes + loss", "backward", "all-reduce", "LARS", "other")
+PARTS = ("data wait", "copy", "augment", "forward", "codes + loss", "guard", "backward", "all-reduce", "LARS", "other")
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s that an H100 sends within its node, and out of it
 LATENCY = 20e-6  # seconds that a collective takes beside sending
 Times = dict[str, list[float]]  # seconds per call of each candidate
@@ -82,6 +85,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, nargs="+", default=[1, 2, 4], help="of scaling (default: 1 2 4)")
     add("--nmb_small_crops", type=int, nargs="+", default=[0, 2, 6], help="of scaling (default: 0 2 6)")
     add("--step_ms", type=float, help="ResNet-50's step on a GPU, to compute scaling from (default: measured on one)")
+    add = parser.add_argument_group("collapse").add_argument
+    add(
+        "--sets",
+        nargs="+",
+        choices=study.SETS,
+        help=f"of {', '.join(study.SETS)} (default: shapes patches)",
+        metavar="set",
+    )
+    add("--settings", nargs="+", choices=study.SETTINGS, metavar="setting",
+        help=f"of {', '.join(study.SETTINGS)} (default: derived published)")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[1], help="of each run (default: 1)")
+    add("--epochs", type=int, default=10, help="of each run (default: 10)")
+    add("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    add("--dump_path", type=Path, default=Path("runs/collapse"), help="folder of the runs; those there are kept")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="file for all figures")
     args = parser.parse_args(argv)
     least = {"nmb_small_crops": 0, "size_crops": data.SMALLEST_CROP}
@@ -105,7 +122,10 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     machine = describe(device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    results = {name: BENCHMARKS[name](args, device) for name in args.what}
+    try:
+        results = {name: BENCHMARKS[name](args, device) for name in args.what}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
     print(f"all figures: {args.json}")
@@ -264,6 +284,7 @@ def bench_scaling(args: argparse.Namespace, device: torch.device) -> dict[str, l
 
 BENCHMARKS = {"sinkhorn": bench_sinkhorn, "loss": bench_loss, "pipeline": bench_pipeline, "step": bench_step}
 BENCHMARKS["scaling"] = bench_scaling
+BENCHMARKS["collapse"] = study.run_study
 
 
 # The peers
@@ -541,7 +562,14 @@ def our_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Callable
     options = dict(workers=run.workers, pin_memory=on_gpu, cut_only=True)
     loader = data.training_loader(images, run.multi_crop, run.batch_size, **options)
     model = SwAV(run.arch, nmb_prototypes=run.nmb_prototypes).to(device, memory_format=layout)
-    train = our_trainer(model, model, SwAVLoss(sum(run.multi_crop.nmb_crops)).to(device), device)
+    nmb_crops = sum(run.multi_crop.nmb_crops)
+    swav_loss = SwAVLoss(nmb_crops).to(device)
+    guard = CollapseGuard(run.nmb_prototypes, device)
+
+    def watch(scores: torch.Tensor) -> None:
+        guard.count(swav_loss.code_logits(scores.unflatten(0, (nmb_crops, -1))))
+
+    train = our_trainer(model, model, swav_loss, device, watch)
     stream = torch.cuda.Stream(device) if on_gpu else None
 
     def step(batch: tuple, mark: Mark) -> None:
@@ -559,7 +587,13 @@ def our_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Callable
     return loader, step
 
 
-def our_trainer(network: nn.Module, model: SwAV, swav_loss: Callable, device: torch.device) -> Callable:
+def our_trainer(
+    network: nn.Module,
+    model: SwAV,
+    swav_loss: Callable,
+    device: torch.device,
+    watch: Callable[[torch.Tensor], None] = lambda scores: None,
+) -> Callable:
     """A step of train.py on placed crops. network: the model, or DistributedDataParallel around it."""
     optimizer = LARS(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
@@ -571,6 +605,8 @@ def our_trainer(network: nn.Module, model: SwAV, swav_loss: Callable, device: to
         mark("forward")
         loss = swav_loss(embeddings, scores, model.prototypes.weight)
         mark("codes + loss")
+        watch(scores)
+        mark("guard")
         optimizer.zero_grad()
         mark("other")
         loss.backward()

@@ -586,6 +586,16 @@ def image_size(path: str) -> tuple[int, int]:
         raise ValueError(f"data_path: cannot read {path} as an image: {error}") from None
 
 
+def typical_side(images: Dataset) -> int:
+    """Median of the images' shorter sides in pixels, over a hundred of them."""
+    some = range(0, len(images), -(-len(images) // 100))
+    if isinstance(images, ImageFiles):
+        sides = [min(image_size(images.paths[i])) for i in some]
+    else:
+        sides = [min(images[i][0].shape[1:]) for i in some]
+    return int(np.median(sides))
+
+
 # Order and loading
 
 

@@ -37,6 +37,7 @@ from data import (
     CACHE_SHARE,
     DATASETS,
     CachedImages,
+    CentreCrop,
     ImageFiles,
     MultiCrop,
     augment,
@@ -46,7 +47,10 @@ from data import (
     open_images,
     place_batch,
     training_loader,
+    typical_side,
 )
+from defaults import DERIVED, derive
+from guard import STUCK, CollapseGuard
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV
 from optim import LARS, warmup_cosine
@@ -54,6 +58,7 @@ from sinkhorn_ext import backend
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+RECOVERIES = 3  # of --on_collapse recover
 ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
 
 
@@ -110,12 +115,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
         allow_abbrev=False,
-        epilog="The defaults are the published run of 200 epochs on ImageNet with 4 processes of 64 images.",
+        epilog="Defaults that come from the images are printed at the start, with reasons (defaults.py). On ImageNet "
+        "with 4 processes of 64 images, or batches in the thousands, they are the published runs.",
     )
     whole, counted, positive, weight = number(int, 0), number(int, 1), number(float, 0, above=True), number(float, 0)
 
     def option(group: argparse._ArgumentGroup, name: str, default: object, kind: Callable, help: str, **more) -> None:
-        if default is not None:
+        if name in DERIVED:
+            help += " (default: from the images)"
+        elif default is not None:
             help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
         group.add_argument(f"--{name}", default=default, type=kind, help=help, **more)
 
@@ -127,43 +135,51 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
     )
     add("dataset", None, str, "default: folder with --data_path, without it shapes, which is drawn", choices=DATASETS)
-    add("nmb_crops", [2, 6], counted, "crops of each resolution; more small ones cost time and help", nargs="+")
-    add("size_crops", [224, 96], counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
-    add("min_scale_crops", [0.14, 0.05], positive, "smallest share of the image's area in a crop", nargs="+")
-    add("max_scale_crops", [1.0, 0.14], positive, "largest share of the image's area in a crop", nargs="+")
+    add("nmb_crops", None, counted, "crops of each resolution; more small ones cost time and help", nargs="+")
+    add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
+    add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
+    add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")
 
     add = partial(option, parser.add_argument_group("model"))
     add("arch", "resnet50", str, "backbone", choices=list(ARCHS))
     add("width", None, counted, "channels of its stem, to shrink or widen it (default: the arch's own)")
     add("blocks", None, counted, "residual blocks of its four stages (default: the arch's own)", nargs=4)
-    add("stem", "imagenet", str, "for crops of 96 pixels and more; medium: about 48; small: 32 and less", choices=STEMS)
+    add(
+        "stem",
+        None,
+        str,
+        "imagenet: for crops of 96 pixels and more; medium: about 48; small: 32 and less",
+        choices=STEMS,
+    )
     add("hidden_mlp", 2048, whole, "hidden units of the projection head, 0 for a linear one")
     add("feat_dim", 128, counted, "size of an embedding")
-    add("nmb_prototypes", 3000, counted, "clusters: several times the classes you expect")
+    add("nmb_prototypes", None, counted, "clusters: several times the classes you expect")
 
     add = partial(option, parser.add_argument_group("loss"))
     add("crops_for_assign", [0, 1], whole, "crops whose codes the others predict: the large ones", nargs="+")
-    add("temperature", 0.1, positive, "of the predictions' softmax")
-    add("epsilon", 0.05, positive, "softness of the codes; lower it if the loss stays at ln K")
+    add("temperature", None, positive, "of the predictions' softmax")
+    add("epsilon", None, positive, "softness of the codes; lower it if the loss stays at ln K")
+    add("relative_epsilon", None, str, "epsilon in units of the scores' standard deviation: codes stay sharp when "
+        "embeddings draw together; off: as published", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("sinkhorn_iterations", 3, counted, "rounds of balancing the codes")
-    add("queue_length", 3840, whole, "past images that help to balance the codes, over all processes; needed when the "
+    add("queue_length", None, whole, "past images that help to balance the codes, over all processes; needed when the "
         "global batch is smaller than nmb_prototypes; rounded down to a multiple of that batch")  # fmt: skip
-    add("epoch_queue_starts", 15, whole, "epoch from which the queue fills: when embeddings have settled")
+    add("epoch_queue_starts", None, whole, "epoch from which the queue fills: when embeddings have settled")
 
     add = partial(option, parser.add_argument_group("optimisation"))
     add("epochs", 200, counted, "passes over the images")
-    add("batch_size", 64, counted, "images per process and step")
+    add("batch_size", None, counted, "images per process and step")
     add(
         "base_lr",
-        0.6,
+        None,
         positive,
         "learning rate for the global batch (batch_size x processes): scale it with that batch",
     )
-    add("final_lr", 0.0006, weight, "learning rate at the end of the cosine")
-    add("warmup_epochs", 0, whole, "epochs of linear warm-up: 10 for batches in the thousands")
-    add("start_warmup", 0.0, weight, "learning rate at the start of the warm-up")
+    add("final_lr", None, weight, "learning rate at the end of the cosine")
+    add("warmup_epochs", None, whole, "epochs of linear warm-up: 10 for batches in the thousands")
+    add("start_warmup", None, weight, "learning rate at the start of the warm-up")
     add("wd", 1e-6, weight, "weight decay")
-    add("freeze_prototypes_niters", 5005, whole, "steps at the start in which prototypes stay fixed: about an epoch")
+    add("freeze_prototypes_niters", None, whole, "steps at the start in which prototypes stay fixed: about an epoch")
 
     add = partial(option, parser.add_argument_group("machine"))
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
@@ -189,8 +205,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("dump_path", "runs/swav", str, "folder of the run; a run that is there already is resumed")
     add("checkpoint_freq", 25, counted, "epochs between checkpoints that are kept; checkpoint.pth is of every epoch")
     add("log_freq", 50, counted, "steps between progress lines")
+    add("on_collapse", "warn", str, "when the loss stays at ln K: warn, with the likely cause; stop; or recover: go "
+        f"back to the last good epoch and change one thing, at most {RECOVERIES} times",
+        choices=("warn", "stop", "recover"))  # fmt: skip
     for name in (*REPLACED_BY_TORCHRUN, "syncbn_process_group_size"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.set_defaults(recovered=[])  # options that --on_collapse recover changed
     args = parser.parse_args(argv)
     args.dataset = args.dataset or ("folder" if args.data_path else "shapes")
     if args.use_fp16:
@@ -201,7 +221,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     """Raise ValueError, naming option, value and what is accepted, for all that can be known before work starts.
 
-    Rounds queue_length down to a multiple of the global batch, and says so.
+    What hangs on options that are still to be derived waits for `settle`. Rounds queue_length down to a multiple of
+    the global batch, and says so.
     """
     for name in REPLACED_BY_TORCHRUN:
         if getattr(args, name) is not None:
@@ -210,10 +231,12 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
     if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    if args.batch_size is not None and args.batch_size < 2:
+        raise ValueError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
+    if any(getattr(args, name) is None for name in DERIVED):
+        return
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
-    if args.batch_size < 2:
-        raise ValueError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
     global_batch = args.batch_size * world_size
     if args.queue_length % global_batch:
         rounded = args.queue_length - args.queue_length % global_batch
@@ -228,6 +251,41 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
             build_model(args)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
+
+
+def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
+    """Choose what the user left open, say what and why, and check it all.
+
+    From the run in dump_path, if there is one to go on with, else from the images (defaults.py). Raises ValueError.
+    """
+    chosen: dict[str, tuple[object, str]] = {}
+    path = Path(args.dump_path) / "checkpoint.pth"
+    if path.exists():
+        before = load_checkpoint(path)["options"]
+        # The batch is derived anew: it is per process, and there may be more or fewer of those now.
+        args.recovered = before.get("recovered", [])
+        if args.recovered:
+            for name in ("relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"):
+                setattr(args, name, before[name])
+            say(f"after recovering from a collapse the run goes on with --{' --'.join(args.recovered)} as changed then")
+        given = {name for name in DERIVED if getattr(args, name) is not None}
+        earlier = {n: before[n] for n in DERIVED if n not in given and n != "batch_size" and before.get(n) is not None}
+        chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
+    known = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
+    known |= {name: value for name, (value, _) in chosen.items()}
+    chosen |= derive(
+        images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs, given=known
+    )
+    for name, (value, reason) in chosen.items():
+        setattr(args, name, value)
+        say(f"  --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}  ({reason})")
+    check_args(args, world_size)
+    largest = len(images) // world_size
+    if args.batch_size > largest:
+        raise ValueError(
+            f"--batch_size: expected at most {largest} ({len(images)} images over {world_size} process(es)), "
+            f"got {args.batch_size}"
+        )
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
@@ -248,6 +306,7 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
         sinkhorn_iterations=args.sinkhorn_iterations,
         queue_length=args.queue_length // world_size,
         feat_dim=args.feat_dim,
+        relative_epsilon=args.relative_epsilon == "on",
     )
 
 
@@ -381,6 +440,7 @@ def load_checkpoint(path: Path) -> dict:
 def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
     """name: (before, now), where both know the option and it matters to what is learned."""
     ignored = ("dump_path", "device", "workers", "augment", "cache", "compile", "log_freq", "checkpoint_freq")
+    ignored += ("on_collapse", "recovered", "tensorboard")
     before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
     return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}
 
@@ -393,26 +453,31 @@ def main(args: argparse.Namespace) -> None:
     check_args(args, environment("WORLD_SIZE", 1))
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if value not in (None, [])}
     say(
         "options: " + " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in given.items())
     )
+    if any(getattr(args, name) is None for name in DERIVED):
+        say("and what follows from the images, or from the run so far:")
     # One process a machine downloads and finds what is wrong; the others wait for it where the group forms.
     goes_first = environment("LOCAL_RANK", 0) == 0
     if goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain", download=True)
-        largest = len(images) // environment("WORLD_SIZE", 1)
-        if args.batch_size > largest:
-            raise ValueError(
-                f"--batch_size: expected at most {largest} ({len(images)} images over "
-                f"{environment('WORLD_SIZE', 1)} process(es)), got {args.batch_size}"
-            )
+        settle(args, images, environment("WORLD_SIZE", 1))
         fits = fits_in_memory(images, args.cache)
     rank, world_size = setup_processes(device)
     if not goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain")
+        settle(args, images, world_size)
     images = cache_images(images, goes_first and fits)
-    train(args, images, rank, world_size, device, dtype)
+    while True:
+        try:
+            train(args, images, rank, world_size, device, dtype)
+            break
+        except Collapse:
+            if args.on_collapse != "recover":
+                raise
+            recover(args, rank)
     if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
         dist.destroy_process_group()
 
@@ -501,6 +566,10 @@ def train(
     describe(args, images, loader, model, device, dtype)
 
     ln_k = math.log(args.nmb_prototypes)
+    guard = CollapseGuard(args.nmb_prototypes, device)
+    first = args.crops_for_assign[0] * args.batch_size
+    assigning = slice(first, first + args.batch_size)  # rows of the first crop with codes
+    probe_images = load_probe(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     step = first_epoch * steps_per_epoch  # steps done
     for epoch in range(first_epoch, args.epochs):
         if epoch >= args.epoch_queue_starts:
@@ -524,6 +593,8 @@ def train(
             # 3. codes, 4. swapped prediction
             loss = swav_loss(embeddings, scores, model.prototypes.weight)
             unread.append(loss.detach())
+            code_logits = swav_loss.code_logits(scores.unflatten(0, (len(crops), -1)))  # [A, B, K]
+            guard.count(code_logits)
             is_first = step == first_epoch * steps_per_epoch
             line_is_due = is_first or step_of_epoch % args.log_freq == 0 or step_of_epoch == steps_per_epoch
             if line_is_due or device.type == "cpu":  # reading a loss makes a GPU's queue run dry, so seldom there
@@ -550,11 +621,13 @@ def train(
             if line_is_due:
                 now = time.perf_counter()
                 seconds_per_step = (now - interval_start) / interval_steps
+                interval_loss = sum(epoch_losses[-interval_steps:]) / interval_steps
                 row = {
                     "epoch": epoch + 1,
                     "step": step,
-                    "loss": sum(epoch_losses[-interval_steps:]) / interval_steps,
+                    "loss": interval_loss,
                     "ln_k": ln_k,
+                    **guard.measure(interval_loss, code_logits, embeddings[assigning].detach()),
                     "lr": learning_rates[step - 1],
                     "images_per_s": args.batch_size * world_size / seconds_per_step,
                     "data_wait_percent": 100 * waited / (now - interval_start),
@@ -562,12 +635,15 @@ def train(
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
                 }
                 log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
+                if guard.is_collapsing(row, step / (args.epochs * steps_per_epoch)):
+                    answer_collapse(args, row, dump)
                 interval_start, interval_steps, waited = now, 0, 0.0
 
         seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
         images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
         row = {"epoch": epoch + 1, "step": step, "epoch_loss": epoch_loss, "ln_k": ln_k}
         row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
+        row["codes_changed"] = guard.share_changed(probe_codes(model, swav_loss, probe_images))
         done = f"epoch {epoch + 1}/{args.epochs} done: loss {epoch_loss:.4f} (ln K {ln_k:.3f})"
         log(row, f"{done}  {images_per_s:.0f} images/s  {seconds:.1f} s", metrics, keep=True)
         queue = swav_loss.gather_queue(args.batch_size)
@@ -582,10 +658,90 @@ def train(
                 "options": vars(args),
             }
             save(contents, dump / "checkpoint.pth")
+            if args.on_collapse == "recover" and epoch_loss < STUCK * ln_k:
+                save(contents, dump / "last_good.pth")
             if (epoch + 1) % args.checkpoint_freq == 0 or epoch + 1 == args.epochs:
                 (dump / "checkpoints").mkdir(exist_ok=True)
                 save(contents, dump / "checkpoints" / f"ckp-{epoch + 1}.pth")
     say(f"done: {dump / 'checkpoint.pth'}; to judge it: python eval_linear.py {dump / 'checkpoint.pth'}")
+
+
+def load_probe(images: Dataset, size: int, rank: int, world_size: int) -> torch.Tensor:
+    """This process's share of the images whose codes are followed: [N, 3, size, size], the same in every run.
+
+    256 in all, but no more than a twentieth of the set, so that they cost little beside an epoch.
+    """
+    count = min(256, max(world_size, len(images) // 20))
+    chosen = [len(images) * i // count for i in range(rank, count, world_size)]
+    crop = CentreCrop(size, size)
+    return torch.stack([crop(images[i][0]) for i in chosen])
+
+
+@torch.no_grad()
+def probe_codes(model: SwAV, swav_loss: SwAVLoss, images: torch.Tensor) -> torch.Tensor:
+    """The first prototype of each image's code, int64 [N], with BatchNorm's running statistics."""
+    model.eval()
+    _, scores = model([images.to(model.conv1.weight.dtype)])
+    model.train()
+    return swav_loss.codes(scores).argmax(1)
+
+
+class Collapse(FloatingPointError):
+    """The loss is stuck at ln K and --on_collapse is not warn."""
+
+
+def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
+    """Say that the run is collapsing, and why; then go on, or raise Collapse, as --on_collapse has it."""
+    cause, change = remedy(args)
+    advice = " ".join(
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in change.items()
+    )
+    told = (
+        f"collapsing: the loss has stayed at {row['loss_per_ln_k']:.3f} ln K (codes have {row['code_entropy']:.0%} of "
+        f"their largest entropy, embeddings {row['embedding_std']:.0%} of their largest spread); "
+        f"likely cause: {cause}; try {advice}"
+    )
+    is_last = len(args.recovered) >= RECOVERIES
+    if args.on_collapse == "warn" or (args.on_collapse == "recover" and is_last):
+        show_progress(told + (f"; recovered {RECOVERIES} times already, going on" if args.recovered else ""), keep=True)
+        return
+    if args.on_collapse == "stop":
+        raise Collapse(f"{told}; stopped, {dump / 'checkpoint.pth'} is as after the last whole epoch")
+    show_progress(told, keep=True)
+    raise Collapse
+
+
+def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
+    """The likely cause of a loss stuck at ln K, and the options to change."""
+    if args.relative_epsilon == "off":
+        cause = f"embeddings drew together until their scores differed by less than --epsilon {args.epsilon:g}"
+        return cause, {"relative_epsilon": "on", "epsilon": 0.3}
+    rates = {name: getattr(args, name) / 3 for name in ("base_lr", "final_lr", "start_warmup")}
+    return f"weights move too fast at --base_lr {args.base_lr:g} for codes to settle", rates
+
+
+def recover(args: argparse.Namespace, rank: int) -> None:
+    """Change one thing in args and put the last good state in the place of checkpoint.pth, for the next resume."""
+    _, change = remedy(args)
+    before = {name: getattr(args, name) for name in change}
+    vars(args).update(change)
+    args.recovered = [*args.recovered, next(iter(change))]
+    dump = Path(args.dump_path)
+    good = dump / "last_good.pth"
+    epochs_done = 0
+    if good.exists():
+        checkpoint = load_checkpoint(good)
+        epochs_done = checkpoint["epoch"]
+    if dist.is_initialized():
+        dist.barrier()  # all have read it
+    if rank == 0 and epochs_done:
+        save(checkpoint | {"options": vars(args)}, dump / "checkpoint.pth")
+    elif rank == 0:
+        (dump / "checkpoint.pth").unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+    told = ", ".join(f"--{name} {before[name]} -> {value}" for name, value in change.items())
+    say(f"recovering ({len(args.recovered)} of at most {RECOVERIES} times): back to {epochs_done} epochs done, {told}")
 
 
 def resume(

@@ -40,6 +40,26 @@ PIECES = {
         ResNet(**architecture_of(weights)).load_state_dict(weights)
         """,
     ),
+    "defaults": (
+        ["defaults.py"],
+        False,
+        """
+        from defaults import derive
+        assert derive(images=1400, image_side=32, world_size=1, epochs=30, given={})["base_lr"][0] > 0
+        """,
+    ),
+    "guard": (
+        ["guard.py"],
+        True,
+        """
+        import torch
+        from guard import CollapseGuard
+        guard = CollapseGuard(6)
+        guard.count(torch.randn(2, 4, 6))
+        row = guard.measure(1.5, torch.randn(2, 4, 6), torch.randn(4, 3))
+        assert not guard.is_collapsing(row, share_done=0.5)
+        """,
+    ),
     "optim": (
         ["optim.py"],
         True,

@@ -17,13 +17,15 @@ from PIL import Image
 import eval_linear
 import train
 from data import ShuffledBatches
+from defaults import derive
 from sinkhorn_ext import backend
 
 ROOT = Path(__file__).parent.parent
 TINY = (
     "--arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
     "--nmb_crops 2 1 --size_crops 16 9 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --batch_size 4 --epochs 4 "
-    "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu"
+    "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu "
+    "--temperature 0.1 --epsilon 0.05 --base_lr 0.6 --final_lr 0.0006"
 ).split()
 
 
@@ -345,7 +347,9 @@ def test_recipes_are_the_published_rows():
 
 def test_the_defaults_are_the_published_run_at_256():
     defaults, recipe = train.parse_args(["--seed", "31"]), train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"])
-    different = {name for name, value in vars(recipe).items() if vars(defaults)[name] != value}
+    for name, (value, _) in derive(images=1_281_167, image_side=375, world_size=4, epochs=200, given={}).items():
+        setattr(defaults, name, value)
+    different = {n for n, value in vars(recipe).items() if value is not None and vars(defaults)[n] != value}
     assert different == {"dump_path"}
 
 
@@ -486,7 +490,7 @@ def test_bad_loss_stops_the_run_and_saves_the_batch(images, tmp_path, monkeypatc
 
     def forward_with_nan(self, crops):
         embeddings, scores = forward(self, crops)
-        calls.append(1)
+        calls.extend([1] * self.training)  # not those that follow the codes of some images
         return embeddings, scores * (math.nan if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(train.SwAV, "forward", forward_with_nan)
@@ -497,6 +501,92 @@ def test_bad_loss_stops_the_run_and_saves_the_batch(images, tmp_path, monkeypatc
     assert [crop.shape for crop in saved["last_batch"]["crops"]] == [(4, 3, 16, 16)] * 2 + [(4, 3, 9, 9)]
     assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
     assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+# Collapse
+
+
+STUCK = (
+    "--data_path {images} --arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 "
+    "--nmb_prototypes 6 --nmb_crops 2 --size_crops 16 --min_scale_crops 0.3 --max_scale_crops 1 --batch_size 4 "
+    "--temperature 0.1 --relative_epsilon off --epsilon 100 --epochs 10 --log_freq 1 --workers 0 --device cpu"
+)
+
+
+def train_stuck(images, dump, *more: str, base_lr: float = 1e-9) -> None:
+    """A run whose epsilon makes all codes uniform and whose weights hardly move: with one image's crops alike, ln K."""
+    options = STUCK.format(images=images).split()
+    train.main(train.parse_args([*options, "--base_lr", str(base_lr), "--dump_path", str(dump), *more]))
+
+
+def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_path, capsys):
+    train_stuck(images, tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("collapsing")]
+    assert len(told) == 1 and "--epsilon 100" in told[0] and "try --relative_epsilon on --epsilon 0.3" in told[0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["epoch"] == 10
+    measures = {"loss_per_ln_k", "code_entropy", "mean_code_entropy", "prototypes_in_use", "embedding_std"}
+    assert measures <= rows[0].keys() and rows[0]["code_entropy"] == pytest.approx(1, abs=1e-3)
+    changed = [row["codes_changed"] for row in rows if "epoch_loss" in row]
+    assert changed[0] is None and all(0 <= share <= 1 for share in changed[1:])
+
+
+def test_collapse_stops_the_run_where_asked(images, tmp_path):
+    with pytest.raises(FloatingPointError, match="collapsing: .* try --relative_epsilon on .*checkpoint.pth"):
+        train_stuck(images, tmp_path / "run", "--on_collapse", "stop")
+    assert torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"] < 5
+
+
+def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, capsys, monkeypatch):
+    good = train.CollapseGuard.is_collapsing
+    seen = []
+
+    def always_after_the_second_epoch(self, row, share_done):
+        good(self, row, share_done)
+        seen.append(share_done)
+        return share_done > 0.25
+
+    monkeypatch.setattr(train.CollapseGuard, "is_collapsing", always_after_the_second_epoch)
+    monkeypatch.setattr(train, "STUCK", 1e9)  # every epoch counts as good
+    train_stuck(images, tmp_path / "run", "--on_collapse", "recover", base_lr=0.9)
+    out = capsys.readouterr().out
+    told = re.findall(r"recovering \((\d) of at most 3 times\): back to (\d) epochs done, (.*)", out)
+    assert [(number, epochs) for number, epochs, _ in told] == [("1", "2"), ("2", "2"), ("3", "2")]
+    assert told[0][2] == "--relative_epsilon off -> on, --epsilon 100.0 -> 0.3"
+    assert told[1][2].startswith("--base_lr 0.9 -> 0.3, --final_lr")
+    assert "recovered 3 times already, going on" in out
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
+    assert checkpoint["epoch"] == 10
+    assert checkpoint["options"]["recovered"] == ["relative_epsilon", "base_lr", "base_lr"]
+
+    # the same command, with two epochs more, keeps what was changed
+    train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "12", base_lr=0.9)
+    options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
+    assert options["relative_epsilon"] == "on" and options["base_lr"] == pytest.approx(0.1) and options["epochs"] == 12
+
+
+def test_recover_without_a_good_state_begins_anew(images, tmp_path, capsys):
+    train_stuck(images, tmp_path / "run", "--on_collapse", "recover")
+    out = capsys.readouterr().out
+    assert "back to 0 epochs done, --relative_epsilon off -> on" in out
+    assert torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 10
+
+
+def test_what_is_derived_is_printed_as_options_and_kept_when_the_run_goes_on(images, tmp_path, capsys):
+    run = ["--arch", "resnet18", "--width", "8", "--blocks", "1", "1", "1", "1", "--device", "cpu", "--workers", "0"]
+    run += ["--data_path", str(images), "--dump_path", str(tmp_path / "run"), "--batch_size", "4"]
+    train.main(train.parse_args([*run, "--epochs", "1"]))
+    out = capsys.readouterr().out
+    printed = dict(re.findall(r"^  --(\w+) (.*?)  \(.*\)$", out, re.M))
+    assert printed["relative_epsilon"] == "on" and printed["size_crops"] == "32 16" and "batch_size" not in printed
+    again = [word for name, value in printed.items() for word in (f"--{name}", *value.split())]
+    first = torch.load(tmp_path / "run" / "checkpoint.pth")
+    explicit = [*run[:-4], "--dump_path", str(tmp_path / "again"), "--batch_size", "4", *again, "--epochs", "1"]
+    train.main(train.parse_args(explicit))
+    assert_same(torch.load(tmp_path / "again" / "checkpoint.pth")["state_dict"], first["state_dict"])
+    capsys.readouterr()
+    train.main(train.parse_args([*run, "--epochs", "2"]))
+    assert "as the run so far" in capsys.readouterr().out
 
 
 # eval_linear.py

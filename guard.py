@@ -1,0 +1,112 @@
+"""Is a SwAV run collapsing? Measures of its codes and embeddings, and a rule that tells early.
+
+    guard = CollapseGuard(nmb_prototypes=3000)
+    guard.count(code_logits)                                   # each step; nothing waits for the device
+    row = guard.measure(mean_loss, code_logits, embeddings)    # when a line is logged
+    if guard.is_collapsing(row, share_done=step / steps): ...
+
+A collapsed run sits at a loss of ln K: embeddings have drawn together, their scores differ by less than epsilon, so
+codes are uniform, and uniform codes pull nothing apart. The balance of codes (Caron et al. 2020, section 3.1) rules out
+that all images share one prototype, not this. Copy this file to use it elsewhere: it needs torch alone.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+STUCK = 0.995  # of ln K: a loss above it has learned nothing
+GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
+STREAK = 0.1  # share of the run that it must last
+LINES = 3  # and measures in which it must show
+
+
+class CollapseGuard:
+    """Measures of a run with K = nmb_prototypes, over all processes of the default group if there is one."""
+
+    def __init__(self, nmb_prototypes: int, device: torch.device | str = "cpu") -> None:
+        self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
+        self.prototypes: torch.Tensor | None = None  # of `share_changed`
+        self.streak: list[float] = []  # shares of the run done at the latest lines, as far back as all were stuck
+
+    @torch.no_grad()
+    def count(self, code_logits: torch.Tensor) -> None:
+        """Note the prototypes in use by a step's codes, softmax of [A, B, K] for A assigning crops."""
+        self.used.index_fill_(0, code_logits.argmax(dim=2).flatten(), 1.0)
+
+    @torch.no_grad()
+    def measure(self, loss: float, code_logits: torch.Tensor, embeddings: torch.Tensor) -> dict[str, float]:
+        """Numbers for a log line, after which `count` begins anew. Waits for the device; every process must call it.
+
+        loss: mean since the last line, over all processes. code_logits [A, B, K] and embeddings [B, D] (of one crop,
+        unit length): the newest step's. Returns, each 1 at its largest:
+        loss_per_ln_k: 1 for predictions that know nothing.
+        code_entropy: mean entropy of a code over ln K; 1 for uniform codes; sharp ones have 1 - ln B / ln K if K > B.
+        mean_code_entropy: entropy of the mean code over ln K; 1 for codes in balance.
+        prototypes_in_use: share that was the first choice of a code since the last line; a line sees no more of
+        them than images.
+        embedding_std: standard deviation of a dimension of the embeddings, times sqrt(D); 0 for embeddings all alike.
+        """
+        log_codes = code_logits.log_softmax(dim=2).double()  # [A, B, K]
+        codes = log_codes.exp()
+        embeddings = embeddings.double()
+        entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
+        sizes = entropies.new_tensor([entropies.numel(), len(embeddings)])
+        sums = torch.cat(
+            [
+                sizes,
+                entropies.sum().view(1),
+                codes.sum((0, 1)),
+                self.used.double(),
+                embeddings.sum(0),
+                embeddings.square().sum().view(1),
+            ]
+        )
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        k = len(self.used)
+        nmb_codes, images, entropy, mean_code, used, embedding, squares = sums.split(
+            [1, 1, 1, k, k, embeddings.shape[1], 1]
+        )
+        mean_code = mean_code / nmb_codes
+        variance = squares / images - (embedding / images).square().sum()  # summed over dimensions
+        ln_k = math.log(max(2, k))
+        values = {
+            "code_entropy": entropy / nmb_codes / ln_k,
+            "mean_code_entropy": -torch.special.xlogy(mean_code, mean_code).sum() / ln_k,
+            "prototypes_in_use": (used > 0).double().mean(),
+            "embedding_std": variance.clamp_min(0).sqrt(),
+        }
+        self.used.zero_()
+        read = torch.stack([value.squeeze() for value in values.values()]).tolist()
+        return {"loss_per_ln_k": loss / ln_k} | dict(zip(values, read, strict=True))
+
+    def share_changed(self, prototypes: torch.Tensor) -> float | None:
+        """Share of a fixed set of images whose code has another first prototype than at the call before.
+
+        prototypes: this process's share of the images, int64 [N]. None the first time. Every process must call it.
+        """
+        before, self.prototypes = self.prototypes, prototypes
+        if before is None:
+            return None
+        changed = torch.stack([(before != prototypes).sum(), torch.tensor(len(before), device=before.device)]).double()
+        if dist.is_initialized():
+            dist.all_reduce(changed)
+        changed, images = changed.tolist()
+        return changed / images
+
+    def is_collapsing(self, row: dict[str, float], share_done: float) -> bool:
+        """The rule: after a tenth of the run, the loss stays at ln K for another tenth and three lines at least.
+
+        row: of `measure`. share_done: of the run's steps. True once a streak.
+        """
+        if row["loss_per_ln_k"] < STUCK or share_done < GRACE:
+            self.streak = []
+            return False
+        self.streak.append(share_done)
+        was, now = (self._is_long(streak) for streak in (self.streak[:-1], self.streak))
+        return now and not was
+
+    @staticmethod
+    def _is_long(streak: list[float]) -> bool:
+        return len(streak) >= LINES and streak[-1] - streak[0] >= STREAK

@@ -1,0 +1,254 @@
+"""When does SwAV collapse, and why: training runs over small data sets and settings (`python bench.py collapse`).
+
+Each run is train.py and then eval_linear.py --cached, as a user has them, in a process of its own. A run that is there
+already is not run again, so that an interrupted study goes on, and a larger one adds to a smaller one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import eval_linear
+import train
+from guard import STUCK
+from optim import LARS
+
+# The smallest ResNet, so that a run takes a minute or two; crops, batch and all else as derived for the set
+NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0 --log_freq 1000000"
+PUBLISHED = (
+    "--batch_size 64 --nmb_prototypes 3000 --temperature 0.1 --relative_epsilon off --epsilon 0.05 --queue_length 0 "
+    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0"
+)
+# name: (options, change to the program)
+SETTINGS: dict[str, tuple[str, str]] = {
+    "derived": ("", ""),
+    "published": (PUBLISHED, ""),
+    "batch 16": ("--batch_size 16", ""),
+    "batch 32": ("--batch_size 32", ""),
+    "K 3000": ("--nmb_prototypes 3000", ""),
+    "K 30": ("--nmb_prototypes 30", ""),
+    "epsilon 0.05": ("--epsilon 0.05", ""),
+    "epsilon 0.02": ("--epsilon 0.02", ""),
+    "relative epsilon 0.15": ("--relative_epsilon on --epsilon 0.15", ""),
+    "relative epsilon 0.6": ("--relative_epsilon on --epsilon 0.6", ""),
+    "temperature 0.2": ("--temperature 0.2", ""),
+    "rounds 10": ("--sinkhorn_iterations 10", ""),
+    "lr 0.6": ("--base_lr 0.6", ""),
+    "lr 6": ("--base_lr 6", ""),
+    "warm-up": ("--warmup_epochs 2", ""),
+    "frozen an epoch": ("--freeze_prototypes_niters 40", ""),
+    "frozen throughout": ("--freeze_prototypes_niters 1000000", ""),
+    "queue 640": ("--queue_length 640 --epoch_queue_starts 1", ""),
+    "2 small crops": ("--nmb_crops 2 2", ""),
+    "no small crops": ("--nmb_crops 2", ""),
+    "published crop scales": ("--min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
+    "linear head": ("--hidden_mlp 0", ""),
+    "published, K 300": (PUBLISHED + " --nmb_prototypes 300", ""),
+    "published, K 30": (PUBLISHED + " --nmb_prototypes 30", ""),
+    "published, lr 3": (PUBLISHED + " --base_lr 3", ""),
+    "published, queue 640": (PUBLISHED + " --queue_length 640 --epoch_queue_starts 1", ""),
+    "published, frozen throughout": (PUBLISHED + " --freeze_prototypes_niters 1000000", ""),
+    "published, relative epsilon": (PUBLISHED + " --relative_epsilon on --epsilon 0.3", ""),
+    "head normalised": ("", "head"),
+    "published, head normalised": (PUBLISHED, "head"),
+    "LARS without biases": ("", "LARS"),
+    "published, LARS without biases": (PUBLISHED, "LARS"),
+}
+PHOTOS = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "coffee.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "rocket.jpg",
+)  # fmt: skip
+PATCH, PATCHES = 32, {"train": 120, "val": 60}
+SETS = ("shapes", "patches", "fashion_mnist_1500", "fashion_mnist_10000", "fashion_mnist_60000")
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist has it
+WATCHED_STEPS, WATCHED_EVERY = 200, 10
+
+
+def run_study(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """The runs asked for, `--jobs` at a time, and a table. Raises ValueError for a set that is not here."""
+    settings, sets = args.settings or ["derived", "published"], args.sets or ["shapes", "patches"]
+    options = {name: set_options(name, args.dump_path / "sets") for name in sets}
+    jobs = [(s, which, seed) for which in settings for s in sets for seed in args.seeds]
+    folders = {job: args.dump_path / f"{job[0]}-{args.epochs}" / job[1].replace(" ", "_") / str(job[2]) for job in jobs}
+    missing = [job for job in jobs if not (folders[job] / "result.json").exists()]
+    print(
+        f"\ncollapse: {len(jobs)} runs of {args.epochs} epochs, {len(jobs) - len(missing)} of them there already",
+        flush=True,
+    )
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        threads = max(1, args.threads // args.jobs)
+        running = {
+            job: processes.submit(study_run, job[1], options[job[0]], args.epochs, job[2], threads, folders[job])
+            for job in missing
+        }
+        rows = []
+        print(f"{'set':20s} {'setting':32s} {'seed':>4s} " + " ".join(f"{name:>12s}" for name in COLUMNS), flush=True)
+        for job in jobs:
+            if job in running:
+                running[job].result()
+            row = dict(zip(("set", "setting", "seed"), job, strict=True))
+            row |= json.loads((folders[job] / "result.json").read_text())
+            cells = " ".join(f"{row[key]:12.3g}" for key in COLUMNS.values())
+            print(f"{job[0]:20s} {job[1]:32s} {job[2]:4d} {cells}{'  COLLAPSED' * row['collapsed']}", flush=True)
+            rows.append(row)
+    return rows
+
+
+COLUMNS = {
+    "loss/ln K": "loss_per_ln_k", "code entropy": "code_entropy", "in use": "prototypes_in_use",
+    "embed. std": "embedding_std", "feature std": "spread", "kNN": "knn", "random": "knn_random",
+    "random, BN": "knn_random_taken", "raw pixels": "knn_raw",
+}  # fmt: skip
+
+
+def set_options(name: str, folder: Path) -> str:
+    """train.py's options for a set, which is written as files first where train.py does not know it."""
+    if name == "shapes":
+        return "--dataset shapes"
+    if name == "fashion_mnist_60000":
+        return f"--dataset fashion_mnist --data_path {fashion_mnist_folder()}"
+    root = folder / name
+    if not root.exists():
+        unfinished = root.with_name(name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for split in ("train", "val"):
+            images = patches(split) if name == "patches" else some_fashion_mnist(split, int(name.rsplit("_", 1)[1]))
+            for i, (pixels, label) in enumerate(images):
+                of_class = unfinished / split / f"{label:02d}"
+                of_class.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(of_class / f"{i:05d}.png")
+        unfinished.rename(root)
+    return f"--data_path {root}"
+
+
+def fashion_mnist_folder() -> str:
+    if not os.path.isdir(FASHION_MNIST):
+        raise ValueError(f"--sets fashion_mnist: apt-get install dataset-fashion-mnist puts it to {FASHION_MNIST}")
+    return FASHION_MNIST
+
+
+def some_fashion_mnist(split: str, count: int) -> list[tuple[np.ndarray, int]]:
+    """`count` training images, or 2,000 validation images, drawn once and for all."""
+    images = data.open_images("fashion_mnist", fashion_mnist_folder(), split)
+    chosen = np.random.default_rng(0).permutation(len(images))[: count if split == "train" else 2000]
+    return [(images[int(i)][0].permute(1, 2, 0).numpy(), images[int(i)][1]) for i in chosen]
+
+
+def patches(split: str) -> list[tuple[np.ndarray, int]]:
+    """32-pixel patches of twelve photographs that come with scikit-image; the photograph is the class."""
+    package = find_spec("skimage")
+    if package is None:
+        raise ValueError("--sets patches: pip install scikit-image, whose sample photographs they are cut from")
+    found = []
+    for label, name in enumerate(PHOTOS):
+        photo = np.array(Image.open(Path(package.origin).parent / "data" / name).convert("RGB"))
+        rows, columns = photo.shape[0] // PATCH, photo.shape[1] // PATCH
+        grid = photo[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2)
+        order = np.random.default_rng(0).permutation(rows * columns)
+        start = 0 if split == "train" else PATCHES["train"]
+        found += [(grid.reshape(-1, PATCH, PATCH, 3)[i], label) for i in order[start : start + PATCHES[split]]]
+    return found
+
+
+def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, folder: Path) -> None:
+    """One run, in this process of its own; result.json in its folder."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # as train.py reads it
+    torch.set_num_threads(threads)
+    options, change = SETTINGS[setting]
+    watched: list[dict[str, float]] = []
+    change_program(change, watched)
+    shutil.rmtree(folder, ignore_errors=True)
+    argv = f"{images} {NETWORK} {options} --epochs {epochs} --seed {seed}".split()
+    with open(os.devnull, "w") as nowhere:
+        train.say = eval_linear.say = lambda text, end="\n": print(text, end=end, file=nowhere)
+        train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
+        judging = [str(folder / "checkpoint.pth"), "--cached", "--seed", str(seed), "--workers", "0", "--device", "cpu"]
+        rows = eval_linear.main(eval_linear.parse_args(judging))["rows"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    row = [line for line in lines if "loss_per_ln_k" in line][-1]
+    names = dict(knn="checkpoint", knn_random="random init, BatchNorm untouched", knn_raw="raw pixels")
+    names["knn_random_taken"] = "random init, BatchNorm of the training images"
+    row |= {name: rows[which]["knn"]["top1"] for name, which in names.items()}
+    row |= {"linear": rows["checkpoint"]["linear"]["top1"], "spread": rows["checkpoint"]["spread"]}
+    row["collapsed"] = row["loss_per_ln_k"] >= STUCK
+    row |= {"options": argv, "first_steps": watched, "epochs": [line for line in lines if "epoch_loss" in line]}
+    (folder / "checkpoint.pth").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "result.json").write_text(json.dumps(row))
+
+
+def change_program(change: str, watched: list[dict[str, float]]) -> None:
+    """Put what the study varies and train.py has no option for, and what it watches, in the place of train's own."""
+    build_model, build_loss = train.build_model, train.build_loss
+    watching: dict[str, object] = {}
+
+    def build_changed_model(args: argparse.Namespace) -> nn.Module:
+        model = build_model(args)
+        if change == "head":
+            model.projection_head.append(nn.BatchNorm1d(args.feat_dim, affine=False))
+        watching["model"] = model
+        return model
+
+    def build_watched_loss(args: argparse.Namespace, world_size: int) -> nn.Module:
+        swav_loss = build_loss(args, world_size)
+        swav_loss.register_forward_hook(watch_scores)
+        return swav_loss
+
+    def watch_scores(swav_loss: nn.Module, inputs: tuple, loss: torch.Tensor) -> None:
+        embeddings, scores, _ = inputs
+        scores = scores.detach().unflatten(0, (swav_loss.nmb_crops, -1))
+        codes = swav_loss.code_logits(scores).softmax(2)
+        centred = scores[0] - scores[0].mean(0)
+        watching["step"] = {
+            "loss": loss.item(),
+            "score_spread": centred.std().item(),
+            "epsilon": swav_loss.epsilon * float(getattr(swav_loss, "unit", 1.0)),
+            "code_entropy": -torch.special.xlogy(codes, codes).sum(2).mean().item(),
+            "agreeing_codes": (codes[0].argmax(1) == codes[1].argmax(1)).double().mean().item(),
+            "mean_cosine": embeddings[: scores.shape[1]].detach().mean(0).square().sum().item(),
+        }
+
+    class WatchedLARS(LARS):
+        steps = 0
+
+        def step(self, closure: Callable | None = None) -> None:
+            if self.steps < WATCHED_STEPS and self.steps % WATCHED_EVERY == 0:
+                model = watching["model"]
+                norms = {"prototypes": model.prototypes.weight, "conv1": model.conv1.weight}
+                head = [p for p in model.projection_head.parameters() if p.dim() == 2]
+                norms["head"] = head[-1]
+                gradients = {f"gradient_{n}": 0.0 if p.grad is None else p.grad.norm().item() for n, p in norms.items()}
+                watched.append({"step": self.steps, **watching["step"], **gradients})
+            self.steps += 1
+            return super().step(closure)
+
+    def without_biases(parameters, **options) -> LARS:
+        """The groups of common LARS programs: biases and BatchNorm by plain SGD are what LARS does not rescale."""
+        parameters = list(parameters)
+        optimizer = WatchedLARS([p for p in parameters if p.dim() > 1], **options)
+        plain = torch.optim.SGD([p for p in parameters if p.dim() == 1], lr=options["lr"], momentum=0.9)
+        step = optimizer.step
+
+        def both(closure: Callable | None = None) -> None:
+            plain.param_groups[0]["lr"] = 0.1 * optimizer.param_groups[0]["lr"]  # plain gradients are larger
+            step(closure)
+            plain.step()
+
+        zero_grad = optimizer.zero_grad
+        optimizer.step, optimizer.zero_grad = both, lambda: (zero_grad(), plain.zero_grad())
+        return optimizer
+
+    train.build_model, train.build_loss = build_changed_model, build_watched_loss
+    train.LARS = without_biases if change == "LARS" else WatchedLARS

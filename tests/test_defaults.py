@@ -1,0 +1,77 @@
+"""What train.py chooses where the user does not."""
+
+import pytest
+
+import train
+from defaults import CROP_LISTS, DERIVED, derive
+
+IMAGENET = dict(images=1_281_167, image_side=375)
+SMALL = dict(images=1400, image_side=32, world_size=1, epochs=30)
+
+
+def values(**given) -> dict[str, object]:
+    return {name: value for name, (value, _) in derive(**given).items()}
+
+
+@pytest.mark.parametrize(
+    "recipe, world_size",
+    [("100ep", 64), ("200ep", 64), ("400ep", 64), ("800ep", 64), ("200ep_bs256", 4), ("400ep_bs256", 4)]
+    + [("400ep_2x224", 64), ("rn50w2", 64), ("rn50w4", 64)],
+)
+def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
+    """Given the batch, and crops where a row has others than usual, all else is that row's."""
+    args = train.parse_args([f"@{train.SHAPES_RECIPE.parent}/{recipe}.args"])
+    given = {"batch_size": args.batch_size}
+    if recipe == "400ep_2x224":
+        given["nmb_crops"] = [2]
+    derived = values(**IMAGENET, world_size=world_size, epochs=args.epochs, given=given)
+    expected = {name: getattr(args, name) for name in derived}
+    expected |= dict(temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet")
+    unset = {name for name, value in expected.items() if value is None}  # what the recipe leaves open does not matter
+    assert unset <= {"epoch_queue_starts", "start_warmup"}
+    assert {n: v for n, v in derived.items() if n not in unset} == {n: v for n, v in expected.items() if n not in unset}
+
+
+def test_what_the_user_sets_is_kept_and_the_rest_follows_it():
+    given = dict(nmb_prototypes=3000, base_lr=0.5, size_crops=[96, 48], batch_size=16)
+    derived = values(**SMALL, given=given)
+    assert not given.keys() & derived.keys() and given.keys() | derived.keys() == set(DERIVED)
+    assert derived["final_lr"] == 0.0005 and derived["stem"] == "imagenet"
+    in_published_unit = values(**SMALL, given={"epsilon": 0.05})
+    assert in_published_unit["relative_epsilon"] == "off"
+    assert values(**SMALL, given={"relative_epsilon": "off"})["epsilon"] == 0.05
+
+
+@pytest.mark.parametrize("name, value", [*zip(CROP_LISTS, ([2], [32], [0.5], [0.9]), strict=True)])
+def test_one_resolution_asked_for_gives_one_throughout(name, value):
+    derived = values(**SMALL, given={name: value})
+    assert all(len(derived[other]) == 1 for other in CROP_LISTS if other != name)
+
+
+def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
+    derived = values(**SMALL, given={})
+    assert SMALL["images"] // derived["batch_size"] >= 40
+    assert derived["nmb_prototypes"] < 200 and derived["relative_epsilon"] == "on" and derived["queue_length"] == 0
+    assert derived["size_crops"] == [32, 16]
+    two = values(**(SMALL | {"world_size": 2}), given={})
+    assert two["batch_size"] == derived["batch_size"] // 2 and two["base_lr"] == derived["base_lr"]
+
+
+@pytest.mark.parametrize("images", [4, 40, 700, 60_000, 499_999])
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("image_side", [8, 28, 64, 300])
+def test_every_size_of_set_gets_options_that_train_accepts(images, world_size, image_side, capsys):
+    if images < 2 * world_size:
+        pytest.skip("too few images for that many processes")
+    args = train.parse_args(["--dataset", "shapes"])
+    for name, value in values(images=images, image_side=image_side, world_size=world_size, epochs=3, given={}).items():
+        setattr(args, name, value)
+    train.check_args(args, world_size)
+    assert 2 <= args.batch_size <= images // world_size
+
+
+def test_learning_rate_follows_the_batch_and_reasons_are_given():
+    rates = [values(**SMALL, given={"batch_size": b})["base_lr"] for b in (16, 64, 256, 4096)]
+    assert rates[1] == pytest.approx(2 * rates[0]) and rates == sorted(rates) and rates[3] == 4.8
+    assert values(**IMAGENET, world_size=1, epochs=9, given={"batch_size": 64})["base_lr"] == 0.15
+    assert all(reason for _, reason in derive(**SMALL, given={}).values())
