@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 # Read when torch is loaded. Threads that wait actively leave a shared machine no core to catch up on: with tests
 # running on the same two cores 74 images/s, 191 this way, and a few percent less than without on a quiet machine.
@@ -205,6 +206,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("dump_path", "runs/swav", str, "folder of the run; a run that is there already is resumed")
     add("checkpoint_freq", 25, counted, "epochs between checkpoints that are kept; checkpoint.pth is of every epoch")
     add("log_freq", 50, counted, "steps between progress lines")
+    add("tensorboard", "off", str, "the numbers of metrics.jsonl for TensorBoard, in dump_path/tensorboard",
+        choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("on_collapse", "warn", str, "when the loss stays at ln K: warn, with the likely cause; stop; or recover: go "
         f"back to the last good epoch and change one thing, at most {RECOVERIES} times",
         choices=("warn", "stop", "recover"))  # fmt: skip
@@ -231,6 +234,8 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
     if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    if args.tensorboard == "on" and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:
         raise ValueError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
     if any(getattr(args, name) is None for name in DERIVED):
@@ -562,7 +567,7 @@ def train(
         options = dict(gradient_as_bucket_view=True, static_graph=True)
         devices = [device.index] if device.type == "cuda" else None
         network = DistributedDataParallel(model, device_ids=devices, **options)
-    metrics = open_metrics(dump, first_epoch) if rank == 0 else None
+    metrics = open_metrics(dump, first_epoch, args.tensorboard == "on") if rank == 0 else None
     describe(args, images, loader, model, device, dtype)
 
     ln_k = math.log(args.nmb_prototypes)
@@ -714,9 +719,11 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
 def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
     """The likely cause of a loss stuck at ln K, and the options to change."""
     if args.relative_epsilon == "off":
-        cause = f"embeddings drew together until their scores differed by less than --epsilon {args.epsilon:g}"
+        cause = (
+            f"scores of different images differ by too little beside --epsilon {args.epsilon:g}, so codes are uniform"
+        )
         return cause, {"relative_epsilon": "on", "epsilon": 0.3}
-    rates = {name: getattr(args, name) / 3 for name in ("base_lr", "final_lr", "start_warmup")}
+    rates = {name: getattr(args, name) / 3 for name in ("base_lr", "final_lr", "start_warmup") if getattr(args, name)}
     return f"weights move too fast at --base_lr {args.base_lr:g} for codes to settle", rates
 
 
@@ -799,13 +806,29 @@ def resume(
     return epochs_done
 
 
-def open_metrics(dump: Path, epochs_done: int) -> TextIO:
-    """metrics.jsonl for appending, without the rows of an epoch that was interrupted and will be run again."""
+def open_metrics(dump: Path, epochs_done: int, tensorboard: bool) -> Callable[[dict], None]:
+    """What writes a row to metrics.jsonl, and to TensorBoard if wanted; rows of an interrupted epoch are taken out."""
     path = dump / "metrics.jsonl"
     rows = path.read_text().splitlines() if path.exists() else []
     kept = [row for row in rows if row.endswith("}") and json.loads(row)["epoch"] <= epochs_done]
     path.write_text("".join(row + "\n" for row in kept))
-    return path.open("a", buffering=1)
+    file = path.open("a", buffering=1)
+    board = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # which needs a package that few have
+
+        last_step = json.loads(kept[-1])["step"] if kept else -1
+        board = SummaryWriter(str(dump / "tensorboard"), purge_step=last_step + 1)
+
+    def write(row: dict) -> None:
+        file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if board is not None and value is not None:
+                board.add_scalar(name, value, row["step"])
+        if board is not None:
+            board.flush()
+
+    return write
 
 
 def describe(
@@ -847,10 +870,10 @@ def step_line(row: dict, epochs: int, steps: int) -> str:
     )
 
 
-def log(row: dict, line: str, metrics: TextIO | None, keep: bool = False) -> None:
-    """A row for metrics.jsonl, which the first process alone has open, and its progress line."""
+def log(row: dict, line: str, metrics: Callable[[dict], None] | None, keep: bool = False) -> None:
+    """A row for the metrics, which the first process alone has open, and its progress line."""
     if metrics is not None:
-        metrics.write(json.dumps(row) + "\n")
+        metrics(row)
     show_progress(line, keep)
 
 

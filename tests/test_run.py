@@ -531,6 +531,27 @@ def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_
     assert changed[0] is None and all(0 <= share <= 1 for share in changed[1:])
 
 
+def test_tensorboard_has_the_rows_of_the_metrics(images, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for epochs in ("3", "4"):
+        run_training(images, tmp_path / "run", "--tensorboard", "--epochs", epochs)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "code_entropy", "epoch_loss", "codes_changed"):
+        expected = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in written] == [step for step, _ in expected]
+        assert [value for _, value in written] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_tensorboard_without_its_package_is_an_error_at_the_start(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard: .*pip install tensorboard"):
+        run_training(images, tmp_path / "run", "--tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
 def test_collapse_stops_the_run_where_asked(images, tmp_path):
     with pytest.raises(FloatingPointError, match="collapsing: .* try --relative_epsilon on .*checkpoint.pth"):
         train_stuck(images, tmp_path / "run", "--on_collapse", "stop")
