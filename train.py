@@ -267,13 +267,13 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
     path = Path(args.dump_path) / "checkpoint.pth"
     if path.exists():
         before = load_checkpoint(path)["options"]
-        # The batch is derived anew: it is per process, and there may be more or fewer of those now.
         args.recovered = before.get("recovered", [])
         if args.recovered:
             for name in ("relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"):
                 setattr(args, name, before[name])
             say(f"after recovering from a collapse the run goes on with --{' --'.join(args.recovered)} as changed then")
         given = {name for name in DERIVED if getattr(args, name) is not None}
+        # The batch is derived anew: it is per process, and there may be more or fewer of those now.
         earlier = {n: before[n] for n in DERIVED if n not in given and n != "batch_size" and before.get(n) is not None}
         chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
     known = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
