@@ -62,7 +62,8 @@ def derive(
         "max_scale_crops", ([1.0, 0.14] if is_large else [1.0, 0.5])[:resolutions], published if is_large else milder
     )
     stem = "imagenet" if max(sizes) >= 96 else "medium"
-    choose("stem", stem, f"crops of {max(sizes)} pixels")
+    cheaper = ", at a quarter of small's cost" if max(sizes) <= 32 else ""
+    choose("stem", stem, f"crops of {max(sizes)} pixels{cheaper}")
 
     # Codes
     prototypes = 3000 if is_large else max(30, min(3000, round(2.65 * images**0.5)))
