@@ -90,10 +90,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sets",
         nargs="+",
         choices=study.SETS,
+        default=["shapes", "patches"],
         help=f"of {', '.join(study.SETS)} (default: shapes patches)",
         metavar="set",
     )
-    add("--settings", nargs="+", choices=study.SETTINGS, metavar="setting",
+    add("--settings", nargs="+", choices=study.SETTINGS, metavar="setting", default=["derived", "published"],
         help=f"of {', '.join(study.SETTINGS)} (default: derived published)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[1], help="of each run (default: 1)")
     add("--epochs", type=int, default=10, help="of each run (default: 10)")
@@ -101,11 +102,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dump_path", type=Path, default=Path("runs/collapse"), help="folder of the runs; those there are kept")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="file for all figures")
     args = parser.parse_args(argv)
-    least = {"nmb_small_crops": 0, "size_crops": data.SMALLEST_CROP}
+    least = {"nmb_small_crops": 0, "seeds": 0, "size_crops": data.SMALLEST_CROP}
     for name, numbers in vars(args).items():
         values = numbers if isinstance(numbers, list) else [numbers]
         if any(isinstance(value, int) and value < least.get(name, 1) for value in values):
             parser.error(f"--{name}: expected {least.get(name, 1)} or more, got {numbers}")
+    if "collapse" in args.what:
+        try:
+            study.check_sets(args.sets)
+        except ValueError as error:
+            parser.error(f"--sets: {error}")
     if args.nmb_crops and args.nmb_crops[0] < 2:
         parser.error(f"--nmb_crops: expected 2 or more large ones, got {args.nmb_crops[0]}")
     if args.step_ms is not None and not 0 < args.step_ms < math.inf:
@@ -122,10 +128,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     machine = describe(device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    try:
-        results = {name: BENCHMARKS[name](args, device) for name in args.what}
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    results = {name: BENCHMARKS[name](args, device) for name in args.what}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
     print(f"all figures: {args.json}")
@@ -562,12 +565,11 @@ def our_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Callable
     options = dict(workers=run.workers, pin_memory=on_gpu, cut_only=True)
     loader = data.training_loader(images, run.multi_crop, run.batch_size, **options)
     model = SwAV(run.arch, nmb_prototypes=run.nmb_prototypes).to(device, memory_format=layout)
-    nmb_crops = sum(run.multi_crop.nmb_crops)
-    swav_loss = SwAVLoss(nmb_crops).to(device)
+    swav_loss = SwAVLoss(sum(run.multi_crop.nmb_crops)).to(device)
     guard = CollapseGuard(run.nmb_prototypes, device)
 
-    def watch(scores: torch.Tensor) -> None:
-        guard.count(swav_loss.code_logits(scores.unflatten(0, (nmb_crops, -1))))
+    def watch() -> None:
+        guard.count(swav_loss.code_logits())
 
     train = our_trainer(model, model, swav_loss, device, watch)
     stream = torch.cuda.Stream(device) if on_gpu else None
@@ -592,7 +594,7 @@ def our_trainer(
     model: SwAV,
     swav_loss: Callable,
     device: torch.device,
-    watch: Callable[[torch.Tensor], None] = lambda scores: None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Callable:
     """A step of train.py on placed crops. network: the model, or DistributedDataParallel around it."""
     optimizer = LARS(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -605,7 +607,7 @@ def our_trainer(
         mark("forward")
         loss = swav_loss(embeddings, scores, model.prototypes.weight)
         mark("codes + loss")
-        watch(scores)
+        watch()
         mark("guard")
         optimizer.zero_grad()
         mark("other")

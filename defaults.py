@@ -35,66 +35,62 @@ def derive(
         derived[name] = (value, reason)
         return value
 
-    is_large = images >= LARGE_SET
-    published = "published, for a million images"
+    resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), 2)
+
+    def choose_crops(*lists: list, reason: str) -> int:
+        """Lists of one entry where the user gave such, else of two; the largest side."""
+        chosen = [choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)]
+        return max(chosen[CROP_LISTS.index("size_crops")])
+
+    def choose_rates(base_lr: float, reason: str, warmup_epochs: int = 0) -> None:
+        lr = choose("base_lr", round(base_lr, 6), reason)
+        choose("final_lr", round(lr / 1000, 9), "a thousandth of base_lr, as published")
+        warmup = choose("warmup_epochs", warmup_epochs, "published")
+        choose("start_warmup", min(0.3, lr) if warmup else 0.0, "published")
+
+    if images >= LARGE_SET:
+        why = "published, for a million images"
+        global_batch = world_size * choose("batch_size", 64, why)
+        in_thousands = global_batch >= LARGE_BATCH
+        side = choose_crops([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14], reason=why)
+        choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels")
+        nmb_prototypes = choose("nmb_prototypes", 3000, why)
+        choose("temperature", 0.1, why)
+        relative = choose("relative_epsilon", "off", why)
+        choose("epsilon", 0.3 if relative == "on" else 0.05, "of the scores' spread" if relative == "on" else why)
+        if global_batch >= nmb_prototypes:
+            choose("queue_length", 0, f"the batch of {global_batch} covers {nmb_prototypes} prototypes")
+            choose("epoch_queue_starts", 15, "no queue")
+        else:
+            length = global_batch if in_thousands else 3840 - 3840 % global_batch
+            choose("queue_length", length, f"the batch of {global_batch} is too small for {nmb_prototypes} prototypes")
+            choose("epoch_queue_starts", 0 if in_thousands else 15, why)
+        choose("freeze_prototypes_niters", 313 if in_thousands else -(-images // global_batch), why)
+        if in_thousands:
+            choose_rates(4.8, f"published, for batches from {LARGE_BATCH}", min(10, epochs // 10))
+        else:
+            choose_rates(0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch")
+        return derived
 
     batch_size = 64
-    while not is_large and batch_size * world_size > min(images, max(16, images / 40)) and batch_size > 2:
+    while batch_size * world_size > min(images, max(16, images / 40)) and batch_size > 2:
         batch_size //= 2
-    steps_told = published if is_large else "at least 40 steps an epoch, if the batch can have 16 images"
-    global_batch = world_size * choose("batch_size", batch_size, steps_told)
-    is_large_batch = is_large and global_batch >= LARGE_BATCH
-    steps_per_epoch = -(-images // global_batch)
-
-    # Crops: lists of one entry where the user gave such, else of two
-    resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), 2)
-    sizes = [224, 96]
-    if not is_large:
-        large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
-        sizes = [large, max(16, 8 * round(large * 96 / 224 / 8))]
-    milder = "a smaller set needs milder crops"
-    choose("nmb_crops", [2, 6 if is_large else 4][:resolutions], published if is_large else "two large, four small")
-    sizes = choose("size_crops", sizes[:resolutions], f"images of {image_side} pixels")
-    choose(
-        "min_scale_crops", ([0.14, 0.05] if is_large else [0.4, 0.15])[:resolutions], published if is_large else milder
-    )
-    choose(
-        "max_scale_crops", ([1.0, 0.14] if is_large else [1.0, 0.5])[:resolutions], published if is_large else milder
-    )
-    stem = "imagenet" if max(sizes) >= 96 else "medium"
-    cheaper = ", at a quarter of small's cost" if max(sizes) <= 32 else ""
-    choose("stem", stem, f"crops of {max(sizes)} pixels{cheaper}")
-
-    # Codes
-    prototypes = 3000 if is_large else max(30, min(3000, round(2.65 * images**0.5)))
-    nmb_prototypes = choose("nmb_prototypes", prototypes, published if is_large else "2.65 x the root of the images")
-    choose("temperature", 0.1 if is_large else 0.2, published if is_large else "softer predictions draw together less")
-    by_spread = not is_large and given.get("epsilon") is None
-    why = "so few images collapse with a fixed one" if by_spread else "as published"
-    by_spread = choose("relative_epsilon", "on" if by_spread else "off", why) == "on"
-    choose("epsilon", 0.3 if by_spread else 0.05, "of the scores' spread" if by_spread else "published")
-
-    # Queue: K prototypes are balanced over as many images, where embeddings of past batches are still true
-    if not is_large:
-        choose("queue_length", 0, "embeddings move too fast to be kept")
-    elif global_batch >= nmb_prototypes:
-        choose("queue_length", 0, f"the batch of {global_batch} is enough for {nmb_prototypes} prototypes")
-    else:
-        length = global_batch if is_large_batch else 3840 - 3840 % global_batch
-        choose("queue_length", length, f"the batch of {global_batch} is too small for {nmb_prototypes} prototypes")
-    choose("epoch_queue_starts", 0 if is_large_batch and global_batch < nmb_prototypes else 15, "published")
-    frozen = 0 if not is_large else 313 if is_large_batch else steps_per_epoch
-    choose("freeze_prototypes_niters", frozen, published if is_large else "no gain seen from frozen prototypes")
-
-    # Learning rate
-    if is_large_batch:
-        lr, why = 4.8, f"published, for batches from {LARGE_BATCH}"
-    elif is_large:
-        lr, why = 0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch"
-    else:
-        lr, why = min(4.8, 0.3 * global_batch**0.5), "2.4 for a batch of 64, with the batch's root"
-    lr = choose("base_lr", round(lr, 6), why)
-    choose("final_lr", round(lr / 1000, 9), "a thousandth of base_lr")
-    warmup = choose("warmup_epochs", min(10, epochs // 10) if is_large_batch else 0, "published")
-    choose("start_warmup", min(0.3, lr) if warmup else 0.0, "published")
+    why = "at least 40 steps an epoch, if the batch can have 16 images"
+    global_batch = world_size * choose("batch_size", batch_size, why)
+    large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
+    small = max(16, 8 * round(large * 96 / 224 / 8))
+    why = f"{images:,} images of {image_side} pixels: milder crops than published"
+    side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
+    cheaper = ", at a quarter of small's cost" if side <= 32 else ""
+    choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
+    choose("nmb_prototypes", max(30, min(3000, round(2.65 * images**0.5))), "2.65 x the root of the images")
+    choose("temperature", 0.2, "softer predictions draw embeddings together less")
+    in_published_unit = given.get("epsilon") is not None
+    why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
+    relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)
+    choose("epsilon", 0.3 if relative == "on" else 0.05, "of the scores' spread" if relative == "on" else "published")
+    choose("queue_length", 0, "embeddings move too fast to be kept")
+    choose("epoch_queue_starts", 15, "no queue")
+    choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
+    choose_rates(min(4.8, 0.3 * global_batch**0.5), "2.4 for a batch of 64, with the batch's root")
     return derived

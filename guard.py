@@ -47,8 +47,7 @@ class CollapseGuard:
         them than images.
         embedding_std: standard deviation of a dimension of the embeddings, times sqrt(D); 0 for embeddings all alike.
         """
-        log_codes = code_logits.log_softmax(dim=2).double()  # [A, B, K]
-        codes = log_codes.exp()
+        codes = code_logits.double().softmax(dim=2)  # [A, B, K]
         embeddings = embeddings.double()
         entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
         sizes = entropies.new_tensor([entropies.numel(), len(embeddings)])

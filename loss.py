@@ -82,24 +82,32 @@ class SwAVLoss(nn.Module):
         embeddings = embeddings.detach().unflatten(0, (self.nmb_crops, -1))  # [V, B, D]
         uses_queue = self.queue_started and self.queue.shape[1] > 0
         queue_scores = self._queue_scores(prototypes.detach()) if uses_queue else None  # [A, Q, K]
-        self.unit = spread(self._assigning(scores.detach())) if self.relative_epsilon else scores.new_ones(())
-        if uses_queue and self.relative_epsilon:
-            queue_scores = queue_scores / self.unit
-        self.potentials = sinkhorn_potentials(
-            self._in_units(scores.detach()), self.epsilon, self.sinkhorn_iterations, extra=queue_scores
+        assigning = self._assigning(scores.detach())  # [A, B, K]
+        if self.relative_epsilon:
+            unit = spread(assigning)
+            assigning = assigning / unit
+            queue_scores = queue_scores / unit if uses_queue else None
+        potentials = sinkhorn_potentials(
+            assigning, self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
+        self.newest = assigning, potentials
         if uses_queue:
             self._enqueue(self._assigning(embeddings))
         if self.relative_epsilon:
-            codes = self.code_logits(scores).softmax(dim=2)  # [A, B, K]
+            codes = self.code_logits().softmax(dim=2)  # [A, B, K]
             return swapped_prediction(scores, codes, self.crops_for_assign, self.temperature)
         return swav_loss(
             scores,
-            self.potentials,
+            potentials,
             crops_for_assign=self.crops_for_assign,
             temperature=self.temperature,
             epsilon=self.epsilon,
         )
+
+    def code_logits(self) -> torch.Tensor:
+        """[A, B, K], whose softmax over K are the codes of the newest batch. Without gradient."""
+        assigning, potentials = self.newest
+        return torch.add(potentials.unsqueeze(1), assigning, alpha=1 / self.epsilon)
 
     @torch.no_grad()
     def codes(self, scores: torch.Tensor) -> torch.Tensor:
@@ -107,15 +115,6 @@ class SwAVLoss(nn.Module):
         if self.relative_epsilon:
             scores = scores / spread(scores.unsqueeze(0))
         return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
-
-    def code_logits(self, scores: torch.Tensor) -> torch.Tensor:
-        """scores [V, B, K] of the newest forward -> [A, B, K], whose softmax are its codes. Without gradient."""
-        return torch.add(self.potentials.unsqueeze(1), self._in_units(scores.detach()), alpha=1 / self.epsilon)
-
-    def _in_units(self, scores: torch.Tensor) -> torch.Tensor:
-        """[V, B, K] -> [A, B, K]"""
-        assigning = self._assigning(scores)
-        return assigning / self.unit if self.relative_epsilon else assigning
 
     def _assigning(self, crops: torch.Tensor) -> torch.Tensor:
         """[V, B, ...] -> [A, B, ...]. Stacked, as indexing with a list would copy it to the GPU and wait for that."""
@@ -166,11 +165,11 @@ def spread(scores: torch.Tensor) -> torch.Tensor:
 
     A scalar tensor, never zero. The balance of the codes makes up for the means, so this is what tells images apart.
     """
-    count = scores.new_tensor([float(scores.shape[1])])
-    sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), count])
+    images = scores.new_full((1,), scores.shape[1])  # filled there: a copy of a number would wait for the device
+    sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    *_, squares, images = sums[-2:].split(1)
+    squares, images = sums[-2:].split(1)
     means = sums[:-2].unflatten(0, (scores.shape[0], -1)) / images  # [A, K]
     variance = squares / (images * means.numel()) - means.square().mean()
     return variance.clamp_min(torch.finfo(scores.dtype).tiny).sqrt().squeeze(0)

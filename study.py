@@ -5,12 +5,14 @@ already is not run again, so that an interrupted study goes on, and a larger one
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import data
 import eval_linear
 import train
 from guard import STUCK
+from loss import spread
 from optim import LARS
 
 # The smallest ResNet, so that a run takes a minute or two; crops, batch and all else as derived for the set
@@ -77,10 +80,9 @@ WATCHED_STEPS, WATCHED_EVERY = 200, 10
 
 
 def run_study(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The runs asked for, `--jobs` at a time, and a table. Raises ValueError for a set that is not here."""
-    settings, sets = args.settings or ["derived", "published"], args.sets or ["shapes", "patches"]
-    options = {name: set_options(name, args.dump_path / "sets") for name in sets}
-    jobs = [(s, which, seed) for which in settings for s in sets for seed in args.seeds]
+    """The runs asked for, `--jobs` at a time, and a table."""
+    options = {name: set_options(name, args.dump_path / "sets") for name in args.sets}
+    jobs = [(s, which, seed) for which in args.settings for s in args.sets for seed in args.seeds]
     folders = {job: args.dump_path / f"{job[0]}-{args.epochs}" / job[1].replace(" ", "_") / str(job[2]) for job in jobs}
     missing = [job for job in jobs if not (folders[job] / "result.json").exists()]
     print(
@@ -118,7 +120,7 @@ def set_options(name: str, folder: Path) -> str:
     if name == "shapes":
         return "--dataset shapes"
     if name == "fashion_mnist_60000":
-        return f"--dataset fashion_mnist --data_path {fashion_mnist_folder()}"
+        return f"--dataset fashion_mnist --data_path {FASHION_MNIST}"
     root = folder / name
     if not root.exists():
         unfinished = root.with_name(name + ".tmp")
@@ -133,27 +135,27 @@ def set_options(name: str, folder: Path) -> str:
     return f"--data_path {root}"
 
 
-def fashion_mnist_folder() -> str:
-    if not os.path.isdir(FASHION_MNIST):
-        raise ValueError(f"--sets fashion_mnist: apt-get install dataset-fashion-mnist puts it to {FASHION_MNIST}")
-    return FASHION_MNIST
+def check_sets(names: Sequence[str]) -> None:
+    """Raise ValueError for a set that is not here, with what installs it."""
+    if "patches" in names and find_spec("skimage") is None:
+        raise ValueError("patches are cut from the sample photographs of a package: pip install scikit-image")
+    if any(name.startswith("fashion_mnist") for name in names) and not os.path.isdir(FASHION_MNIST):
+        raise ValueError(f"expected Fashion-MNIST in {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
 
 
 def some_fashion_mnist(split: str, count: int) -> list[tuple[np.ndarray, int]]:
     """`count` training images, or 2,000 validation images, drawn once and for all."""
-    images = data.open_images("fashion_mnist", fashion_mnist_folder(), split)
+    images = data.open_images("fashion_mnist", FASHION_MNIST, split)
     chosen = np.random.default_rng(0).permutation(len(images))[: count if split == "train" else 2000]
     return [(images[int(i)][0].permute(1, 2, 0).numpy(), images[int(i)][1]) for i in chosen]
 
 
 def patches(split: str) -> list[tuple[np.ndarray, int]]:
     """32-pixel patches of twelve photographs that come with scikit-image; the photograph is the class."""
-    package = find_spec("skimage")
-    if package is None:
-        raise ValueError("--sets patches: pip install scikit-image, whose sample photographs they are cut from")
+    photos = Path(find_spec("skimage").origin).parent / "data"
     found = []
     for label, name in enumerate(PHOTOS):
-        photo = np.array(Image.open(Path(package.origin).parent / "data" / name).convert("RGB"))
+        photo = np.array(Image.open(photos / name).convert("RGB"))
         rows, columns = photo.shape[0] // PATCH, photo.shape[1] // PATCH
         grid = photo[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2)
         order = np.random.default_rng(0).permutation(rows * columns)
@@ -171,8 +173,7 @@ def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, f
     change_program(change, watched)
     shutil.rmtree(folder, ignore_errors=True)
     argv = f"{images} {NETWORK} {options} --epochs {epochs} --seed {seed}".split()
-    with open(os.devnull, "w") as nowhere:
-        train.say = eval_linear.say = lambda text, end="\n": print(text, end=end, file=nowhere)
+    with redirect_stdout(io.StringIO()):
         train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
         judging = [str(folder / "checkpoint.pth"), "--cached", "--seed", str(seed), "--workers", "0", "--device", "cpu"]
         rows = eval_linear.main(eval_linear.parse_args(judging))["rows"]
@@ -209,12 +210,12 @@ def change_program(change: str, watched: list[dict[str, float]]) -> None:
     def watch_scores(swav_loss: nn.Module, inputs: tuple, loss: torch.Tensor) -> None:
         embeddings, scores, _ = inputs
         scores = scores.detach().unflatten(0, (swav_loss.nmb_crops, -1))
-        codes = swav_loss.code_logits(scores).softmax(2)
-        centred = scores[0] - scores[0].mean(0)
+        codes = swav_loss.code_logits().softmax(2)
+        deviation = spread(scores[:2]).item()
         watching["step"] = {
             "loss": loss.item(),
-            "score_spread": centred.std().item(),
-            "epsilon": swav_loss.epsilon * float(getattr(swav_loss, "unit", 1.0)),
+            "score_spread": deviation,
+            "epsilon": swav_loss.epsilon * (deviation if swav_loss.relative_epsilon else 1),
             "code_entropy": -torch.special.xlogy(codes, codes).sum(2).mean().item(),
             "agreeing_codes": (codes[0].argmax(1) == codes[1].argmax(1)).double().mean().item(),
             "mean_cosine": embeddings[: scores.shape[1]].detach().mean(0).square().sum().item(),

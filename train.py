@@ -17,7 +17,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -98,6 +98,11 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], int
         return value
 
     return parse
+
+
+def spelled(options: Mapping[str, object]) -> str:
+    """Options as one writes them."""
+    return " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in options.items())
 
 
 def auto_or(kind: Callable[[str], int]) -> Callable[[str], int | str]:
@@ -272,18 +277,18 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
             for name in ("relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"):
                 setattr(args, name, before[name])
             say(f"after recovering from a collapse the run goes on with --{' --'.join(args.recovered)} as changed then")
-        given = {name for name in DERIVED if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
+    if path.exists():
         # The batch is derived anew: it is per process, and there may be more or fewer of those now.
         earlier = {n: before[n] for n in DERIVED if n not in given and n != "batch_size" and before.get(n) is not None}
         chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
-    known = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
-    known |= {name: value for name, (value, _) in chosen.items()}
+    given |= {name: value for name, (value, _) in chosen.items()}
     chosen |= derive(
-        images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs, given=known
+        images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs, given=given
     )
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
-        say(f"  --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}  ({reason})")
+        say(f"  {spelled({name: value})}  ({reason})")
     check_args(args, world_size)
     largest = len(images) // world_size
     if args.batch_size > largest:
@@ -458,10 +463,7 @@ def main(args: argparse.Namespace) -> None:
     check_args(args, environment("WORLD_SIZE", 1))
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    given = {name: value for name, value in vars(args).items() if value not in (None, [])}
-    say(
-        "options: " + " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in given.items())
-    )
+    say("options: " + spelled({name: value for name, value in vars(args).items() if value not in (None, [])}))
     if any(getattr(args, name) is None for name in DERIVED):
         say("and what follows from the images, or from the run so far:")
     # One process a machine downloads and finds what is wrong; the others wait for it where the group forms.
@@ -572,9 +574,7 @@ def train(
 
     ln_k = math.log(args.nmb_prototypes)
     guard = CollapseGuard(args.nmb_prototypes, device)
-    first = args.crops_for_assign[0] * args.batch_size
-    assigning = slice(first, first + args.batch_size)  # rows of the first crop with codes
-    probe_images = load_probe(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
+    probe = load_probe(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     step = first_epoch * steps_per_epoch  # steps done
     for epoch in range(first_epoch, args.epochs):
         if epoch >= args.epoch_queue_starts:
@@ -598,7 +598,7 @@ def train(
             # 3. codes, 4. swapped prediction
             loss = swav_loss(embeddings, scores, model.prototypes.weight)
             unread.append(loss.detach())
-            code_logits = swav_loss.code_logits(scores.unflatten(0, (len(crops), -1)))  # [A, B, K]
+            code_logits = swav_loss.code_logits()  # [A, B, K]
             guard.count(code_logits)
             is_first = step == first_epoch * steps_per_epoch
             line_is_due = is_first or step_of_epoch % args.log_freq == 0 or step_of_epoch == steps_per_epoch
@@ -627,12 +627,13 @@ def train(
                 now = time.perf_counter()
                 seconds_per_step = (now - interval_start) / interval_steps
                 interval_loss = sum(epoch_losses[-interval_steps:]) / interval_steps
+                of_first = embeddings.detach().unflatten(0, (len(crops), -1))[args.crops_for_assign[0]]  # [B, D]
                 row = {
                     "epoch": epoch + 1,
                     "step": step,
                     "loss": interval_loss,
                     "ln_k": ln_k,
-                    **guard.measure(interval_loss, code_logits, embeddings[assigning].detach()),
+                    **guard.measure(interval_loss, code_logits, of_first),
                     "lr": learning_rates[step - 1],
                     "images_per_s": args.batch_size * world_size / seconds_per_step,
                     "data_wait_percent": 100 * waited / (now - interval_start),
@@ -648,7 +649,7 @@ def train(
         images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
         row = {"epoch": epoch + 1, "step": step, "epoch_loss": epoch_loss, "ln_k": ln_k}
         row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
-        row["codes_changed"] = guard.share_changed(probe_codes(model, swav_loss, probe_images))
+        row["codes_changed"] = guard.share_changed(probe_codes(model, swav_loss, probe, args.batch_size))
         done = f"epoch {epoch + 1}/{args.epochs} done: loss {epoch_loss:.4f} (ln K {ln_k:.3f})"
         log(row, f"{done}  {images_per_s:.0f} images/s  {seconds:.1f} s", metrics, keep=True)
         queue = swav_loss.gather_queue(args.batch_size)
@@ -683,10 +684,12 @@ def load_probe(images: Dataset, size: int, rank: int, world_size: int) -> torch.
 
 
 @torch.no_grad()
-def probe_codes(model: SwAV, swav_loss: SwAVLoss, images: torch.Tensor) -> torch.Tensor:
+def probe_codes(model: SwAV, swav_loss: SwAVLoss, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The first prototype of each image's code, int64 [N], with BatchNorm's running statistics."""
     model.eval()
-    _, scores = model([images.to(model.conv1.weight.dtype)])
+    with torch.compiler.set_stance("force_eager"):  # so few forward passes are not worth graphs of their own
+        batches = images.to(model.conv1.weight.dtype).split(batch_size)
+        scores = torch.cat([model([batch])[1] for batch in batches])
     model.train()
     return swav_loss.codes(scores).argmax(1)
 
@@ -698,13 +701,10 @@ class Collapse(FloatingPointError):
 def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
     """Say that the run is collapsing, and why; then go on, or raise Collapse, as --on_collapse has it."""
     cause, change = remedy(args)
-    advice = " ".join(
-        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in change.items()
-    )
     told = (
         f"collapsing: the loss has stayed at {row['loss_per_ln_k']:.3f} ln K (codes have {row['code_entropy']:.0%} of "
         f"their largest entropy, embeddings {row['embedding_std']:.0%} of their largest spread); "
-        f"likely cause: {cause}; try {advice}"
+        f"likely cause: {cause}; try {spelled(change)}"
     )
     is_last = len(args.recovered) >= RECOVERIES
     if args.on_collapse == "warn" or (args.on_collapse == "recover" and is_last):
@@ -723,7 +723,8 @@ def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
             f"scores of different images differ by too little beside --epsilon {args.epsilon:g}, so codes are uniform"
         )
         return cause, {"relative_epsilon": "on", "epsilon": 0.3}
-    rates = {name: getattr(args, name) / 3 for name in ("base_lr", "final_lr", "start_warmup") if getattr(args, name)}
+    rates = {name: getattr(args, name) for name in ("base_lr", "final_lr", "start_warmup")}
+    rates = {name: float(f"{rate / 3:.4g}") for name, rate in rates.items() if rate}
     return f"weights move too fast at --base_lr {args.base_lr:g} for codes to settle", rates
 
 
@@ -772,6 +773,8 @@ def resume(
                 f"--dump_path: expected a folder that all machines share, but they see different runs in {dump}"
             )
     if checkpoint is None:
+        if environment("RANK", 0) == 0:
+            (dump / "last_good.pth").unlink(missing_ok=True)  # of a run whose checkpoint was taken away
         return 0
     changes = changed_options(args, checkpoint)
     told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())

@@ -40,7 +40,7 @@ def test_relative_epsilon_is_epsilon_times_the_spread_of_scores_without_prototyp
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-10)
     gradients = [torch.autograd.grad(loss, s)[0] for loss, s in zip(losses, (ours, theirs), strict=True)]
     torch.testing.assert_close(*gradients)
-    codes = [module.code_logits(scores.view(V, B, K)).softmax(2) for module in (relative, fixed)]
+    codes = [module.code_logits().softmax(2) for module in (relative, fixed)]
     torch.testing.assert_close(*codes)
     torch.testing.assert_close(codes[1], torch.stack([reference.sinkhorn(s, epsilon=0.3 * unit) for s in assigning]))
 
@@ -52,7 +52,7 @@ def test_relative_epsilon_keeps_codes_as_sharp_however_close_embeddings_are():
         swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
         close = scores.mean(0) + shrink * (scores - scores.mean(0))
         swav_loss(embeddings, close, prototypes)
-        codes = swav_loss.code_logits(close.view(V, B, K)).softmax(2)
+        codes = swav_loss.code_logits().softmax(2)
         entropies.append(-torch.special.xlogy(codes, codes).sum(2).mean().item())
     assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
     all_equal = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)(embeddings, torch.zeros_like(scores), prototypes)
@@ -68,9 +68,9 @@ def test_relative_epsilon_scores_the_queue_in_the_same_unit():
     queued = swav_loss.queue.clone() @ prototypes.T
     swav_loss(embeddings, scores, prototypes)
     assigning = scores.view(V, B, K)[[0, 2]]
-    epsilon = 0.3 * swav_loss.unit.item()
+    epsilon = 0.3 * (assigning - assigning.mean(1, keepdim=True)).square().mean().sqrt().item()
     expected = [reference.sinkhorn(s, epsilon=epsilon, extra=q) for s, q in zip(assigning, queued, strict=True)]
-    torch.testing.assert_close(swav_loss.code_logits(scores.view(V, B, K)).softmax(2), torch.stack(expected))
+    torch.testing.assert_close(swav_loss.code_logits().softmax(2), torch.stack(expected))
 
 
 def test_queue_joins_the_step_after_it_is_full_and_is_scored_with_todays_prototypes():

@@ -587,6 +587,8 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
 
 
 def test_recover_without_a_good_state_begins_anew(images, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_good.pth").write_text("of a run whose checkpoint was taken away")
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover")
     out = capsys.readouterr().out
     assert "back to 0 epochs done, --relative_epsilon off -> on" in out

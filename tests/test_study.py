@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import study
 import train
 
@@ -58,13 +59,16 @@ def test_runs_that_are_there_are_shown_and_not_run_again(images, tmp_path, monke
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_patches_need_their_package(monkeypatch, tmp_path):
+def test_sets_that_are_not_here_are_refused_before_any_work(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--sets patches: pip install scikit-image"):
-        study.set_options("patches", tmp_path)
+    with pytest.raises(SystemExit):
+        bench.parse_args(["sinkhorn", "collapse"])
+    assert "--sets: patches are cut" in (error := capsys.readouterr().err) and "pip install scikit-image" in error
     monkeypatch.setattr(study, "FASHION_MNIST", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
-        study.set_options("fashion_mnist_1500", tmp_path)
+    with pytest.raises(SystemExit):
+        bench.parse_args(["collapse", "--sets", "fashion_mnist_1500"])
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
+    assert bench.parse_args(["collapse", "--sets", "shapes"]).sets == ["shapes"]
 
 
 def test_sets_have_the_images_that_they_promise(tmp_path):
