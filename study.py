@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -29,7 +31,7 @@ from loss import spread
 from optim import LARS
 
 # The smallest ResNet, so that a run takes a minute or two; crops, batch and all else as derived for the set
-NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0 --log_freq 1000000"
+NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"
 PUBLISHED = (
     "--batch_size 64 --nmb_prototypes 3000 --temperature 0.1 --relative_epsilon off --epsilon 0.05 --queue_length 0 "
     "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0"
@@ -66,6 +68,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "published, relative epsilon": (PUBLISHED + " --relative_epsilon on --epsilon 0.3", ""),
     "head normalised": ("", "head"),
     "published, head normalised": (PUBLISHED, "head"),
+    "2 processes": ("", "2 processes"),
+    "made to collapse": (PUBLISHED + " --base_lr 3 --min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "LARS without biases": ("", "LARS"),
     "published, LARS without biases": (PUBLISHED, "LARS"),
 }
@@ -103,7 +107,8 @@ def run_study(args: argparse.Namespace, device: torch.device) -> list[dict]:
             row = dict(zip(("set", "setting", "seed"), job, strict=True))
             row |= json.loads((folders[job] / "result.json").read_text())
             cells = " ".join(f"{row[key]:12.3g}" for key in COLUMNS.values())
-            print(f"{job[0]:20s} {job[1]:32s} {job[2]:4d} {cells}{'  COLLAPSED' * row['collapsed']}", flush=True)
+            said = f"  guard at {row['collapsing_at']:.0%}" if row.get("collapsing_at") else ""
+            print(f"{job[0]:20s} {job[1]:32s} {job[2]:4d} {cells}{'  COLLAPSED' * row['collapsed']}{said}", flush=True)
             rows.append(row)
     return rows
 
@@ -174,17 +179,23 @@ def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, f
     shutil.rmtree(folder, ignore_errors=True)
     argv = f"{images} {NETWORK} {options} --epochs {epochs} --seed {seed}".split()
     with redirect_stdout(io.StringIO()):
-        train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
+        if change == "2 processes":
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            subprocess.run([*launch, train.__file__, *argv, "--dump_path", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        else:
+            train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
         judging = [str(folder / "checkpoint.pth"), "--cached", "--seed", str(seed), "--workers", "0", "--device", "cpu"]
         rows = eval_linear.main(eval_linear.parse_args(judging))["rows"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    row = [line for line in lines if "loss_per_ln_k" in line][-1]
+    measured, ends = ([line for line in lines if name in line] for name in ("loss_per_ln_k", "epoch_loss"))
+    row = measured[-1] | {"loss_per_ln_k": ends[-1]["epoch_loss"] / ends[-1]["ln_k"]}
+    row["collapsing_at"] = next((line["step"] / row["step"] for line in measured if line["collapsing"]), None)
     names = dict(knn="checkpoint", knn_random="random init, BatchNorm untouched", knn_raw="raw pixels")
     names["knn_random_taken"] = "random init, BatchNorm of the training images"
     row |= {name: rows[which]["knn"]["top1"] for name, which in names.items()}
     row |= {"linear": rows["checkpoint"]["linear"]["top1"], "spread": rows["checkpoint"]["spread"]}
     row["collapsed"] = row["loss_per_ln_k"] >= STUCK
-    row |= {"options": argv, "first_steps": watched, "epochs": [line for line in lines if "epoch_loss" in line]}
+    row |= {"options": argv, "first_steps": watched, "epochs": ends}
     (folder / "checkpoint.pth").unlink()
     shutil.rmtree(folder / "checkpoints")
     (folder / "result.json").write_text(json.dumps(row))

@@ -640,8 +640,9 @@ def train(
                     "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
                 }
+                row["collapsing"] = guard.is_collapsing(row, step / (args.epochs * steps_per_epoch))
                 log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
-                if guard.is_collapsing(row, step / (args.epochs * steps_per_epoch)):
+                if row["collapsing"]:
                     answer_collapse(args, row, dump)
                 interval_start, interval_steps, waited = now, 0, 0.0
 

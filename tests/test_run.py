@@ -525,6 +525,8 @@ def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_
     assert len(told) == 1 and "--epsilon 100" in told[0] and "try --relative_epsilon on --epsilon 0.3" in told[0]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["epoch"] == 10
+    (at,) = [row["step"] / rows[-1]["step"] for row in rows if row.get("collapsing")]
+    assert 0.2 <= at <= 1 / 3
     measures = {"loss_per_ln_k", "code_entropy", "mean_code_entropy", "prototypes_in_use", "embedding_std"}
     assert measures <= rows[0].keys() and rows[0]["code_entropy"] == pytest.approx(1, abs=1e-3)
     changed = [row["codes_changed"] for row in rows if "epoch_loss" in row]

@@ -30,10 +30,10 @@ def images(tmp_path_factory) -> str:
 def test_all_settings_are_options_that_train_knows():
     for options, change in study.SETTINGS.values():
         train.parse_args(f"{study.NETWORK} {options}".split())
-        assert change in ("", "head", "LARS")
+        assert change in ("", "head", "LARS", "2 processes")
 
 
-@pytest.mark.parametrize("setting", ["published", "head normalised", "LARS without biases"])
+@pytest.mark.parametrize("setting", ["published", "head normalised", "LARS without biases", "2 processes"])
 def test_a_run_records_quality_and_its_first_steps(setting, images, tmp_path):
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(study.study_run, setting, images, 1, 3, 1, tmp_path / "run").result()
@@ -41,6 +41,10 @@ def test_a_run_records_quality_and_its_first_steps(setting, images, tmp_path):
     assert {"loss_per_ln_k", "code_entropy", "prototypes_in_use", "embedding_std", "spread", "linear"} <= row.keys()
     assert all(0 <= row[name] <= 100 for name in ("knn", "knn_random", "knn_random_taken", "knn_raw"))
     assert row["collapsed"] == (row["loss_per_ln_k"] >= study.STUCK)
+    assert row["collapsing_at"] is None  # of three lines at least, there is one
+    if setting == "2 processes":
+        assert row["first_steps"] == []  # its processes are not watched
+        return
     first = row["first_steps"][0]
     assert first["step"] == 0 and first["gradient_prototypes"] > 0 and first["gradient_head"] > 0
     assert 0 < first["score_spread"] < 1 and first["epsilon"] > 0 and first["code_entropy"] > 0
