@@ -180,7 +180,7 @@ def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, f
     argv = f"{images} {NETWORK} {options} --epochs {epochs} --seed {seed}".split()
     with redirect_stdout(io.StringIO()):
         if change == "2 processes":
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
             subprocess.run([*launch, train.__file__, *argv, "--dump_path", str(folder)], check=True, stdout=subprocess.DEVNULL)
         else:
             train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
