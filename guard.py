@@ -15,7 +15,7 @@ import math
 import torch
 import torch.distributed as dist
 
-STUCK = 0.995  # of ln K: a loss above it has learned nothing
+STUCK = 0.99  # of ln K: a loss above it has learned nothing (unstable runs swing about ln K by half a percent)
 GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
 STREAK = 0.1  # share of the run that it must last
 LINES = 3  # and measures in which it must show

@@ -69,7 +69,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "head normalised": ("", "head"),
     "published, head normalised": (PUBLISHED, "head"),
     "2 processes": ("", "2 processes"),
-    "made to collapse": (PUBLISHED + " --base_lr 3 --min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
+    "made to collapse": (PUBLISHED + " --base_lr 30 --min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "LARS without biases": ("", "LARS"),
     "published, LARS without biases": (PUBLISHED, "LARS"),
 }
@@ -181,7 +181,8 @@ def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, f
     with redirect_stdout(io.StringIO()):
         if change == "2 processes":
             launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
-            subprocess.run([*launch, train.__file__, *argv, "--dump_path", str(folder)], check=True, stdout=subprocess.DEVNULL)
+            launch += [train.__file__, *argv, "--dump_path", str(folder)]
+            subprocess.run(launch, check=True, stdout=subprocess.DEVNULL)
         else:
             train.main(train.parse_args([*argv, "--dump_path", str(folder)]))
         judging = [str(folder / "checkpoint.pth"), "--cached", "--seed", str(seed), "--workers", "0", "--device", "cpu"]

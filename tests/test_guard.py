@@ -88,12 +88,13 @@ def first_word(losses: list[float]) -> float | None:
 @pytest.mark.parametrize("lines", [12, 30, 300, 4000])
 def test_a_run_that_stays_at_ln_k_is_told_in_its_first_third(lines):
     assert first_word([1.02] + [1.0] * (lines - 1)) <= 1 / 3
+    assert first_word([1.03, *[1.0, 0.993] * (lines // 2)]) <= 1 / 3  # a high rate
 
 
 def test_runs_that_learn_slowly_or_start_at_ln_k_are_left_alone():
     assert first_word([1.02, 1.0, 0.993, *[0.98] * 9]) is None
-    assert first_word([1.0] * 30 + [0.99] * 170) is None
-    assert first_word([0.999 if i % 3 else 0.99 for i in range(200)]) is None
+    assert first_word([1.0] * 30 + [0.985] * 170) is None
+    assert first_word([0.999 if i % 3 else 0.985 for i in range(200)]) is None
 
 
 def test_a_run_that_collapses_late_is_told_too():
