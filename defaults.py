@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
+RELATIVE_EPSILON = 0.1  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
     "batch_size", *CROP_LISTS, "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
@@ -42,6 +43,10 @@ def derive(
         chosen = [choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)]
         return max(chosen[CROP_LISTS.index("size_crops")])
 
+    def choose_epsilon(relative: str) -> None:
+        value, reason = (RELATIVE_EPSILON, "of the scores' spread") if relative == "on" else (0.05, "published")
+        choose("epsilon", value, reason)
+
     def choose_rates(base_lr: float, reason: str, warmup_epochs: int = 0) -> None:
         lr = choose("base_lr", round(base_lr, 6), reason)
         choose("final_lr", round(lr / 1000, 9), "a thousandth of base_lr, as published")
@@ -57,7 +62,7 @@ def derive(
         nmb_prototypes = choose("nmb_prototypes", 3000, why)
         choose("temperature", 0.1, why)
         relative = choose("relative_epsilon", "off", why)
-        choose("epsilon", 0.3 if relative == "on" else 0.05, "of the scores' spread" if relative == "on" else why)
+        choose_epsilon(relative)
         if global_batch >= nmb_prototypes:
             choose("queue_length", 0, f"the batch of {global_batch} covers {nmb_prototypes} prototypes")
             choose("epoch_queue_starts", 15, "no queue")
@@ -83,12 +88,12 @@ def derive(
     side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
-    choose("nmb_prototypes", max(30, min(3000, round(2.65 * images**0.5))), "2.65 x the root of the images")
+    choose("nmb_prototypes", max(30, round(0.8 * images**0.5)), "0.8 x the root of the images, 30 or more")
     choose("temperature", 0.2, "softer predictions draw embeddings together less")
     in_published_unit = given.get("epsilon") is not None
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
     relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)
-    choose("epsilon", 0.3 if relative == "on" else 0.05, "of the scores' spread" if relative == "on" else "published")
+    choose_epsilon(relative)
     choose("queue_length", 0, "embeddings move too fast to be kept")
     choose("epoch_queue_starts", 15, "no queue")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")

@@ -50,7 +50,7 @@ from data import (
     training_loader,
     typical_side,
 )
-from defaults import DERIVED, derive
+from defaults import DERIVED, RELATIVE_EPSILON, derive
 from guard import STUCK, CollapseGuard
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV
@@ -723,7 +723,7 @@ def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
         cause = (
             f"scores of different images differ by too little beside --epsilon {args.epsilon:g}, so codes are uniform"
         )
-        return cause, {"relative_epsilon": "on", "epsilon": 0.3}
+        return cause, {"relative_epsilon": "on", "epsilon": RELATIVE_EPSILON}
     rates = {name: getattr(args, name) for name in ("base_lr", "final_lr", "start_warmup")}
     rates = {name: float(f"{rate / 3:.4g}") for name, rate in rates.items() if rate}
     return f"weights move too fast at --base_lr {args.base_lr:g} for codes to settle", rates
