@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
-RELATIVE_EPSILON = 0.1  # of the scores' spread
+RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
     "batch_size", *CROP_LISTS, "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
@@ -88,7 +88,8 @@ def derive(
     side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
-    choose("nmb_prototypes", max(30, round(0.8 * images**0.5)), "0.8 x the root of the images, 30 or more")
+    nmb_prototypes = max(30, round(min(images / 26, 2.65 * images**0.5)))
+    choose("nmb_prototypes", nmb_prototypes, "26 images each, at most 2.65 x the root of the images, 30 or more")
     choose("temperature", 0.2, "softer predictions draw embeddings together less")
     in_published_unit = given.get("epsilon") is not None
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"

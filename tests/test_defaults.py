@@ -52,13 +52,13 @@ def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
     derived = values(**SMALL, given={})
     assert SMALL["images"] // derived["batch_size"] >= 40
     assert (
-        derived["nmb_prototypes"] == 30
-        and derived["epsilon"] == 0.1
+        derived["nmb_prototypes"] == 54
+        and derived["epsilon"] == 0.3
         and derived["relative_epsilon"] == "on"
         and derived["queue_length"] == 0
     )
     assert derived["size_crops"] == [32, 16]
-    assert values(**(SMALL | {"images": 62_500}), given={})["nmb_prototypes"] == 200
+    assert values(**(SMALL | {"images": 62_500}), given={})["nmb_prototypes"] == 662
     two = values(**(SMALL | {"world_size": 2}), given={})
     assert two["batch_size"] == derived["batch_size"] // 2 and two["base_lr"] == derived["base_lr"]
 
