@@ -51,12 +51,8 @@ def test_one_resolution_asked_for_gives_one_throughout(name, value):
 def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
     derived = values(**SMALL, given={})
     assert SMALL["images"] // derived["batch_size"] >= 40
-    assert (
-        derived["nmb_prototypes"] == 54
-        and derived["epsilon"] == 0.3
-        and derived["relative_epsilon"] == "on"
-        and derived["queue_length"] == 0
-    )
+    assert derived["nmb_prototypes"] == 54 and derived["queue_length"] == 0
+    assert derived["relative_epsilon"] == "on" and derived["epsilon"] == 0.3
     assert derived["size_crops"] == [32, 16]
     assert values(**(SMALL | {"images": 62_500}), given={})["nmb_prototypes"] == 662
     two = values(**(SMALL | {"world_size": 2}), given={})
