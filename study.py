@@ -45,7 +45,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "K 3000": ("--nmb_prototypes 3000", ""),
     "K 300": ("--nmb_prototypes 300", ""),
     "K 100": ("--nmb_prototypes 100", ""),
-    "K 15": ("--nmb_prototypes 15", ""),
+    "K 30": ("--nmb_prototypes 30", ""),
     "epsilon 0.05": ("--epsilon 0.05", ""),
     "epsilon 0.02": ("--epsilon 0.02", ""),
     "relative epsilon 0.1": ("--relative_epsilon on --epsilon 0.1", ""),
