@@ -26,7 +26,7 @@ from torch import nn
 import data
 import eval_linear
 import train
-from guard import STUCK
+from guard import is_stuck
 from loss import spread
 from optim import LARS
 
@@ -63,6 +63,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "no small crops": ("--nmb_crops 2", ""),
     "published crop scales": ("--min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "linear head": ("--hidden_mlp 0", ""),
+    "width 32": ("--width 32", ""),
     "published, K 300": (PUBLISHED + " --nmb_prototypes 300", ""),
     "published, K 30": (PUBLISHED + " --nmb_prototypes 30", ""),
     "published, lr 3": (PUBLISHED + " --base_lr 3", ""),
@@ -198,7 +199,7 @@ def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, f
     names["knn_random_taken"] = "random init, BatchNorm of the training images"
     row |= {name: rows[which]["knn"]["top1"] for name, which in names.items()}
     row |= {"linear": rows["checkpoint"]["linear"]["top1"], "spread": rows["checkpoint"]["spread"]}
-    row["collapsed"] = row["loss_per_ln_k"] >= STUCK
+    row["collapsed"] = is_stuck(row)
     row |= {"options": argv, "first_steps": watched, "epochs": ends}
     (folder / "checkpoint.pth").unlink()
     shutil.rmtree(folder / "checkpoints")
