@@ -7,7 +7,9 @@
 
 A collapsed run sits at a loss of ln K: embeddings have drawn together, their scores differ by less than epsilon, so
 codes are uniform, and uniform codes pull nothing apart. The balance of codes (Caron et al. 2020, section 3.1) rules out
-that all images share one prototype, not this. Copy this file to use it elsewhere: it needs torch alone.
+that all images share one prototype, not this. Where prototypes are many, a run can leave ln K by a percent or two while
+nearly uniform codes, balanced as they are, have their largest entries on a few prototypes: that has learned nothing
+either. Copy this file to use it elsewhere: it needs torch alone.
 """
 
 import math
@@ -16,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 STUCK = 0.99  # of ln K: a loss above it has learned nothing (unstable runs swing about ln K by half a percent)
+STUCK_CROWDED = 0.98  # the same where codes crowd
+CROWDED = 1 / 8  # distinct codes below it (0.05 in runs made to collapse, 0.2 and more in others, `bench.py collapse`)
 GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
 STREAK = 0.1  # share of the run that it must last
 LINES = 3  # and measures in which it must show
@@ -26,13 +30,16 @@ class CollapseGuard:
 
     def __init__(self, nmb_prototypes: int, device: torch.device | str = "cpu") -> None:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
+        self.counted = 0  # codes since the last line, of this process
         self.prototypes: torch.Tensor | None = None  # of `share_changed`
         self.streak: list[float] = []  # shares of the run done at the latest lines, as far back as all were stuck
 
     @torch.no_grad()
     def count(self, code_logits: torch.Tensor) -> None:
         """Note the prototypes in use by a step's codes, softmax of [A, B, K] for A assigning crops."""
-        self.used.index_fill_(0, code_logits.argmax(dim=2).flatten(), 1.0)
+        first_choices = code_logits.argmax(dim=2).flatten()
+        self.used.index_fill_(0, first_choices, 1.0)
+        self.counted += len(first_choices)
 
     @torch.no_grad()
     def measure(self, loss: float, code_logits: torch.Tensor, embeddings: torch.Tensor) -> dict[str, float]:
@@ -43,14 +50,14 @@ class CollapseGuard:
         loss_per_ln_k: 1 for predictions that know nothing.
         code_entropy: mean entropy of a code over ln K; 1 for uniform codes; sharp ones have 1 - ln B / ln K if K > B.
         mean_code_entropy: entropy of the mean code over ln K; 1 for codes in balance.
-        prototypes_in_use: share that was the first choice of a code since the last line; a line sees no more of
-        them than images.
+        prototypes_in_use: share that was the first choice of a code since the last line.
+        distinct_codes: their number over the most that there could be, which is that of the codes if K is larger.
         embedding_std: standard deviation of a dimension of the embeddings, times sqrt(D); 0 for embeddings all alike.
         """
         codes = code_logits.double().softmax(dim=2)  # [A, B, K]
         embeddings = embeddings.double()
         entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
-        sizes = entropies.new_tensor([entropies.numel(), len(embeddings)])
+        sizes = entropies.new_tensor([entropies.numel(), len(embeddings), self.counted])
         sums = torch.cat(
             [
                 sizes,
@@ -64,19 +71,22 @@ class CollapseGuard:
         if dist.is_initialized():
             dist.all_reduce(sums)
         k = len(self.used)
-        nmb_codes, images, entropy, mean_code, used, embedding, squares = sums.split(
-            [1, 1, 1, k, k, embeddings.shape[1], 1]
+        nmb_codes, images, counted, entropy, mean_code, used, embedding, squares = sums.split(
+            [1, 1, 1, 1, k, k, embeddings.shape[1], 1]
         )
         mean_code = mean_code / nmb_codes
         variance = squares / images - (embedding / images).square().sum()  # summed over dimensions
+        in_use = (used > 0).double().sum()
         ln_k = math.log(max(2, k))
         values = {
             "code_entropy": entropy / nmb_codes / ln_k,
             "mean_code_entropy": -torch.special.xlogy(mean_code, mean_code).sum() / ln_k,
-            "prototypes_in_use": (used > 0).double().mean(),
+            "prototypes_in_use": in_use / k,
+            "distinct_codes": in_use / counted.clamp(1, k),
             "embedding_std": variance.clamp_min(0).sqrt(),
         }
         self.used.zero_()
+        self.counted = 0
         read = torch.stack([value.squeeze() for value in values.values()]).tolist()
         return {"loss_per_ln_k": loss / ln_k} | dict(zip(values, read, strict=True))
 
@@ -95,11 +105,11 @@ class CollapseGuard:
         return changed / images
 
     def is_collapsing(self, row: dict[str, float], share_done: float) -> bool:
-        """The rule: after a tenth of the run, the loss stays at ln K for another tenth and three lines at least.
+        """The rule: after a tenth of the run, it is stuck for another tenth and three lines at least.
 
         row: of `measure`. share_done: of the run's steps. True once a streak.
         """
-        if row["loss_per_ln_k"] < STUCK or share_done < GRACE:
+        if not is_stuck(row) or share_done < GRACE:
             self.streak = []
             return False
         self.streak.append(share_done)
@@ -109,3 +119,8 @@ class CollapseGuard:
     @staticmethod
     def _is_long(streak: list[float]) -> bool:
         return len(streak) >= LINES and streak[-1] - streak[0] >= STREAK
+
+
+def is_stuck(row: dict[str, float]) -> bool:
+    """Whether a row of `CollapseGuard.measure` is one of a run that learns nothing."""
+    return row["loss_per_ln_k"] >= (STUCK_CROWDED if row["distinct_codes"] < CROWDED else STUCK)

@@ -51,7 +51,7 @@ from data import (
     typical_side,
 )
 from defaults import DERIVED, RELATIVE_EPSILON, derive
-from guard import STUCK, CollapseGuard
+from guard import CollapseGuard, is_stuck
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV
 from optim import LARS, warmup_cosine
@@ -644,6 +644,7 @@ def train(
                 log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
                 if row["collapsing"]:
                     answer_collapse(args, row, dump)
+                ends_well = not is_stuck(row)
                 interval_start, interval_steps, waited = now, 0, 0.0
 
         seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
@@ -665,7 +666,7 @@ def train(
                 "options": vars(args),
             }
             save(contents, dump / "checkpoint.pth")
-            if args.on_collapse == "recover" and epoch_loss < STUCK * ln_k:
+            if args.on_collapse == "recover" and ends_well:
                 save(contents, dump / "last_good.pth")
             if (epoch + 1) % args.checkpoint_freq == 0 or epoch + 1 == args.epochs:
                 (dump / "checkpoints").mkdir(exist_ok=True)
@@ -704,7 +705,8 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
     cause, change = remedy(args)
     told = (
         f"collapsing: the loss has stayed at {row['loss_per_ln_k']:.3f} ln K (codes have {row['code_entropy']:.0%} of "
-        f"their largest entropy, embeddings {row['embedding_std']:.0%} of their largest spread); "
+        f"their largest entropy and choose {row['prototypes_in_use']:.0%} of the prototypes, embeddings have "
+        f"{row['embedding_std']:.0%} of their largest spread); "
         f"likely cause: {cause}; try {spelled(change)}"
     )
     is_last = len(args.recovered) >= RECOVERIES

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_processes
 
-from guard import CollapseGuard
+from guard import CROWDED, STUCK, STUCK_CROWDED, CollapseGuard, is_stuck
 
 A, B, D, K = 2, 6, 5, 8
 
@@ -40,10 +40,12 @@ def test_prototypes_in_use_are_those_of_the_steps_since_the_last_line():
     for used in ([0, 1], [1, 5]):
         logits = F.one_hot(torch.tensor(used), K).float().expand(A, 2, K) * 50
         guard.count(logits)
-    assert guard.measure(1.0, logits, embeddings)["prototypes_in_use"] == 3 / K
+    row = guard.measure(1.0, logits, embeddings)
+    assert row["prototypes_in_use"] == row["distinct_codes"] == 3 / K  # eight codes, eight prototypes
     guard.count(logits)
     row = guard.measure(1.0, logits, embeddings)
-    assert row["prototypes_in_use"] == 2 / K and row["code_entropy"] == pytest.approx(0, abs=1e-9)
+    assert row["prototypes_in_use"] == 2 / K and row["distinct_codes"] == 2 / (A * 2)
+    assert row["code_entropy"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_collapsed_batch_shows_in_every_measure():
@@ -70,17 +72,16 @@ def test_two_processes_measure_what_one_does():
     guard.count(logits)
     expected = guard.measure(1.5, logits, embeddings)
     for row, changed in processes:
-        assert row == pytest.approx(expected)
+        assert row == pytest.approx(expected)  # distinct_codes too: fewer codes than prototypes in each process
         assert changed == [None, pytest.approx(2 / 6)]
 
 
-def first_word(losses: list[float]) -> float | None:
+def first_word(losses: list[float], distinct_codes: float = 1.0) -> float | None:
     """Share of the run done when the rule speaks, given the loss over ln K of equally spaced lines."""
     guard = CollapseGuard(K)
     shares = [(i + 1) / len(losses) for i in range(len(losses))]
-    spoken = [
-        share for share, loss in zip(shares, losses, strict=True) if guard.is_collapsing({"loss_per_ln_k": loss}, share)
-    ]
+    rows = [{"loss_per_ln_k": loss, "distinct_codes": distinct_codes} for loss in losses]
+    spoken = [share for share, row in zip(shares, rows, strict=True) if guard.is_collapsing(row, share)]
     assert len(spoken) <= 1  # once a streak
     return spoken[0] if spoken else None
 
@@ -99,3 +100,12 @@ def test_runs_that_learn_slowly_or_start_at_ln_k_are_left_alone():
 
 def test_a_run_that_collapses_late_is_told_too():
     assert first_word([0.9] * 50 + [1.0] * 50) == pytest.approx(0.61, abs=0.02)
+
+
+def test_codes_that_crowd_on_few_prototypes_tell_it_a_little_below_ln_k():
+    assert first_word([1.02] + [0.985] * 11, distinct_codes=0.05) <= 1 / 3
+    assert first_word([1.02] + [0.985] * 11, distinct_codes=0.2) is None
+    assert first_word([1.02] + [0.9] * 11, distinct_codes=0.05) is None  # few clusters, well predicted
+    for distinct, mark in ((CROWDED - 0.01, STUCK_CROWDED), (CROWDED, STUCK)):
+        for loss in (mark, mark - 1e-6):
+            assert is_stuck({"loss_per_ln_k": loss, "distinct_codes": distinct}) == (loss >= mark)

@@ -527,7 +527,14 @@ def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_
     assert rows[-1]["epoch"] == 10
     (at,) = [row["step"] / rows[-1]["step"] for row in rows if row.get("collapsing")]
     assert 0.2 <= at <= 1 / 3
-    measures = {"loss_per_ln_k", "code_entropy", "mean_code_entropy", "prototypes_in_use", "embedding_std"}
+    measures = {
+        "loss_per_ln_k",
+        "code_entropy",
+        "mean_code_entropy",
+        "prototypes_in_use",
+        "distinct_codes",
+        "embedding_std",
+    }
     assert measures <= rows[0].keys() and rows[0]["code_entropy"] == pytest.approx(1, abs=1e-3)
     changed = [row["codes_changed"] for row in rows if "epoch_loss" in row]
     assert changed[0] is None and all(0 <= share <= 1 for share in changed[1:])
@@ -570,7 +577,7 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
         return share_done > 0.25
 
     monkeypatch.setattr(train.CollapseGuard, "is_collapsing", always_after_the_second_epoch)
-    monkeypatch.setattr(train, "STUCK", 1e9)  # every epoch counts as good
+    monkeypatch.setattr(train, "is_stuck", lambda row: False)  # every epoch counts as good
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover", base_lr=0.9)
     out = capsys.readouterr().out
     told = re.findall(r"recovering \((\d) of at most 3 times\): back to (\d) epochs done, (.*)", out)

@@ -40,7 +40,7 @@ def test_a_run_records_quality_and_its_first_steps(setting, images, tmp_path):
     row = json.loads((tmp_path / "run" / "result.json").read_text())
     assert {"loss_per_ln_k", "code_entropy", "prototypes_in_use", "embedding_std", "spread", "linear"} <= row.keys()
     assert all(0 <= row[name] <= 100 for name in ("knn", "knn_random", "knn_random_taken", "knn_raw"))
-    assert row["collapsed"] == (row["loss_per_ln_k"] >= study.STUCK)
+    assert row["collapsed"] == study.is_stuck(row)
     assert row["collapsing_at"] is None  # of three lines at least, there is one
     if setting == "2 processes":
         assert row["first_steps"] == []  # its processes are not watched
