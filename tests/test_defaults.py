@@ -51,10 +51,11 @@ def test_one_resolution_asked_for_gives_one_throughout(name, value):
 def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
     derived = values(**SMALL, given={})
     assert SMALL["images"] // derived["batch_size"] >= 40
-    assert derived["nmb_prototypes"] == 54 and derived["queue_length"] == 0
+    assert derived["nmb_prototypes"] == 30 and derived["queue_length"] == 0
     assert derived["relative_epsilon"] == "on" and derived["epsilon"] == 0.3
     assert derived["size_crops"] == [32, 16]
-    assert values(**(SMALL | {"images": 62_500}), given={})["nmb_prototypes"] == 662
+    for images, nmb_prototypes in ((100, 30), (2500, 66), (5000, 187), (62_500, 662)):
+        assert values(**(SMALL | {"images": images}), given={})["nmb_prototypes"] == nmb_prototypes
     two = values(**(SMALL | {"world_size": 2}), given={})
     assert two["batch_size"] == derived["batch_size"] // 2 and two["base_lr"] == derived["base_lr"]
 
