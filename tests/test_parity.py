@@ -18,7 +18,7 @@ from optim import LARS, warmup_cosine
 
 # Maps of several pixels at the end and modest rates: float32 rounding that flips a ReLU must not grow past the bound.
 STEPS, BATCH, SIZES = 10, 6, (24, 24, 16, 16)
-RATES = warmup_cosine(5, 2, base_lr=0.3, final_lr=0.03, warmup_epochs=1, start_warmup=0.1)
+RATES = warmup_cosine(5, 2, base_lr=0.2, final_lr=0.02, warmup_epochs=1, start_warmup=0.1)
 PRECISIONS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative error allowed after ten steps
 CASES = {
     "plain": {},
