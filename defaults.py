@@ -89,7 +89,7 @@ def derive(
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
-    choose("nmb_prototypes", nmb_prototypes, "2.65 x the root of the images, in proportion fewer below 5,000 of them")
+    choose("nmb_prototypes", nmb_prototypes, "2.65 x the root of the images, fewer below 5,000 of them, 30 or more")
     choose("temperature", 0.2, "softer predictions draw embeddings together less")
     in_published_unit = given.get("epsilon") is not None
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
