@@ -527,15 +527,8 @@ def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_
     assert rows[-1]["epoch"] == 10
     (at,) = [row["step"] / rows[-1]["step"] for row in rows if row.get("collapsing")]
     assert 0.2 <= at <= 1 / 3
-    measures = {
-        "loss_per_ln_k",
-        "code_entropy",
-        "mean_code_entropy",
-        "prototypes_in_use",
-        "distinct_codes",
-        "embedding_std",
-    }
-    assert measures <= rows[0].keys() and rows[0]["code_entropy"] == pytest.approx(1, abs=1e-3)
+    measures = {"loss_per_ln_k", "code_entropy", "mean_code_entropy", "prototypes_in_use", "distinct_codes"}
+    assert measures | {"embedding_std"} <= rows[0].keys() and rows[0]["code_entropy"] == pytest.approx(1, abs=1e-3)
     changed = [row["codes_changed"] for row in rows if "epoch_loss" in row]
     assert changed[0] is None and all(0 <= share <= 1 for share in changed[1:])
 
@@ -593,6 +586,16 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "12", base_lr=0.9)
     options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
     assert options["relative_epsilon"] == "on" and options["base_lr"] == pytest.approx(0.1) and options["epochs"] == 12
+
+
+def test_an_epoch_is_good_by_its_mean_loss_not_by_its_last_line(images, tmp_path, monkeypatch):
+    judged = []
+    monkeypatch.setattr(train, "is_stuck", lambda row: judged.append(row["loss_per_ln_k"]))
+    train_stuck(images, tmp_path / "run", base_lr=0.9)  # a line a step
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert judged == [row["epoch_loss"] / row["ln_k"] for row in rows if "epoch_loss" in row]
+    last_lines = [before["loss_per_ln_k"] for before, row in zip(rows, rows[1:], strict=False) if "epoch_loss" in row]
+    assert len(judged) == 10 and judged != last_lines
 
 
 def test_recover_without_a_good_state_begins_anew(images, tmp_path, capsys):
