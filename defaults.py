@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
+LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's code
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
@@ -36,10 +37,10 @@ def derive(
         derived[name] = (value, reason)
         return value
 
-    resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), 2)
+    resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), None)
 
     def choose_crops(*lists: list, reason: str) -> int:
-        """Lists of one entry where the user gave such, else of two; the largest side."""
+        """Lists as long as the user's, where some are given; the largest side."""
         chosen = [choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)]
         return max(chosen[CROP_LISTS.index("size_crops")])
 
@@ -85,7 +86,11 @@ def derive(
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
     why = f"{images:,} images of {image_side} pixels: milder crops than published"
-    side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
+    if small < LEAST_CROP and resolutions != 2:
+        why += f", and none of {small} pixels, too few to tell the image by"
+        side = choose_crops([4], [large], [0.4], [1.0], reason=why)
+    else:
+        side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))

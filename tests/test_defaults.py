@@ -48,12 +48,19 @@ def test_one_resolution_asked_for_gives_one_throughout(name, value):
     assert all(len(derived[other]) == 1 for other in CROP_LISTS if other != name)
 
 
+def test_small_crops_are_left_out_where_they_would_be_tiny_unless_two_resolutions_are_given():
+    sides = {side: values(**(SMALL | {"image_side": side}), given={})["size_crops"] for side in (28, 64, 120, 300)}
+    assert sides == {28: [32], 64: [48], 120: [96, 40], 300: [224, 96]}
+    two = values(**SMALL, given={"nmb_crops": [2, 4]})
+    assert two["size_crops"] == [32, 16] and len(two["min_scale_crops"]) == len(two["max_scale_crops"]) == 2
+
+
 def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
     derived = values(**SMALL, given={})
     assert SMALL["images"] // derived["batch_size"] >= 40
     assert derived["nmb_prototypes"] == 30 and derived["queue_length"] == 0
     assert derived["relative_epsilon"] == "on" and derived["epsilon"] == 0.3
-    assert derived["size_crops"] == [32, 16]
+    assert derived["size_crops"] == [32] and derived["nmb_crops"] == [4]
     for images, nmb_prototypes in ((100, 30), (2500, 66), (5000, 187), (62_500, 662)):
         assert values(**(SMALL | {"images": images}), given={})["nmb_prototypes"] == nmb_prototypes
     two = values(**(SMALL | {"world_size": 2}), given={})
