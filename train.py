@@ -141,7 +141,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
     )
     add("dataset", None, str, "default: folder with --data_path, without it shapes, which is drawn", choices=DATASETS)
-    add("nmb_crops", None, counted, "crops of each resolution; more small ones cost time and help", nargs="+")
+    add("nmb_crops", None, counted, "crops of each resolution; small ones cost time and help if not tiny", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
     add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")
