@@ -34,6 +34,7 @@ from data import (
     open_images,
     ordered_loader,
     training_loader,
+    typical_side,
 )
 from model import ARCHS, ResNet, architecture_of, backbone_weights
 
@@ -73,9 +74,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("wd", 1e-6, float, "weight decay")
     add("knn_k", 20, int, "neighbours that vote")
     add("knn_temperature", 0.07, float, "of their votes")
-    add("size", None, int, "side of the images in pixels (default: of a folder, that of the large crops in training or "
-        "224; of a named set, its images' own)")  # fmt: skip
-    add("resize", None, int, "shorter side before the centre crop (default: of a folder, 8/7 of --size; else --size)")
+    add("size", None, int, "side of the images in pixels (default: that of the large crops in training, or 224; of a "
+        "named set, its images' own if that is larger or no crops are known)")  # fmt: skip
+    add("resize", None, int, "shorter side before the centre crop (default: 8/7 of --size, of a folder's images if "
+        "larger than it; else --size, so that images are seen whole)")  # fmt: skip
     add("workers", None, int, "loader processes of each process (default: by the cores at hand)")
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
     add("seed", 31, int, "of the classifier and of the random weights compared with")
@@ -380,12 +382,11 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if min(len(train_images), len(val_images)) < world_size:
         raise ValueError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
 
-    if dataset == "folder":
-        size = args.size or trained.get("size_crops", [224])[0]
-        resize = args.resize or round(size * 8 / 7)
-    else:
-        size = args.size or val_images[0][0].shape[2]
-        resize = args.resize or size
+    is_folder, side = dataset == "folder", typical_side(val_images)
+    crops = trained.get("size_crops", [224] if is_folder else [])
+    size = args.size or max(crops if is_folder else [side, *crops])
+    is_cut = is_folder and side > size  # of small images a cut takes off what tells them apart
+    resize = args.resize or (round(size * 8 / 7) if is_cut else size)
     if resize < size:
         raise ValueError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
     whole = CentreCrop(resize, size)

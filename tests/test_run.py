@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -16,8 +17,9 @@ from PIL import Image
 
 import eval_linear
 import train
-from data import ShuffledBatches
+from data import ImageArrays, ShuffledBatches
 from defaults import derive
+from model import ResNet
 from sinkhorn_ext import backend
 
 ROOT = Path(__file__).parent.parent
@@ -667,6 +669,30 @@ def test_judging_finds_the_newest_checkpoint_and_its_images(trained, images, mon
     monkeypatch.chdir(images)
     with pytest.raises(ValueError, match="no runs/"):
         judge()
+
+
+@pytest.mark.parametrize(
+    ("crops", "options", "side", "expected"),
+    [
+        ([16, 9], "", 16, (16, 16)),  # no larger than the crops: whole
+        ([16, 9], "", 24, (16, 18)),  # larger: the centre of them, at 7/8 as published
+        (None, "", 24, (224, 224)),
+        (None, "--size 20", 24, (20, 23)),
+        ([16, 9], "--dataset fashion_mnist", 28, (28, 28)),
+        ([32], "--dataset fashion_mnist", 28, (32, 32)),
+        (None, "--dataset fashion_mnist", 28, (28, 28)),
+        ([32], "--dataset fashion_mnist --size 28 --resize 40", 28, (28, 40)),
+    ],
+)
+def test_small_images_are_judged_whole_at_the_size_trained_on(crops, options, side, expected, tmp_path, monkeypatch):
+    few = ImageArrays(
+        np.random.default_rng(0).integers(0, 256, (12, side, side, 3), np.uint8), np.arange(12) % 2, ["a", "b"]
+    )
+    monkeypatch.setattr(eval_linear, "open_images", lambda *_: few)
+    checkpoint = {"state_dict": ResNet("resnet18", width=1, blocks=(1, 1, 1, 1)).state_dict()}
+    torch.save(checkpoint | {"options": {"size_crops": crops} if crops else {}}, tmp_path / "c.pth")
+    result = judge(tmp_path / "c.pth", "--cached", "--data_path", tmp_path, *options.split())
+    assert (result["size"], result["resize"]) == expected
 
 
 def test_published_and_torchvision_files_are_judged_as_their_backbone(images, tmp_path):
