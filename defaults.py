@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
-LEAST_CROP = 24  # pixels; smaller ones hide too much to predict another crop's code
+LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's code
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
