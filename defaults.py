@@ -86,11 +86,11 @@ def derive(
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
     why = f"{images:,} images of {image_side} pixels: milder crops than published"
+    crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
     if small < LEAST_CROP and resolutions != 2:
+        crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
-        side = choose_crops([4], [large], [0.4], [1.0], reason=why)
-    else:
-        side = choose_crops([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5], reason=why)
+    side = choose_crops(*crops, reason=why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
