@@ -589,7 +589,9 @@ def image_size(path: str) -> tuple[int, int]:
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, over a hundred of them."""
     some = range(0, len(images), -(-len(images) // 100))
-    if isinstance(images, ImageFiles):
+    if isinstance(images, torchvision.datasets.ImageFolder):
+        sides = [min(image_size(images.samples[i][0])) for i in some]
+    elif isinstance(images, ImageFiles):
         sides = [min(image_size(images.paths[i])) for i in some]
     else:
         sides = [min(images[i][0].shape[1:]) for i in some]

@@ -44,6 +44,7 @@ from data import (
     step_of,
     to_pixels,
     training_loader,
+    typical_side,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -549,6 +550,15 @@ def test_jpeg_files_are_read_as_pillow_reads_them(tmp_path):
     content = (tmp_path / "rgb.jpg").read_bytes()
     (tmp_path / "more.jpg").write_bytes(content + b"appended")
     assert torch.equal(read_image(tmp_path / "more.jpg"), to_pixels(Image.open(tmp_path / "rgb.jpg")))
+
+
+def test_the_typical_side_is_the_median_read_from_headers_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "read_image", lambda _: pytest.fail("decoded"))
+    for i, side in enumerate((10, 12, 40)):
+        (tmp_path / "val" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, side)).save(tmp_path / "val" / "a" / f"{i}.png")
+    assert typical_side(open_images("folder", tmp_path, "val")) == typical_side(ImageFiles(tmp_path)) == 12
+    assert typical_side(ImageArrays(np.zeros((3, 9, 7, 3), np.uint8), np.zeros(3, int))) == 7
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
