@@ -87,7 +87,7 @@ def derive(
     small = max(16, 8 * round(large * 96 / 224 / 8))
     why = f"{images:,} images of {image_side} pixels: milder crops than published"
     crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
-    if small < LEAST_CROP and resolutions != 2:
+    if small < LEAST_CROP and resolutions in (None, 1):
         crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
     side = choose_crops(*crops, reason=why)

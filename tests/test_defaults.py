@@ -53,6 +53,7 @@ def test_small_crops_are_left_out_where_they_would_be_tiny_unless_two_resolution
     assert sides == {28: [32], 64: [48], 120: [96, 40], 300: [224, 96]}
     two = values(**SMALL, given={"nmb_crops": [2, 4]})
     assert two["size_crops"] == [32, 16] and len(two["min_scale_crops"]) == len(two["max_scale_crops"]) == 2
+    assert values(**SMALL, given={"nmb_crops": [2, 2, 2]})["size_crops"] == [32, 16]
 
 
 def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
