@@ -288,13 +288,14 @@ def logistic_regression(
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-    chunks = list(zip(train_features.split(2**16), train_labels.split(2**16), strict=True))
+    rows = max(1, 2**22 // train_features.shape[1])  # as a standardised copy of all may not fit
+    chunks = list(zip(train_features.split(rows), train_labels.split(rows), strict=True))
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
         total = linear.weight.square().sum() / (2 * len(train_features))
         total.backward()
-        for features, labels in chunks:  # as all the scores at once may not fit
+        for features, labels in chunks:
             loss = F.cross_entropy(linear((features - mean) / std), labels, reduction="sum") / len(train_features)
             loss.backward()
             total = total + loss.detach()

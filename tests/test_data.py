@@ -664,6 +664,18 @@ def test_memory_of_freed_tensors_is_used_again():
     assert platform.libc_ver()[0] != "glibc" or int(result.stdout) < 4096
 
 
+def test_large_freed_tensors_are_given_back_so_that_the_gaps_they_leave_cannot_add_up():
+    code = (
+        "import resource, torch, data\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() // 2**20\n"
+        "data.keep_freed_memory(); large = torch.ones(2**24); before = resident()\n"  # 64 MiB
+        "del large; print(before - resident())"
+    )
+    if sys.platform == "linux":
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert int(result.stdout) > 48
+
+
 @pytest.fixture
 def labelled(tmp_path):
     """train/ with 2 + 1 images of the classes cat and dog, val/ with 1 + 1."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.nn import functional as F
 
 import eval_linear
 import train
@@ -736,6 +737,9 @@ def test_linear_classifiers_separate_what_is_separable():
     split = features[:200], labels[:200], features[200:]
     for scores in (eval_linear.knn(*split, classes=3), eval_linear.logistic_regression(*split, classes=3)):
         assert eval_linear.accuracies(scores, labels[200:])["top1"] > 90
+    padded = F.pad(features, (0, 2**15 - 3))  # so wide that 200 rows are taken in two parts
+    in_parts = eval_linear.logistic_regression(padded[:200], labels[:200], padded[200:], classes=3)
+    torch.testing.assert_close(in_parts, scores, rtol=1e-3, atol=1e-3)
 
 
 def test_knn_weights_votes_by_similarity():
