@@ -50,7 +50,7 @@ import sinkhorn_ext
 import study
 from guard import CollapseGuard
 from loss import SwAVLoss
-from model import SwAV
+from model import SwAV, sync_batchnorm
 from optim import LARS
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
@@ -272,7 +272,7 @@ def bench_scaling(args: argparse.Namespace, device: torch.device) -> dict[str, l
         row = report(setting, {"step": values, "base": times[0]}, [("step", "base")], is_first=not rows)
         with torch.device("meta"):
             model = SwAV(arch, nmb_prototypes=setting["K"])
-        sent = traffic(model, setting["W"], resolutions=1 + (setting["small"] > 0), sync_bn=on_gpu)
+        sent = traffic(model, setting["W"], resolutions=1 + (setting["small"] > 0), on_gpu=on_gpu)
         row["bytes_sent"] = {name: size for name, (size, _) in sent.items()}
         row["images_per_s"] = {"step": 1e3 * setting["W"] * setting["B"] / row["median_ms"]["step"]}
         line = ", ".join(f"{name} {size / 1e6:.3f}" for name, size in row["bytes_sent"].items())
@@ -729,8 +729,7 @@ def scaling_step(
     network = model
     if W > 1:
         devices = [device.index] if device.type == "cuda" else None
-        if devices:
-            network = model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+        network = model = sync_batchnorm(model, group)
         options = dict(gradient_as_bucket_view=True, static_graph=True)
         network = DistributedDataParallel(network, device_ids=devices, process_group=group, **options)
 
@@ -743,7 +742,7 @@ def scaling_step(
     return lambda: train(crops)
 
 
-def traffic(model: SwAV, world_size: int, resolutions: int, sync_bn: bool) -> dict[str, tuple[float, int]]:
+def traffic(model: SwAV, world_size: int, resolutions: int, on_gpu: bool) -> dict[str, tuple[float, int]]:
     """What one process sends in a step: (bytes, collectives). A ring sends a sum's bytes twice, less a share."""
     summed, gathered = 2 * (world_size - 1) / world_size, world_size - 1
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -751,11 +750,14 @@ def traffic(model: SwAV, world_size: int, resolutions: int, sync_bn: bool) -> di
     sent = {"gradients": (summed * gradients, math.ceil(gradients / 2**20 / 25))}  # DDP's buckets are of 25 MiB
     # The first round gathers, the others sum.
     sent["codes"] = gathered * codes + (ITERATIONS - 1) * summed * codes, ITERATIONS
-    if sync_bn:  # forward gathers mean, deviation and count; backward sums two numbers a channel
-        passes = {nn.BatchNorm2d: resolutions, nn.BatchNorm1d: 1}
-        layers = [(m.num_features, passes[type(m)]) for m in model.modules() if type(m) in passes]
-        size = sum(count * 4 * (gathered * (2 * width + 1) + summed * 2 * width) for width, count in layers)
-        sent["BatchNorm"] = size, 2 * sum(count for _, count in layers)
+    passes = {nn.BatchNorm2d: resolutions, nn.BatchNorm1d: 1}
+    layers = [(m.num_features, passes[type(m)]) for m in model.modules() if type(m) in passes]
+    # Forward gathers mean, deviation and count on GPUs; backward, and on CPUs both, sum two numbers a channel.
+    size = sum(
+        count * (4 * (gathered * (2 * width + 1) + summed * 2 * width) if on_gpu else 2 * 8 * summed * 2 * width)
+        for width, count in layers
+    )
+    sent["BatchNorm"] = size, 2 * sum(count for _, count in layers)
     return sent
 
 
@@ -772,7 +774,7 @@ def compute_scaling(step_ms: float | None) -> list[dict]:
         model = SwAV("resnet50")
     for gpus in (8, 64, 512):
         speed = NVLINK if gpus <= 8 else INFINIBAND
-        sent = traffic(model, gpus, resolutions=2, sync_bn=True)
+        sent = traffic(model, gpus, resolutions=2, on_gpu=True)
         row = {f"{name}_ms": 1e3 * (size / speed + LATENCY * count) for name, (size, count) in sent.items()}
         if step_ms:
             exposed = sum(row.values()) - min(row["gradients_ms"], step_ms * 2 / 3)

@@ -78,13 +78,14 @@ def derive(
             choose_rates(0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch")
         return derived
 
-    batch_size = 64
-    while batch_size * world_size > min(images, max(16, images / 40)) and batch_size > 2:
-        batch_size //= 2
-    why = "at least 40 steps an epoch, if the batch can have 16 images"
-    global_batch = world_size * choose("batch_size", batch_size, why)
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
+    batch_size = 64 if large >= 96 else 256  # per process, so that memory is enough
+    most = min(images, max(16, min(64, images / 40), images / 200))
+    while batch_size * world_size > most and batch_size > 2:
+        batch_size //= 2
+    why = "40 steps an epoch or more for a batch of up to 64 over all processes, 200 for larger ones"
+    global_batch = world_size * choose("batch_size", batch_size, why)
     why = f"{images:,} images of {image_side} pixels: milder crops than published"
     crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
     if small < LEAST_CROP and resolutions in (None, 1):

@@ -1,6 +1,6 @@
 """ResNets (also 2, 4 and 5 times as wide), SwAV's projection head and prototypes (Caron et al. 2020, section 4).
 
-    model = SwAV("resnet50")
+    model = SwAV("resnet50")                       # on several processes: model = sync_batchnorm(SwAV("resnet50"))
     embeddings, scores = model([images_224, other_images_224, images_96])    # [V*B, 128], [V*B, 3000]
     features = model.features(images)                                         # [B, 2048]
 
@@ -10,8 +10,10 @@ so weights move between the three. Copy this file to use it elsewhere: it needs 
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -201,6 +203,69 @@ class SwAV(ResNet):
     def normalize_prototypes(self) -> None:
         """Put each prototype on the unit sphere, in place; to be called before each forward pass."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+
+def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """The model with BatchNorm statistics of all processes, which have as many images each; on GPUs torch's own.
+
+    Apart, statistics differ between processes, and embeddings learn to tell by which of them they were made.
+    """
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
+            synced.load_state_dict(child.state_dict())
+            synced.group = group
+            setattr(model, name, synced.train(child.training))
+        else:
+            sync_batchnorm(child, group)
+    return model
+
+
+class SumOfProcesses(torch.autograd.Function):
+    """All-reduce, and its gradient, which is one too: each process's loss depends on all of the terms."""
+
+    @staticmethod
+    def forward(ctx: Any, term: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group, total = group, term.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What nn.SyncBatchNorm, which is for GPUs alone, does there."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Any number of dimensions after the channels."""
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        x, dtype = x.to(self.weight.dtype), x.dtype
+        of_channels = [1, -1] + [1] * (x.dim() - 2)
+        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
+        var, mean = var.double(), mean.double()  # so that the difference below has all its digits
+        moments = torch.stack([mean, var + mean.square()])
+        world_size = dist.get_world_size(self.group)
+        mean, square = SumOfProcesses.apply(moments, self.group) / world_size
+        var = square - mean.square()
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(x.dtype), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        scale, shift = (values.to(x.dtype).view(of_channels) for values in (scale, shift))
+        return torch.addcmul(shift, x, scale).to(dtype)
 
 
 # Backbones by name; they take the other arguments of `ResNet`.

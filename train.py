@@ -53,7 +53,7 @@ from data import (
 from defaults import DERIVED, RELATIVE_EPSILON, derive
 from guard import CollapseGuard, is_stuck
 from loss import SwAVLoss
-from model import ARCHS, STEMS, SwAV
+from model import ARCHS, STEMS, SwAV, sync_batchnorm
 from optim import LARS, warmup_cosine
 from sinkhorn_ext import backend
 
@@ -197,7 +197,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=("fp32", "bf16", "fp16"),
     )
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
-    add("sync_bn", "pytorch", str, "BatchNorm over all processes, on GPUs", choices=("pytorch", "none", "apex"))
+    add("sync_bn", "pytorch", str, "BatchNorm over all processes; none: each its own, which shows in embeddings",
+        choices=("pytorch", "none", "apex"))  # fmt: skip
     add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
@@ -555,8 +556,8 @@ def train(
     safe = device.type == "cuda" or model.conv1.out_channels >= 8
     layout = torch.channels_last if safe else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    if device.type == "cuda" and world_size > 1 and args.sync_bn == "pytorch":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if world_size > 1 and args.sync_bn == "pytorch":
+        model = sync_batchnorm(model)
     swav_loss = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

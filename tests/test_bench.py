@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import bench
 from data import MultiCrop
@@ -96,10 +97,13 @@ def test_scaling_of_tiny_sizes(tmp_path):
         assert row["median_ms"]["base"] == rows[0]["median_ms"]["step"]
         assert row["efficiency"] == pytest.approx(row["median_ms"]["base"] / row["median_ms"]["step"])
         assert row["images_per_s"]["step"] == pytest.approx(1e3 * 4 * row["W"] / row["median_ms"]["step"])
-    parameters = sum(p.numel() for p in SwAV("resnet18", nmb_prototypes=7).parameters())
-    assert rows[0]["bytes_sent"] == {"gradients": 0, "codes": 0}
+    model = SwAV("resnet18", nmb_prototypes=7)
+    parameters = sum(p.numel() for p in model.parameters())
+    channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
+    assert rows[0]["bytes_sent"] == {"gradients": 0, "codes": 0, "BatchNorm": 0}
     # A process of two sends half of what is summed twice, and once what is gathered.
-    assert rows[1]["bytes_sent"] == {"gradients": 4 * parameters, "codes": 3 * 2 * 4 * 7}
+    expected = {"gradients": 4 * parameters, "codes": 3 * 2 * 4 * 7, "BatchNorm": 2 * 8 * 2 * channels}
+    assert rows[1]["bytes_sent"] == expected
     assert [row["GPUs"] for row in computed] == [8, 64, 512]
     for row in computed:
         ms = [row["gradients_ms"], row["codes_ms"], row["BatchNorm_ms"]]
@@ -111,13 +115,15 @@ def test_scaling_of_tiny_sizes(tmp_path):
 
 def test_traffic_of_a_ring():
     model = SwAV("resnet18", hidden_mlp=16, feat_dim=8, nmb_prototypes=30, width=8, blocks=[1, 1, 1, 1])
-    sent = bench.traffic(model, 4, resolutions=2, sync_bn=True)
+    sent = bench.traffic(model, 4, resolutions=2, on_gpu=True)
     assert sent["gradients"] == (2 * 3 / 4 * 4 * sum(p.numel() for p in model.parameters()), 1)
     assert sent["codes"] == ((3 + 2 * 2 * 3 / 4) * 2 * 30 * 4, 3)
     # Stem, two or three in each of four stages, for two resolutions; one in the head.
     widths = 2 * (3 * [8] + 3 * [16] + 3 * [32] + 3 * [64]) + [16]
     assert sent["BatchNorm"] == (sum(4 * (3 * (2 * w + 1) + 1.5 * 2 * w) for w in widths), 2 * len(widths))
-    assert bench.traffic(model, 1, resolutions=2, sync_bn=True)["gradients"][0] == 0
+    summed = bench.traffic(model, 4, resolutions=2, on_gpu=False)["BatchNorm"]
+    assert summed == (sum(2 * 8 * 1.5 * 2 * w for w in widths), 2 * len(widths))
+    assert bench.traffic(model, 1, resolutions=2, on_gpu=True)["gradients"][0] == 0
 
 
 def test_published_lars_computes_our_weights():

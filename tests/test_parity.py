@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import train
 from data import MultiCrop, open_images, training_loader
 from loss import SwAVLoss
-from model import SwAV
+from model import SwAV, sync_batchnorm
 from optim import LARS, warmup_cosine
 
 # Maps of several pixels at the end and modest rates: float32 rounding that flips a ReLU must not grow past the bound.
@@ -53,12 +53,14 @@ def our_steps(
     queue_starts: int = 0,
     freeze: int = 0,
     crops_for_assign: tuple[int, ...] = (0, 1),
-    batch_norm: bool = True,
+    batch_norm: str = "own",
 ) -> dict:
-    """Losses of this process and the final weights; batch_norm=False leaves all BatchNorms in eval mode."""
+    """Losses of this process and the final weights; batch_norm: "own", "eval", or "synced" over processes."""
     model = new_model(dtype)
-    if not batch_norm:
+    if batch_norm == "eval":
         model.eval()
+    if batch_norm == "synced" and world_size > 1:
+        model = sync_batchnorm(model)
     network = DistributedDataParallel(model) if world_size > 1 else model
     swav_loss = SwAVLoss(len(SIZES), crops_for_assign, queue_length=queue_length // world_size, feat_dim=8).to(dtype)
     optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1e-6)
@@ -78,14 +80,14 @@ def our_steps(
         optimizer.step()
         losses.append(loss.item())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    return {"losses": losses, "weights": weights, "queue": swav_loss.queue}
+    return {"losses": losses, "weights": weights, "queue": swav_loss.queue, "statistics": dict(model.named_buffers())}
 
 
 def steps_of_all_cases(rank: int, world_size: int) -> list[dict]:
     return [our_steps(rank, world_size, dtype, BATCH, **options) for options in CASES.values() for dtype in PRECISIONS]
 
 
-def steps_without_batch_statistics(rank: int, world_size: int, options: dict) -> dict:
+def steps_of_one_case(rank: int, world_size: int, options: dict) -> dict:
     return our_steps(rank, world_size, torch.float64, BATCH, **options)
 
 
@@ -136,15 +138,19 @@ def test_two_processes_follow_the_reference():
                     torch.testing.assert_close(ours["queue"].double(), expected, rtol=0, atol=10 * relative)
 
 
-def test_two_processes_equal_one_with_twice_the_batch():
-    """Without batch statistics nothing depends on how the global batch is dealt out; so DDP's gradient is the mean."""
-    options = {"queue_length": 24, "queue_starts": 1, "batch_norm": False}
-    processes = run_processes(steps_without_batch_statistics, 2, options)
+@pytest.mark.parametrize("batch_norm", ["eval", "synced"])
+def test_two_processes_equal_one_with_twice_the_batch(batch_norm):
+    """Without statistics of a process nothing depends on how the batch is dealt out; so DDP's gradient is the mean."""
+    options = {"queue_length": 24, "queue_starts": 1, "batch_norm": batch_norm}
+    processes = run_processes(steps_of_one_case, 2, options)
     alone = our_steps(0, 1, torch.float64, 2 * BATCH, **options)
     means = [sum(pair) / 2 for pair in zip(*(process["losses"] for process in processes), strict=True)]
     assert means == pytest.approx(alone["losses"], rel=1e-9)
     for process in processes:
         assert_weights_close(process["weights"], alone["weights"], 1e-9)
+        assert process["statistics"].keys() == alone["statistics"].keys()
+        for name, statistic in alone["statistics"].items():
+            torch.testing.assert_close(process["statistics"][name], statistic, rtol=1e-9, atol=1e-12)
 
 
 def double_precision_loader(*args, **options) -> DataLoader:

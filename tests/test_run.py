@@ -260,6 +260,13 @@ def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, caps
     alone = run_training(images, once, "--epochs", "3", "--queue_length", "16")
     assert "batch_size 2 -> 4" in capsys.readouterr().out
     assert alone["step"] == 6 and alone["queue"]["filled"] == 16
+    # Two learn what one does: their BatchNorms see as many images.
+    run_training(images, tmp_path / "one", "--queue_length", "16")
+    losses, expected = (
+        [row["epoch_loss"] for row in map(json.loads, (folder / "metrics.jsonl").open()) if "epoch_loss" in row]
+        for folder in (straight, tmp_path / "one")
+    )
+    assert losses == pytest.approx(expected, rel=1e-3) and len(losses) == 4
     # The batches of the resumed epoch are in front of those of the two processes.
     assert torch.equal(alone["queue"]["embeddings"][:, 8:], half["queue"]["embeddings"][:, :8])
 
