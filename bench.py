@@ -729,9 +729,9 @@ def scaling_step(
     network = model
     if W > 1:
         devices = [device.index] if device.type == "cuda" else None
-        network = model = sync_batchnorm(model, group)
+        model = sync_batchnorm(model, group)
         options = dict(gradient_as_bucket_view=True, static_graph=True)
-        network = DistributedDataParallel(network, device_ids=devices, process_group=group, **options)
+        network = DistributedDataParallel(model, device_ids=devices, process_group=group, **options)
 
     def loss(embeddings: torch.Tensor, scores: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """SwAVLoss without a queue, in this group."""
@@ -752,12 +752,11 @@ def traffic(model: SwAV, world_size: int, resolutions: int, on_gpu: bool) -> dic
     sent["codes"] = gathered * codes + (ITERATIONS - 1) * summed * codes, ITERATIONS
     passes = {nn.BatchNorm2d: resolutions, nn.BatchNorm1d: 1}
     layers = [(m.num_features, passes[type(m)]) for m in model.modules() if type(m) in passes]
-    # Forward gathers mean, deviation and count on GPUs; backward, and on CPUs both, sum two numbers a channel.
-    size = sum(
-        count * (4 * (gathered * (2 * width + 1) + summed * 2 * width) if on_gpu else 2 * 8 * summed * 2 * width)
-        for width, count in layers
-    )
-    sent["BatchNorm"] = size, 2 * sum(count for _, count in layers)
+    normalised, channels = sum(count for _, count in layers), sum(width * count for width, count in layers)
+    # On GPUs forward gathers mean, deviation and count, and backward sums two numbers a channel; on CPUs both sum.
+    forward = 4 * gathered * (2 * channels + normalised) if on_gpu else 8 * summed * 2 * channels
+    backward = (4 if on_gpu else 8) * summed * 2 * channels
+    sent["BatchNorm"] = forward + backward, 2 * normalised
     return sent
 
 

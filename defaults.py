@@ -80,18 +80,18 @@ def derive(
 
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
-    batch_size = 64 if large >= 96 else 256  # per process, so that memory is enough
-    most = min(images, max(16, min(64, images / 40), images / 200))
-    while batch_size * world_size > most and batch_size > 2:
-        batch_size //= 2
-    why = "40 steps an epoch or more for a batch of up to 64 over all processes, 200 for larger ones"
-    global_batch = world_size * choose("batch_size", batch_size, why)
     why = f"{images:,} images of {image_side} pixels: milder crops than published"
     crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
     if small < LEAST_CROP and resolutions in (None, 1):
         crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
     side = choose_crops(*crops, reason=why)
+    batch_size = 64 if side >= 96 else 256  # per process, so that memory is enough
+    most = min(images, max(16, min(64, images / 40), images / 200))
+    while batch_size * world_size > most and batch_size > 2:
+        batch_size //= 2
+    why = "40 steps an epoch or more for a batch of up to 64 over all processes, 200 for larger ones"
+    global_batch = world_size * choose("batch_size", batch_size, why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))

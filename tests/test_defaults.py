@@ -76,6 +76,9 @@ def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
 def test_the_batch_grows_with_the_set_as_far_as_steps_and_memory_allow(images, image_side, world_size, batch_size):
     derived = values(images=images, image_side=image_side, world_size=world_size, epochs=30, given={})
     assert derived["batch_size"] == batch_size
+    if world_size == 1:  # the crops that are used decide, not those that would be
+        large = dict(images=images, image_side=image_side, world_size=1, epochs=30, given={"size_crops": [224]})
+        assert values(**large)["batch_size"] == min(64, batch_size)
 
 
 @pytest.mark.parametrize("images", [4, 40, 700, 60_000, 499_999])
