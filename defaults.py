@@ -104,5 +104,6 @@ def derive(
     choose("queue_length", 0, "embeddings move too fast to be kept")
     choose("epoch_queue_starts", 15, "no queue")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
-    choose_rates(min(4.8, 0.3 * global_batch**0.5), "2.4 for a batch of 64, with the batch's root")
+    why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
+    choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why)
     return derived

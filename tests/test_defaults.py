@@ -98,4 +98,10 @@ def test_learning_rate_follows_the_batch_and_reasons_are_given():
     rates = [values(**SMALL, given={"batch_size": b})["base_lr"] for b in (16, 64, 256, 4096)]
     assert rates[1] == pytest.approx(2 * rates[0]) and rates == sorted(rates) and rates[3] == 4.8
     assert values(**IMAGENET, world_size=1, epochs=9, given={"batch_size": 64})["base_lr"] == 0.15
+    by_images = [
+        values(**SMALL | {"images": images}, given={"batch_size": 256})["base_lr"]
+        for images in (1400, 8000, 60_000, 499_999)
+    ]
+    assert by_images[:2] == [4.8, 4.8] and by_images[2] == pytest.approx(1.75, abs=0.01)
+    assert by_images[3] == pytest.approx(0.6, abs=0.01)  # where the published rule, 0.6 for 256, takes over
     assert all(reason for _, reason in derive(**SMALL, given={}).values())
