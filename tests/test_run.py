@@ -434,6 +434,10 @@ def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(images, tmp_path
         run_training(images, tmp_path, "--precision", "bf16")
 
 
+def test_the_check_of_bf16_gradients_does_not_depend_on_what_memory_holds():
+    assert len({train.cpu_bf16_gradients_are_right() for _ in range(8)}) == 1
+
+
 def test_bf16_trains_where_its_gradients_are_right(images, tmp_path):
     if not train.cpu_bf16_gradients_are_right():
         pytest.skip("this CPU's bf16 gradients are wrong")
