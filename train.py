@@ -405,8 +405,7 @@ def cpu_bf16_gradients_are_right() -> bool:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             out = nn.functional.conv2d(images, weight, stride=2, padding=1)
         loss = out.float().square().sum()
-        for spoiled in [torch.empty_like(weight, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 2]:
-            spoiled.fill_(1e4)
+        spoiled = [torch.full_like(weight, 1e4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 2]
         del spoiled
         return torch.autograd.grad(loss, (images, weight))
 
