@@ -48,11 +48,13 @@ def derive(
         value, reason = (RELATIVE_EPSILON, "of the scores' spread") if relative == "on" else (0.05, "published")
         choose("epsilon", value, reason)
 
-    def choose_rates(base_lr: float, reason: str, warmup_epochs: int = 0) -> None:
+    def choose_rates(base_lr: float, reason: str, warmup_epochs: int, warmup_reason: str) -> None:
         lr = choose("base_lr", round(base_lr, 6), reason)
         choose("final_lr", round(lr / 1000, 9), "a thousandth of base_lr, as published")
-        warmup = choose("warmup_epochs", warmup_epochs, "published")
+        warmup = choose("warmup_epochs", warmup_epochs, warmup_reason)
         choose("start_warmup", min(0.3, lr) if warmup else 0.0, "published")
+
+    a_tenth = min(10, epochs // 10), "a tenth of the run and 10 at most, as published for large batches"
 
     if images >= LARGE_SET:
         why = "published, for a million images"
@@ -73,9 +75,9 @@ def derive(
             choose("epoch_queue_starts", 0 if in_thousands else 15, why)
         choose("freeze_prototypes_niters", 313 if in_thousands else -(-images // global_batch), why)
         if in_thousands:
-            choose_rates(4.8, f"published, for batches from {LARGE_BATCH}", min(10, epochs // 10))
+            choose_rates(4.8, f"published, for batches from {LARGE_BATCH}", *a_tenth)
         else:
-            choose_rates(0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch")
+            choose_rates(0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch", 0, why)
         return derived
 
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
@@ -105,5 +107,5 @@ def derive(
     choose("epoch_queue_starts", 15, "no queue")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
-    choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why)
+    choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why, *a_tenth)
     return derived

@@ -105,3 +105,11 @@ def test_learning_rate_follows_the_batch_and_reasons_are_given():
     assert by_images[:2] == [4.8, 4.8] and by_images[2] == pytest.approx(1.75, abs=0.01)
     assert by_images[3] == pytest.approx(0.6, abs=0.01)  # where the published rule, 0.6 for 256, takes over
     assert all(reason for _, reason in derive(**SMALL, given={}).values())
+
+
+def test_small_sets_warm_up_for_a_tenth_of_the_run():
+    warmups = {epochs: values(**SMALL | {"epochs": epochs}, given={})["warmup_epochs"] for epochs in (5, 12, 30, 400)}
+    assert warmups == {5: 0, 12: 1, 30: 3, 400: 10}
+    assert values(**SMALL, given={})["start_warmup"] == 0.3
+    assert values(**SMALL, given={"base_lr": 0.1})["start_warmup"] == 0.1
+    assert values(**SMALL, given={"warmup_epochs": 0})["start_warmup"] == 0
