@@ -110,10 +110,11 @@ def auto_or(kind: Callable[[str], int]) -> Callable[[str], int | str]:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line; with none at all, those of recipes/shapes.args. Raises ValueError."""
-    if not argv:
-        say(f"no options given: running the recipe {SHAPES_RECIPE}")
-        argv = [f"@{SHAPES_RECIPE}"]
+    """The options of a command line, after those of recipes/shapes.args if it names no images. Raises ValueError."""
+    names = {_underscored(word).partition("=")[0] for word in argv}
+    if not names & {"--data_path", "--dataset", "--help", "-h"} and not any(word.startswith("@") for word in argv):
+        say(f"no images named: running the recipe {SHAPES_RECIPE}")
+        argv = [f"@{SHAPES_RECIPE}", *argv]
     parser = Parser(
         prog="train.py",
         usage="train.py [@recipes/NAME.args] [options]",
@@ -140,7 +141,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         str,
         "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
     )
-    add("dataset", None, str, "default: folder with --data_path, without it shapes, which is drawn", choices=DATASETS)
+    add("dataset", None, str, "default: folder, the one at --data_path", choices=DATASETS)
     add("nmb_crops", None, counted, "crops of each resolution; small ones cost time and help if not tiny", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
@@ -221,7 +222,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.set_defaults(recovered=[])  # options that --on_collapse recover changed
     args = parser.parse_args(argv)
-    args.dataset = args.dataset or ("folder" if args.data_path else "shapes")
+    args.dataset = args.dataset or "folder"
     if args.use_fp16:
         args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
     return args
@@ -239,7 +240,7 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     if args.sync_bn == "apex":
         raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
     if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
-        raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+        raise ValueError(f"--data_path: expected a folder, got {args.data_path or 'none'}")
     if args.tensorboard == "on" and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:

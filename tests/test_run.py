@@ -317,12 +317,25 @@ def test_progress_line_rewrites_itself_on_a_terminal_alone(on_terminal, expected
     assert capsys.readouterr().out == expected
 
 
-def test_bare_command_runs_the_shapes_recipe_and_says_so(capsys):
-    args = train.parse_args([])
+@pytest.mark.parametrize("words, epochs", [("", 20), ("--seed 3", 20), ("--epochs=5", 5)])
+def test_command_that_names_no_images_runs_the_shapes_recipe_and_says_so(words, epochs, capsys):
+    args = train.parse_args(words.split())
     first_line = capsys.readouterr().out.splitlines()[0]
-    assert "no options given" in first_line and "recipes/shapes.args" in first_line
-    assert args.dataset == "shapes" and args.arch == "resnet18"
+    assert "no images named" in first_line and "recipes/shapes.args" in first_line
+    assert args.dataset == "shapes" and args.arch == "resnet18" and args.epochs == epochs
     train.check_args(args)
+
+
+@pytest.mark.parametrize("words", ["--dataset shapes", "--dataset=shapes", "--data-path .", "@recipes/200ep.args"])
+def test_command_that_names_images_or_a_recipe_runs_no_other(words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert train.parse_args(words.split()).arch == "resnet50"
+    assert "recipe" not in capsys.readouterr().out
+
+
+def test_recipe_for_images_that_are_not_named_asks_for_them():
+    with pytest.raises(ValueError, match="^--data_path: expected a folder, got none$"):
+        train.check_args(train.parse_args([f"@{ROOT}/recipes/200ep.args"]))
 
 
 # Options
@@ -347,7 +360,7 @@ def test_recipes_are_the_published_rows():
     rows["rn50w2"] = large | dict(epochs=400, arch="resnet50w2")
     rows["rn50w4"] = large | dict(epochs=400, arch="resnet50w4", batch_size=40, queue_length=2560, epoch_queue_starts=0)
     for name, expected in rows.items():
-        args = train.parse_args([f"@{ROOT}/recipes/{name}.args"])
+        args = train.parse_args([f"@{ROOT}/recipes/{name}.args", "--data_path", str(ROOT)])
         world_size = expected.pop("world")
         assert {option: getattr(args, option) for option in expected} == expected, name
         asked = args.queue_length
@@ -356,7 +369,10 @@ def test_recipes_are_the_published_rows():
 
 
 def test_the_defaults_are_the_published_run_at_256():
-    defaults, recipe = train.parse_args(["--seed", "31"]), train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"])
+    defaults, recipe = (
+        train.parse_args(["--dataset", "folder"]),
+        train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"]),
+    )
     for name, (value, _) in derive(images=1_281_167, image_side=375, world_size=4, epochs=200, given={}).items():
         setattr(defaults, name, value)
     different = {n for n, value in vars(recipe).items() if value is not None and vars(defaults)[n] != value}
@@ -372,7 +388,7 @@ def test_both_spellings_and_older_options_are_understood():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--data_path {tmp}/nowhere", "--data_path: expected a folder"),
+        ("--data_path {tmp}/nowhere", "--data_path: expected a folder, got .*nowhere$"),
         ("--data_path {tmp}", "data_path: expected image files .* found none"),
         ("--nmb_crops 2 6 --size_crops 224", "--nmb_crops: expected 1 values.* got .2, 6"),
         ("--min_scale_crops 0.5 0.5 --max_scale_crops 1 0.3", "--min_scale_crops, max_scale_crops: expected 0 < min"),
