@@ -141,7 +141,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         str,
         "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
     )
-    add("dataset", None, str, "default: folder, the one at --data_path", choices=DATASETS)
+    add("dataset", "folder", str, "folder: --data_path; naming neither runs the recipe shapes", choices=DATASETS)
     add("nmb_crops", None, counted, "crops of each resolution; small ones cost time and help if not tiny", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
@@ -222,7 +222,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.set_defaults(recovered=[])  # options that --on_collapse recover changed
     args = parser.parse_args(argv)
-    args.dataset = args.dataset or "folder"
     if args.use_fp16:
         args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
     return args

@@ -369,10 +369,8 @@ def test_recipes_are_the_published_rows():
 
 
 def test_the_defaults_are_the_published_run_at_256():
-    defaults, recipe = (
-        train.parse_args(["--dataset", "folder"]),
-        train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"]),
-    )
+    defaults = train.parse_args(["--dataset", "folder"])
+    recipe = train.parse_args([f"@{ROOT}/recipes/200ep_bs256.args"])
     for name, (value, _) in derive(images=1_281_167, image_side=375, world_size=4, epochs=200, given={}).items():
         setattr(defaults, name, value)
     different = {n for n, value in vars(recipe).items() if value is not None and vars(defaults)[n] != value}
