@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that must hold, for people and CI alike: installs what is missing, then lint, format and tests, once in
-# plain torch and once with the compiled kernels (CUDA's too where nvcc is: their compilation is checked without a GPU).
+# Everything that must hold, for people and CI alike: installs what is missing, then lint, format and all tests with the
+# compiled kernels (CUDA's too where nvcc is: their compilation is checked without a GPU), and once more, in plain torch,
+# those tests that meet them.
 #   bash tests/check.sh            whole
 #   bash tests/check.sh -k queue   words after it go to pytest
 set -euo pipefail
@@ -19,9 +20,13 @@ echo "python $(python -V | cut -d' ' -f2), torch $(python -c 'import torch; prin
 
 ruff check .
 ruff format --check .
-SINKHORN_EXT=torch python -m pytest -q "$@"
 
 echo "compiling sinkhorn_ext (minutes, the first time) ..."
 SINKHORN_EXT_BUILD=strict python -m pip install -q --no-build-isolation --no-deps -e .
 python -c 'import sinkhorn_ext as s; print("sinkhorn_ext:", s.backend("cpu"), "on CPUs,", s.backend("cuda"), "on GPUs")'
 python -m pytest -q "$@"
+
+[ $# -gt 0 ] || set -- tests/test_{bench,loss,parity,sinkhorn}.py \
+  tests/test_run.py::test_a_run_reads_no_more_values_of_tensors_for_more_steps
+echo "in plain torch: $*"
+SINKHORN_EXT=torch python -m pytest -q "$@"

@@ -1,6 +1,6 @@
 """The codes and the swapped loss of sinkhorn_ext against the float64 reference, on every device at hand.
 
-check.sh runs this file twice: in plain torch (SINKHORN_EXT=torch), and with the compiled kernels.
+check.sh runs this file twice: with the compiled kernels, and in plain torch (SINKHORN_EXT=torch).
 """
 
 import os
