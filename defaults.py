@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
+PUBLISHED_SIDE = 224  # pixels of the images from which crops are the published ones there
 LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's code
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
@@ -55,47 +56,51 @@ def derive(
         choose("start_warmup", min(0.3, lr) if warmup else 0.0, "published")
 
     a_tenth = min(10, epochs // 10), "a tenth of the run and 10 at most, as published for large batches"
+    queue_starts = min(15, epochs // 10), "published 15, and a tenth of the run at most"
+
+    large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
+    small = max(16, 8 * round(large * 96 / 224 / 8))
+    why = f"{images:,} images of {image_side} pixels: milder crops than published"
+    crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
+    if images >= LARGE_SET and image_side >= PUBLISHED_SIDE:
+        crops, why = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "published, for a million images"
+    elif small < LEAST_CROP and resolutions in (None, 1):
+        crops = [4], [large], [0.4], [1.0]
+        why += f", and none of {small} pixels, too few to tell the image by"
+    side = choose_crops(*crops, reason=why)
+    cheaper = ", at a quarter of small's cost" if side <= 32 else ""
+    choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
 
     if images >= LARGE_SET:
         why = "published, for a million images"
         global_batch = world_size * choose("batch_size", 64, why)
         in_thousands = global_batch >= LARGE_BATCH
-        side = choose_crops([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14], reason=why)
-        choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels")
         nmb_prototypes = choose("nmb_prototypes", 3000, why)
         choose("temperature", 0.1, why)
         relative = choose("relative_epsilon", "off", why)
         choose_epsilon(relative)
         if global_batch >= nmb_prototypes:
             choose("queue_length", 0, f"the batch of {global_batch} covers {nmb_prototypes} prototypes")
-            choose("epoch_queue_starts", 15, "no queue")
+            choose("epoch_queue_starts", *queue_starts)
         else:
             length = global_batch if in_thousands else 3840 - 3840 % global_batch
             choose("queue_length", length, f"the batch of {global_batch} is too small for {nmb_prototypes} prototypes")
-            choose("epoch_queue_starts", 0 if in_thousands else 15, why)
-        choose("freeze_prototypes_niters", 313 if in_thousands else -(-images // global_batch), why)
+            choose("epoch_queue_starts", *((0, why) if in_thousands else queue_starts))
+        frozen = 313 if in_thousands else -(-images // global_batch)
+        a_tenth_in_steps = epochs * images // global_batch // 10
+        choose("freeze_prototypes_niters", min(frozen, a_tenth_in_steps), "published, and a tenth of the run at most")
         if in_thousands:
             choose_rates(4.8, f"published, for batches from {LARGE_BATCH}", *a_tenth)
         else:
             choose_rates(0.6 * global_batch / 256, "published 0.6 for 256, in proportion to the batch", 0, why)
         return derived
 
-    large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
-    small = max(16, 8 * round(large * 96 / 224 / 8))
-    why = f"{images:,} images of {image_side} pixels: milder crops than published"
-    crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
-    if small < LEAST_CROP and resolutions in (None, 1):
-        crops = [4], [large], [0.4], [1.0]
-        why += f", and none of {small} pixels, too few to tell the image by"
-    side = choose_crops(*crops, reason=why)
     batch_size = 64 if side >= 96 else 256  # per process, so that memory is enough
     most = min(images, max(16, min(64, images / 40), images / 200))
     while batch_size * world_size > most and batch_size > 2:
         batch_size //= 2
     why = "40 steps an epoch or more for a batch of up to 64 over all processes, 200 for larger ones"
     global_batch = world_size * choose("batch_size", batch_size, why)
-    cheaper = ", at a quarter of small's cost" if side <= 32 else ""
-    choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
     choose("nmb_prototypes", nmb_prototypes, "2.65 x the root of the images, fewer below 5,000 of them, 30 or more")
     choose("temperature", 0.2, "softer predictions draw embeddings together less")
@@ -104,7 +109,7 @@ def derive(
     relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)
     choose_epsilon(relative)
     choose("queue_length", 0, "embeddings move too fast to be kept")
-    choose("epoch_queue_starts", 15, "no queue")
+    choose("epoch_queue_starts", *queue_starts)
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
     choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why, *a_tenth)

@@ -113,3 +113,19 @@ def test_small_sets_warm_up_for_a_tenth_of_the_run():
     assert values(**SMALL, given={})["start_warmup"] == 0.3
     assert values(**SMALL, given={"base_lr": 0.1})["start_warmup"] == 0.1
     assert values(**SMALL, given={"warmup_epochs": 0})["start_warmup"] == 0
+
+
+def test_large_sets_of_small_images_get_crops_of_their_size():
+    large_set = dict(images=1_281_167, world_size=4, epochs=200, given={})
+    assert values(**large_set, image_side=256)["size_crops"] == [224, 96]
+    for side in (28, 64, 128):
+        derived, smaller_set = (values(**large_set | {"images": n}, image_side=side) for n in (1_281_167, 60_000))
+        assert [derived[name] for name in (*CROP_LISTS, "stem")] == [smaller_set[n] for n in (*CROP_LISTS, "stem")]
+        assert derived["nmb_prototypes"] == 3000 and derived["base_lr"] == 0.6
+
+
+def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
+    short = values(**IMAGENET, world_size=4, epochs=10, given={})
+    assert short["queue_length"] == 3840 and short["epoch_queue_starts"] == 1
+    assert values(**IMAGENET, world_size=4, epochs=1, given={})["freeze_prototypes_niters"] == 500
+    assert values(**SMALL, given={"queue_length": 640})["epoch_queue_starts"] == 3
