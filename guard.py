@@ -3,7 +3,7 @@
     guard = CollapseGuard(nmb_prototypes=3000)
     guard.count(code_logits)                                   # each step; nothing waits for the device
     row = guard.measure(mean_loss, code_logits, embeddings)    # when a line is logged
-    if guard.is_collapsing(row, share_done=step / steps): ...
+    if guard.is_collapsing(row, share_done=step / steps, step=step): ...
 
 A collapsed run sits at a loss of ln K: embeddings have drawn together, their scores differ by less than epsilon, so
 codes are uniform, and uniform codes pull nothing apart. The balance of codes (Caron et al. 2020, section 3.1) rules out
@@ -23,6 +23,7 @@ CROWDED = 1 / 8  # distinct codes below it (0.05 in runs made to collapse, 0.2 a
 GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
 STREAK = 0.1  # share of the run that it must last
 LINES = 3  # and measures in which it must show
+LEAST_STEPS = 80  # of the run before anything is said: in so few no run learns
 
 
 class CollapseGuard:
@@ -32,7 +33,7 @@ class CollapseGuard:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
         self.counted = 0  # codes since the last line, of this process
         self.prototypes: torch.Tensor | None = None  # of `share_changed`
-        self.streak: list[float] = []  # shares of the run done at the latest lines, as far back as all were stuck
+        self.streak: list[tuple[float, int]] = []  # share of the run and steps done at the latest lines, all stuck
 
     @torch.no_grad()
     def count(self, code_logits: torch.Tensor) -> None:
@@ -104,21 +105,24 @@ class CollapseGuard:
         changed, images = changed.tolist()
         return changed / images
 
-    def is_collapsing(self, row: dict[str, float], share_done: float) -> bool:
-        """The rule: after a tenth of the run, it is stuck for another tenth and three lines at least.
+    def is_collapsing(self, row: dict[str, float], share_done: float, step: int) -> bool:
+        """The rule: after a tenth of the run, it is stuck for another tenth and three lines, and 80 steps are done.
 
-        row: of `measure`. share_done: of the run's steps. True once a streak.
+        row: of `measure`. share_done: of the run's steps. step: steps done. True once a streak.
         """
         if not is_stuck(row) or share_done < GRACE:
             self.streak = []
             return False
-        self.streak.append(share_done)
+        self.streak.append((share_done, step))
         was, now = (self._is_long(streak) for streak in (self.streak[:-1], self.streak))
         return now and not was
 
     @staticmethod
-    def _is_long(streak: list[float]) -> bool:
-        return len(streak) >= LINES and streak[-1] - streak[0] >= STREAK
+    def _is_long(streak: list[tuple[float, int]]) -> bool:
+        if len(streak) < LINES:
+            return False
+        (first, _), (last, step) = streak[0], streak[-1]
+        return last - first >= STREAK and step >= LEAST_STEPS
 
 
 def is_stuck(row: dict[str, float]) -> bool:

@@ -60,6 +60,7 @@ from sinkhorn_ext import backend
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
 RECOVERIES = 3  # of --on_collapse recover
+SLOW_STEPS = 200  # that runs have stayed near ln K before they learned
 ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
 
 
@@ -160,7 +161,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("hidden_mlp", 2048, whole, "hidden units of the projection head, 0 for a linear one")
     add("feat_dim", 128, counted, "size of an embedding")
-    add("nmb_prototypes", None, counted, "clusters: several times the classes you expect")
+    add("nmb_prototypes", None, number(int, 2), "clusters: several times the classes you expect")
 
     add = partial(option, parser.add_argument_group("loss"))
     add("crops_for_assign", [0, 1], whole, "crops whose codes the others predict: the large ones", nargs="+")
@@ -198,8 +199,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=("fp32", "bf16", "fp16"),
     )
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
-    add("sync_bn", "pytorch", str, "BatchNorm over all processes; none: each its own, which shows in embeddings",
-        choices=("pytorch", "none", "apex"))  # fmt: skip
+    add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with apex, "
+        "which is not needed; none: each its own, which shows in embeddings",
+        choices=("pytorch", "apex", "none"))  # fmt: skip
+    add("syncbn_process_group_size", 8, counted, "processes of a group of --sync_bn apex")
     add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
@@ -218,9 +221,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("on_collapse", "warn", str, "when the loss stays at ln K: warn, with the likely cause; stop; or recover: go "
         f"back to the last good epoch and change one thing, at most {RECOVERIES} times",
         choices=("warn", "stop", "recover"))  # fmt: skip
-    for name in (*REPLACED_BY_TORCHRUN, "syncbn_process_group_size"):
+    for name in REPLACED_BY_TORCHRUN:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.set_defaults(recovered=[])  # options that --on_collapse recover changed
+    parser.set_defaults(recovered=[])  # {option: value before} of each change that --on_collapse recover made
     args = parser.parse_args(argv)
     if args.use_fp16:
         args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
@@ -236,18 +239,30 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     for name in REPLACED_BY_TORCHRUN:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: leave it out; torchrun --nproc_per_node=4 train.py ... sets it")
-    if args.sync_bn == "apex":
-        raise ValueError("--sync_bn: apex is not needed; write --sync_bn pytorch, the default, which does the same")
+    if args.sync_bn == "apex" and world_size % min(args.syncbn_process_group_size, world_size):
+        raise ValueError(
+            f"--syncbn_process_group_size: expected a divisor of the {world_size} processes, "
+            f"got {args.syncbn_process_group_size}"
+        )
+    if args.dataset == "shapes" and args.data_path:
+        raise ValueError(
+            f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}; "
+            "for a folder of your own write --dataset folder"
+        )
     if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path or 'none'}")
     if args.tensorboard == "on" and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:
         raise ValueError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
+    if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
+    dump = Path(args.dump_path)
+    nearest = next(folder for folder in (dump, *dump.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
     if any(getattr(args, name) is None for name in DERIVED):
         return
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     global_batch = args.batch_size * world_size
     if args.queue_length % global_batch:
         rounded = args.queue_length - args.queue_length % global_batch
@@ -255,6 +270,8 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
             f"--queue_length: {args.queue_length} is no multiple of the global batch of {global_batch}: using {rounded}"
         )
         args.queue_length = rounded
+    if args.queue_length and args.epoch_queue_starts >= args.epochs:
+        say(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
     try:
         build_multicrop(args)
         build_loss(args, world_size)
@@ -269,19 +286,27 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
 
     From the run in dump_path, if there is one to go on with, else from the images (defaults.py). Raises ValueError.
     """
+    least = 2 * world_size
+    if len(images) < least:
+        raise ValueError(f"--data_path: expected {least} images or more (2 a process), got {len(images)}")
     chosen: dict[str, tuple[object, str]] = {}
     path = Path(args.dump_path) / "checkpoint.pth"
     if path.exists():
         before = load_checkpoint(path)["options"]
         args.recovered = before.get("recovered", [])
-        if args.recovered:
-            for name in ("relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"):
-                setattr(args, name, before[name])
-            say(f"after recovering from a collapse the run goes on with --{' --'.join(args.recovered)} as changed then")
+        asked = {name: value for change in reversed(args.recovered) for name, value in change.items()}
+        kept = {name: before[name] for name, value in asked.items() if getattr(args, name) in (None, value)}
+        vars(args).update(kept)
+        if kept:
+            say(f"as changed after a collapse: {spelled(kept)}")
     given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
     if path.exists():
-        # The batch is derived anew: it is per process, and there may be more or fewer of those now.
-        earlier = {n: before[n] for n in DERIVED if n not in given and n != "batch_size" and before.get(n) is not None}
+        # The batch is derived anew: it is per process, and there may be more or fewer of those now. So is epsilon where
+        # its unit is given, or the unit where it is.
+        anew, epsilon_and_unit = {"batch_size"}, {"epsilon", "relative_epsilon"}
+        if epsilon_and_unit & given.keys():
+            anew |= epsilon_and_unit
+        earlier = {n: before[n] for n in DERIVED if n not in given and n not in anew and before.get(n) is not None}
         chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
     given |= {name: value for name, (value, _) in chosen.items()}
     chosen |= derive(
@@ -352,6 +377,11 @@ def setup_processes(device: torch.device) -> tuple[int, int]:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return environment("RANK", 0), world_size
+
+
+def batchnorm_group(sync_bn: str, size: int, world_size: int) -> dist.ProcessGroup | None:
+    """The processes with which this one shares BatchNorm's statistics; None: all."""
+    return None if sync_bn == "pytorch" or size >= world_size else dist.new_subgroups(size)[0]
 
 
 def share_cores(workers: int | str, device: torch.device, cut_only: bool, in_memory: bool) -> int:
@@ -568,8 +598,8 @@ def train(
     safe = device.type == "cuda" or model.conv1.out_channels >= 8
     layout = torch.channels_last if safe else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    if world_size > 1 and args.sync_bn == "pytorch":
-        model = sync_batchnorm(model)
+    if world_size > 1 and args.sync_bn != "none":
+        model = sync_batchnorm(model, batchnorm_group(args.sync_bn, args.syncbn_process_group_size, world_size))
     swav_loss = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -653,7 +683,7 @@ def train(
                     "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
                 }
-                row["collapsing"] = guard.is_collapsing(row, step / (args.epochs * steps_per_epoch))
+                row["collapsing"] = guard.is_collapsing(row, step / (args.epochs * steps_per_epoch), step)
                 log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
                 if row["collapsing"]:
                     answer_collapse(args, row, dump)
@@ -722,6 +752,8 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
         f"{row['embedding_std']:.0%} of their largest spread); "
         f"likely cause: {cause}; try {spelled(change)}"
     )
+    if row["step"] < SLOW_STEPS:
+        told += f" (or more epochs: some runs leave ln K after {SLOW_STEPS} steps only)"
     is_last = len(args.recovered) >= RECOVERIES
     if args.on_collapse == "warn" or (args.on_collapse == "recover" and is_last):
         show_progress(told + (f"; recovered {RECOVERIES} times already, going on" if args.recovered else ""), keep=True)
@@ -745,14 +777,18 @@ def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
 
 
 def recover(args: argparse.Namespace, rank: int) -> None:
-    """Change one thing in args and put the last good state in the place of checkpoint.pth, for the next resume."""
+    """Change one thing in args and put the last good state in the place of checkpoint.pth, for the next resume.
+
+    Without one the run begins anew, and checkpoint.pth is kept under another name.
+    """
     _, change = remedy(args)
     before = {name: getattr(args, name) for name in change}
     vars(args).update(change)
-    args.recovered = [*args.recovered, next(iter(change))]
+    args.recovered = [*args.recovered, before]
     dump = Path(args.dump_path)
     good = dump / "last_good.pth"
     epochs_done = 0
+    told = ", ".join(f"--{name} {before[name]} -> {value}" for name, value in change.items())
     if good.exists():
         checkpoint = load_checkpoint(good)
         epochs_done = checkpoint["epoch"]
@@ -760,11 +796,12 @@ def recover(args: argparse.Namespace, rank: int) -> None:
         dist.barrier()  # all have read it
     if rank == 0 and epochs_done:
         save(checkpoint | {"options": vars(args)}, dump / "checkpoint.pth")
-    elif rank == 0:
-        (dump / "checkpoint.pth").unlink(missing_ok=True)
+    elif rank == 0 and (dump / "checkpoint.pth").exists():
+        aside = dump / f"collapsed-{len(args.recovered)}.pth"
+        os.replace(dump / "checkpoint.pth", aside)
+        told += f"; what was learned so far is in {aside}"
     if dist.is_initialized():
         dist.barrier()
-    told = ", ".join(f"--{name} {before[name]} -> {value}" for name, value in change.items())
     say(f"recovering ({len(args.recovered)} of at most {RECOVERIES} times): back to {epochs_done} epochs done, {told}")
 
 
@@ -802,6 +839,8 @@ def resume(
     try:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.wd
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"--dump_path: {path} does not fit this model: {error}; {other_folder}".replace("\n", " ")

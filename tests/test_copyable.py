@@ -57,7 +57,7 @@ PIECES = {
         guard = CollapseGuard(6)
         guard.count(torch.randn(2, 4, 6))
         row = guard.measure(1.5, torch.randn(2, 4, 6), torch.randn(4, 3))
-        assert not guard.is_collapsing(row, share_done=0.5)
+        assert not guard.is_collapsing(row, share_done=0.5, step=500)
         """,
     ),
     "optim": (

@@ -76,12 +76,16 @@ def test_two_processes_measure_what_one_does():
         assert changed == [None, pytest.approx(2 / 6)]
 
 
-def first_word(losses: list[float], distinct_codes: float = 1.0) -> float | None:
+def first_word(losses: list[float], distinct_codes: float = 1.0, steps: int = 5000) -> float | None:
     """Share of the run done when the rule speaks, given the loss over ln K of equally spaced lines."""
     guard = CollapseGuard(K)
     shares = [(i + 1) / len(losses) for i in range(len(losses))]
     rows = [{"loss_per_ln_k": loss, "distinct_codes": distinct_codes} for loss in losses]
-    spoken = [share for share, row in zip(shares, rows, strict=True) if guard.is_collapsing(row, share)]
+    spoken = [
+        share
+        for share, row in zip(shares, rows, strict=True)
+        if guard.is_collapsing(row, share, step=round(share * steps))
+    ]
     assert len(spoken) <= 1  # once a streak
     return spoken[0] if spoken else None
 
@@ -96,6 +100,12 @@ def test_runs_that_learn_slowly_or_start_at_ln_k_are_left_alone():
     assert first_word([1.02, 1.0, 0.993, *[0.98] * 9]) is None
     assert first_word([1.0] * 30 + [0.985] * 170) is None
     assert first_word([0.999 if i % 3 else 0.985 for i in range(200)]) is None
+
+
+def test_nothing_is_said_of_a_few_steps():
+    assert first_word([1.0] * 40, steps=40) is None
+    assert first_word([1.0] * 100, steps=100) == pytest.approx(0.8)
+    assert first_word([1.0] * 12, steps=264) <= 1 / 3
 
 
 def test_a_run_that_collapses_late_is_told_too():

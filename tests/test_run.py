@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
+from conftest import run_processes
 from PIL import Image
 from torch.nn import functional as F
 
@@ -343,7 +346,8 @@ def test_recipe_for_images_that_are_not_named_asks_for_them():
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.args")))
 def test_every_recipe_is_accepted(recipe, tmp_path):
-    args = train.parse_args([f"@{ROOT}/recipes/{recipe}", "--data_path", str(tmp_path)])
+    args = train.parse_args([f"@{ROOT}/recipes/{recipe}"])
+    args.data_path = None if args.dataset == "shapes" else str(tmp_path)
     train.check_args(args)
     assert args.dump_path == f"runs/{recipe.removesuffix('.args')}"
 
@@ -391,7 +395,7 @@ def test_both_spellings_and_older_options_are_understood():
         ("--nmb_crops 2 6 --size_crops 224", "--nmb_crops: expected 1 values.* got .2, 6"),
         ("--min_scale_crops 0.5 0.5 --max_scale_crops 1 0.3", "--min_scale_crops, max_scale_crops: expected 0 < min"),
         ("--crops_for_assign 0 3", "--crops_for_assign: expected crops of 0..2, got .0, 3"),
-        ("--nmb_prototypes 0", "--nmb_prototypes: expected .* from 1, got 0"),
+        ("--nmb_prototypes 1", "--nmb_prototypes: expected .* from 2, got 1"),
         ("--epsilon 0", "--epsilon: expected .* above 0, got 0"),
         ("--temperature nan", "--temperature: expected .* above 0, got nan"),
         ("--epochs 2 --warmup_epochs 3", "--warmup_epochs: expected at most the 2 of --epochs, got 3"),
@@ -399,7 +403,9 @@ def test_both_spellings_and_older_options_are_understood():
         ("--batch_size 1", "--batch_size: expected 2 or more"),
         ("--batch_size 11", r"--batch_size: expected at most 10 \(10 images"),
         ("--workers -1", "--workers: expected .* from 0, got -1"),
-        ("--sync_bn apex", "--sync_bn: .*pytorch"),
+        ("--dump_path {tmp}/file/run", "--dump_path: expected a folder that can be written, got .*run"),
+        ("--dataset shapes --data_path {tmp}", "--data_path: expected none for --dataset shapes.* --dataset folder"),
+        ("--data_path {tmp}/one", "--data_path: expected 2 images or more .* got 1"),
         ("--dist_url tcp://x", "--dist_url: .*torchrun --nproc_per_node"),
         ("--world_size 4", "--world_size: .*torchrun --nproc_per_node"),
         ("--rank 0", "--rank: .*torchrun"),
@@ -415,6 +421,10 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
     monkeypatch.setattr(
         torchvision.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(RuntimeError("no net"))
     )
+    (tmp_path / "file").touch()
+    (tmp_path / "one").mkdir()
+    if "one" in words:
+        Image.new("RGB", (20, 20)).save(tmp_path / "one" / "0.png")
     given = words.format(tmp=tmp_path).split()
     data = [] if "--data_path" in given else [f"--data_path={images}"]
     with pytest.raises(ValueError, match=message):
@@ -422,9 +432,24 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_queue_is_rounded_down_and_said(images, tmp_path, capsys):
+def ranks_of_a_group(rank, world_size):
+    """For runs of all, in groups of two, and of more than there are."""
+    groups = [train.batchnorm_group(*asked, world_size) for asked in (("pytorch", 2), ("apex", 2), ("apex", 8))]
+    return [group and dist.get_process_group_ranks(group) for group in groups]
+
+
+def test_batchnorm_is_shared_by_all_or_in_groups_as_published_with_apex():
+    assert run_processes(ranks_of_a_group, 4) == [[None, pair, None] for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    train.check_args(apex := train.parse_args("--dataset shapes --sync_bn apex".split()), 16)
+    with pytest.raises(ValueError, match="--syncbn_process_group_size: expected a divisor of the 12 processes, got 8"):
+        train.check_args(apex, 12)
+
+
+def test_queue_is_rounded_down_and_one_that_never_starts_is_said(images, tmp_path, capsys):
     checkpoint = run_training(images, tmp_path, "--queue_length", "11", "--epochs", "1")
-    assert "--queue_length: 11 is no multiple of the global batch of 4: using 8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--queue_length: 11 is no multiple of the global batch of 4: using 8" in out
+    assert "--epoch_queue_starts 1: the queue is not used in a run of 1 epochs" in out
     assert checkpoint["queue"]["embeddings"].shape == (2, 8, 8)
 
 
@@ -544,7 +569,8 @@ STUCK = (
 def train_stuck(images, dump, *more: str, base_lr: float = 1e-9) -> None:
     """A run whose epsilon makes all codes uniform and whose weights hardly move: with one image's crops alike, ln K."""
     options = STUCK.format(images=images).split()
-    train.main(train.parse_args([*options, "--base_lr", str(base_lr), "--dump_path", str(dump), *more]))
+    with mock.patch("guard.LEAST_STEPS", 0):  # it has twenty
+        train.main(train.parse_args([*options, "--base_lr", str(base_lr), "--dump_path", str(dump), *more]))
 
 
 def test_collapse_is_told_with_cause_and_remedy_and_the_run_goes_on(images, tmp_path, capsys):
@@ -592,8 +618,8 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
     good = train.CollapseGuard.is_collapsing
     seen = []
 
-    def always_after_the_second_epoch(self, row, share_done):
-        good(self, row, share_done)
+    def always_after_the_second_epoch(self, row, share_done, step):
+        good(self, row, share_done, step)
         seen.append(share_done)
         return share_done > 0.25
 
@@ -608,12 +634,26 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
     assert "recovered 3 times already, going on" in out
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
     assert checkpoint["epoch"] == 10
-    assert checkpoint["options"]["recovered"] == ["relative_epsilon", "base_lr", "base_lr"]
+    assert checkpoint["options"]["recovered"][0] == {"relative_epsilon": "off", "epsilon": 100.0}
+    assert [change.get("base_lr") for change in checkpoint["options"]["recovered"]] == [None, 0.9, 0.3]
 
     # the same command, with two epochs more, keeps what was changed
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "12", base_lr=0.9)
     options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
     assert options["relative_epsilon"] == "on" and options["base_lr"] == pytest.approx(0.1) and options["epochs"] == 12
+    # what another command asks for is done
+    train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "13", base_lr=0.7)
+    options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
+    assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "on" and options["epsilon"] == 0.3
+
+
+def test_recover_keeps_what_was_learned_before_where_no_epoch_is_known_to_be_good(images, tmp_path, capsys):
+    train_stuck(images, tmp_path / "run", "--epochs", "5")
+    learned = torch.load(tmp_path / "run" / "checkpoint.pth")["state_dict"]
+    train_stuck(images, tmp_path / "run", "--on_collapse", "recover")
+    assert "back to 0 epochs done, " in (out := capsys.readouterr().out) and "collapsed-1.pth" in out
+    kept = torch.load(tmp_path / "run" / "collapsed-1.pth")
+    assert kept["epoch"] >= 5 and kept["state_dict"].keys() == learned.keys()
 
 
 def test_an_epoch_is_good_by_its_mean_loss_not_by_its_last_line(images, tmp_path, monkeypatch):
@@ -633,6 +673,17 @@ def test_recover_without_a_good_state_begins_anew(images, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "back to 0 epochs done, --relative_epsilon off -> on" in out
     assert torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 10
+
+
+def test_a_run_goes_on_with_what_is_asked_anew(images, tmp_path, capsys):
+    run = ["--arch", "resnet18", "--width", "8", "--blocks", "1", "1", "1", "1", "--device", "cpu", "--workers", "0"]
+    run += ["--data_path", str(images), "--dump_path", str(tmp_path), "--batch_size", "4"]
+    train.main(train.parse_args([*run, "--epochs", "1"]))
+    train.main(train.parse_args([*run, "--epochs", "2", "--wd", "0.1", "--relative_epsilon", "off"]))
+    checkpoint = torch.load(tmp_path / "checkpoint.pth")
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.1]
+    assert checkpoint["options"]["epsilon"] == 0.05  # not the 0.3 of the unit that was
+    assert "wd 1e-06 -> 0.1" in capsys.readouterr().out
 
 
 def test_what_is_derived_is_printed_as_options_and_kept_when_the_run_goes_on(images, tmp_path, capsys):
