@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from data import (
     DATASETS,
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("size", None, int, "side of the images in pixels (default: that of the large crops in training, or 224; of a "
         "named set, its images' own if that is larger or no crops are known)")  # fmt: skip
     add("resize", None, int, "shorter side before the centre crop (default: 8/7 of --size, of a folder's images if "
-        "larger than it; else --size, so that images are seen whole)")  # fmt: skip
+        "larger than it; else --size: the largest square)")  # fmt: skip
     add("workers", None, int, "loader processes of each process (default: by the cores at hand)")
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
     add("seed", 31, int, "of the classifier and of the random weights compared with")
@@ -195,14 +195,18 @@ def extract_features(
 
     Each process computes its share. loading: rank, world_size, workers, batch_size.
     """
-    features, labels = [], []
+    features, labels, done = None, [], 0
     loader = ordered_loader(images, transform, pin_memory=device.type == "cuda", **loading)
     for batch, batch_labels in track(loader, title):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
         with half_precision(device):
-            features.append(backbone(batch).float())
+            found = backbone(batch).float()
+        if features is None:  # room for all at once, as their batches and one tensor of them may not fit
+            features = found.new_empty(len(loader.sampler), found.shape[1])
+        features[done : done + len(found)] = found
+        done += len(found)
         labels.append(batch_labels.to(device))
-    return _gather(torch.cat(features), len(images)), _gather(torch.cat(labels), len(images))
+    return _gather(features, len(images)), _gather(torch.cat(labels), len(images))
 
 
 def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
@@ -226,14 +230,19 @@ def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
 def take_batchnorm_statistics(
     backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
 ) -> None:
-    """Set the running statistics of all BatchNorms to their average over the images, each process's share alike."""
+    """Set the running statistics of all BatchNorms to their average over the images, each process's share alike.
+
+    In an order of chance, as batches of one class are normalised otherwise; a smaller batch at the end is left out.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    loading["batch_size"] = max(2, loading["batch_size"])  # one image alone may have no variance
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     backbone.train()
-    for batch, _ in track(ordered_loader(images, transform, **loading), title):
-        if len(batch) > 1:  # one image alone may have no variance
+    for step, (batch, _) in enumerate(track(ordered_loader(Subset(images, order), transform, **loading), title)):
+        if len(batch) == loading["batch_size"] or (step == 0 and len(batch) > 1):
             backbone(batch.to(device, memory_format=torch.channels_last))
     backbone.eval()
     if dist.is_initialized():
@@ -269,13 +278,14 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> torch.Tensor:
-    """Scores [N, classes]: votes of the k nearest by cosine, each weighted exp(cosine / temperature)."""
+    """Scores [N, classes]: votes of the k nearest by cosine, each weighted exp((cosine - largest) / temperature)."""
     lengths = train_features.norm(dim=1).clamp_min(1e-12)
     scores = []
     for chunk in F.normalize(val_features, dim=1).split(512):
         cosines, neighbours = (chunk @ train_features.T / lengths).topk(min(k, len(train_features)), dim=1)  # [n, k]
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a difference, as others may overflow
         votes = chunk.new_zeros(len(chunk), classes)
-        scores.append(votes.scatter_add_(1, train_labels[neighbours], (cosines / temperature).exp()))
+        scores.append(votes.scatter_add_(1, train_labels[neighbours], weights))
     return torch.cat(scores)
 
 
@@ -283,7 +293,9 @@ def logistic_regression(
     train_features: torch.Tensor, train_labels: torch.Tensor, val_features: torch.Tensor, *, classes: int
 ) -> torch.Tensor:
     """Scores [N, classes] of a linear classifier fitted to all features at once (L-BFGS, standardised, L2 of 1/N)."""
-    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
+    mean, std = train_features.mean(0), train_features.std(0)
+    # Features that are constant but for rounding say nothing, and must not where other images differ in them.
+    scale = torch.where(std > 1e-5 * mean.abs(), 1 / (std + 1e-6), 0)
     linear = nn.Linear(train_features.shape[1], classes, device=train_features.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -296,14 +308,14 @@ def logistic_regression(
         total = linear.weight.square().sum() / (2 * len(train_features))
         total.backward()
         for features, labels in chunks:
-            loss = F.cross_entropy(linear((features - mean) / std), labels, reduction="sum") / len(train_features)
+            loss = F.cross_entropy(linear((features - mean) * scale), labels, reduction="sum") / len(train_features)
             loss.backward()
             total = total + loss.detach()
         return total.detach()
 
     optimizer.step(objective)
     with torch.no_grad():
-        return linear((val_features - mean) / std)
+        return linear((val_features - mean) * scale)
 
 
 def linear_probe(
@@ -376,7 +388,9 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         backbone.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
-    trained = checkpoint.get("options", {})
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError(f"checkpoint: {path} holds weights that are nan or inf")
+    trained = checkpoint.get("options") or {}
     dataset, data_path = choose_images(args, trained)
     train_images, val_images = (open_images(dataset, data_path, split, world_size == 1) for split in ("train", "val"))
     classes = count_classes(train_images, val_images)
@@ -479,8 +493,11 @@ def main(args: argparse.Namespace) -> dict:
     print_table(result)
     if rank == 0:
         path = Path(result["checkpoint"]).with_suffix(".eval.json")
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        say(f"written to {path}")
+        try:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            say(f"written to {path}")
+        except OSError as error:
+            say(f"not written to {path}: {error.strerror}")
     if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
         dist.destroy_process_group()
     return result

@@ -283,9 +283,12 @@ def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     Raises ValueError where it holds no ResNet.
     """
     weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items() if torch.is_tensor(tensor)}
+    entries = weights.items() if isinstance(weights, Mapping) else ()
+    named = ((str(name), tensor) for name, tensor in entries if torch.is_tensor(tensor))
+    weights = {name.removeprefix("module."): tensor for name, tensor in named}
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(("conv1.", "bn1.", "layer"))}
-    if "conv1.weight" not in weights or not any(name.startswith("layer4.") for name in weights):
+    stem = weights.get("conv1.weight")
+    if stem is None or stem.ndim != 4 or not any(name.startswith("layer4.") for name in weights):
         raise ValueError("checkpoint: expected the weights of a ResNet (conv1.weight, layer1.0.conv1.weight, ...)")
     return weights
 

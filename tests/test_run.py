@@ -821,8 +821,51 @@ def test_linear_classifiers_separate_what_is_separable():
 def test_knn_weights_votes_by_similarity():
     train_features = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.5], [-1.0, 0.0]])
     scores = eval_linear.knn(train_features, torch.tensor([0, 1, 1, 2]), torch.tensor([[2.0, 0.0]]), classes=3, k=3)
-    neighbour = math.exp(0.9 / math.hypot(0.9, 0.5) / 0.07)
-    torch.testing.assert_close(scores, torch.tensor([[math.exp(1 / 0.07), 2 * neighbour, 0.0]]))
+    neighbour = math.exp((0.9 / math.hypot(0.9, 0.5) - 1) / 0.07)
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 2 * neighbour, 0.0]]))
+
+
+def test_knn_takes_any_temperature():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    features = 1 + 0.1 * torch.eye(4)[labels] + 0.02 * torch.randn(200, 4, generator=generator)
+    for temperature in (0.07, 0.01, 1e-4):
+        scores = eval_linear.knn(features, labels, features, classes=4, temperature=temperature)
+        assert scores.isfinite().all() and eval_linear.accuracies(scores, labels)["top1"] > 95
+
+
+def test_features_that_were_constant_do_not_count_where_they_differ():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.eye(3)[labels] * 4 + torch.randn(300, 3, generator=generator)
+    border = torch.full((300, 50), 0.9)
+    border[200:, ::7] = 0.1
+    split = torch.cat([features, border], dim=1)[:200], labels[:200], torch.cat([features, border], dim=1)[200:]
+    scores = eval_linear.logistic_regression(*split, classes=3)
+    torch.testing.assert_close(
+        scores, eval_linear.logistic_regression(features[:200], labels[:200], features[200:], classes=3)
+    )
+
+
+def test_batchnorm_statistics_are_those_of_all_images_whatever_their_order():
+    """Images in the order of their classes, dark and bright, in a number that leaves a small batch at the end."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 60, (65, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    pixels[33:] += 180
+    images = ImageArrays(pixels.numpy(), np.zeros(65, dtype=np.int64))
+    transform, loading = eval_linear.CentreCrop(16, 16), dict(rank=0, world_size=1, workers=0)
+    for batch_size, tolerance in ((16, 0.35), (64, 0.05), (100, 1e-4), (1, None)):
+        backbone = ResNet("resnet18", width=8, blocks=[1, 1, 1, 1], stem="small")
+        take = dict(device=torch.device("cpu"), title="", batch_size=batch_size, **loading)
+        eval_linear.take_batchnorm_statistics(backbone, images, transform, **take)
+        maps = backbone.conv1(torch.stack([transform(image) for image, _ in images]))
+        if tolerance is None:  # pairs of images
+            assert (backbone.bn1.running_mean != 0).all()
+        else:
+            variance = maps.var((0, 2, 3))
+            torch.testing.assert_close(backbone.bn1.running_var, variance, rtol=tolerance, atol=1e-4)
+            shift = (backbone.bn1.running_mean - maps.mean((0, 2, 3))) / variance.sqrt()
+            assert shift.abs().max() < tolerance
 
 
 @pytest.mark.parametrize(
@@ -831,6 +874,9 @@ def test_knn_weights_votes_by_similarity():
         ("{tmp}/none.pth", "checkpoint: cannot read .*none.pth"),
         ("{tmp}/half.pth", "checkpoint: cannot read .*half.pth"),
         ("{tmp}/other.pth", "checkpoint: expected the weights of a ResNet"),
+        ("{tmp}/empty.pth", "checkpoint: expected the weights of a ResNet"),
+        ("{tmp}/numbers.pth", "checkpoint: expected the weights of a ResNet"),
+        ("{tmp}/nan.pth --data_path {images}", "checkpoint: .*nan.pth holds weights that are nan or inf"),
         ("{trained} --arch resnet50", "--arch: .* holds a resnet18.* got resnet50"),
         ("{trained} --data_path {tmp}", "data_path: expected .*train with a folder of images for each class"),
         ("{trained} --data_path {tmp}/none", "--data_path: expected a folder"),
@@ -841,5 +887,9 @@ def test_knn_weights_votes_by_similarity():
 def test_bad_judging_options_are_refused(words, message, trained, images, tmp_path):
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half a file")
     torch.save({"state_dict": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    torch.save({"state_dict": None}, tmp_path / "empty.pth")
+    torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
+    weights = ResNet("resnet18", width=8).state_dict()
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] * math.nan}, tmp_path / "nan.pth")
     with pytest.raises(ValueError, match=message):
         judge(*words.format(tmp=tmp_path, trained=trained, images=images).split())
