@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import permutations
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -196,9 +197,14 @@ def sample_rows(uniforms: np.ndarray) -> np.ndarray:
 def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """PIL image, or uint8 [3, H, W] as it is -> uint8 [3, H, W]; red, green and blue side by side in memory.
 
-    Resizing is fastest on those. Raises ValueError for another tensor.
+    Resizing is fastest on those. 16 bits are scaled to 8. Raises ValueError for another tensor, and for images whose
+    largest value is unknown (Pillow's modes I, of more than 16 bits, and F).
     """
     if not torch.is_tensor(image):
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as Pillow has 16 bits
+            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"expected 8 or 16 bits a channel, got 32 (Pillow's mode {image.mode})")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
@@ -394,22 +400,31 @@ class CentreCrop:
 # Image sets: item -> (uint8 [3, H, W], label), label -1 where there is none
 
 
-class ImageFiles(Dataset):
-    """Every image file below a folder, at any depth, in the order of their paths; no labels.
+def is_image_file(path: str) -> bool:
+    """By its name; hidden ones, which systems and editors leave beside images, are none."""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
-    Raises ValueError if the folder is missing or holds no image.
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"data_path: cannot read {error.filename}: {error.strerror}")
+
+
+class ImageFiles(Dataset):
+    """Every image file below a folder, at any depth, in the order of their paths; no labels. Hidden ones are left out.
+
+    Raises ValueError if the folder is missing or holds no image, or a folder in it cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
         if not os.path.isdir(root):
             raise ValueError(f"data_path: expected a folder of images, got {root}, which is not a folder")
         self.root = os.fspath(root)
-        self.paths = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        )
+        self.paths = []
+        for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            self.paths += [os.path.join(folder, name) for name in names if is_image_file(name)]
+        self.paths.sort()
         if not self.paths:
             raise ValueError(
                 f"data_path: expected image files ({', '.join(IMG_EXTENSIONS)}) in or below {root}, found none"
@@ -420,6 +435,19 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return read_image(self.paths[index]), -1
+
+
+class LabelledImageFiles(torchvision.datasets.ImageFolder):
+    """The image files of a folder whose folders are classes; hidden ones are left out."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        super().__init__(root, loader=read_image, is_valid_file=is_image_file)
+
+    def find_classes(self, directory: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if not names:
+            raise FileNotFoundError(f"no folder in {directory}")
+        return names, {name: i for i, name in enumerate(names)}
 
 
 class ImageArrays(Dataset):
@@ -487,7 +515,7 @@ def _open_folder(root: str | os.PathLike, split: str) -> Dataset:
         root = os.path.dirname(os.path.normpath(root))  # what training was given; val/ is beside it
     folder = os.path.join(root, split)
     try:
-        return torchvision.datasets.ImageFolder(folder, loader=read_image)
+        return LabelledImageFiles(folder)
     except FileNotFoundError as error:
         raise ValueError(
             f"data_path: expected {folder} with a folder of images for each class; "
@@ -530,7 +558,7 @@ def _read_fashion_mnist(root: str | os.PathLike, split: str) -> ImageArrays:
 # Images in memory
 
 
-CACHE_SHARE = 1 / 4  # of the memory that is free
+CACHE_SHARE = 1 / 4  # of the memory that is free, where nothing else is asked for
 
 
 class CachedImages(Dataset):
@@ -559,8 +587,10 @@ class CachedImages(Dataset):
         return pixels, -1
 
 
-def cached_size(images: Dataset) -> tuple[int, int]:
+def cached_size(images: Dataset, share: float = CACHE_SHARE) -> tuple[int, int]:
     """Bytes that the decoded images need (an estimate from some of them), and bytes that a cache may take here.
+
+    share: of the memory that is free, if /dev/shm has as much.
 
     (0, 0) for sets that are in memory as it is; none may be taken where there is no /dev/shm, as on other systems.
     """
@@ -574,7 +604,7 @@ def cached_size(images: Dataset) -> tuple[int, int]:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
         free = min(free, int(file.read()))  # "max" without a limit
-    return int(needed), int(min(CACHE_SHARE * free, 0.9 * shutil.disk_usage("/dev/shm").free))
+    return int(needed), int(min(share * free, 0.9 * shutil.disk_usage("/dev/shm").free))
 
 
 def image_size(path: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """ResNets (also 2, 4 and 5 times as wide), SwAV's projection head and prototypes (Caron et al. 2020, section 4).
 
-    model = SwAV("resnet50")                       # on several processes: model = sync_batchnorm(SwAV("resnet50"))
+    model = SwAV("resnet50").to(device)            # then, on several processes: model = sync_batchnorm(model)
     embeddings, scores = model([images_224, other_images_224, images_96])    # [V*B, 128], [V*B, 3000]
     features = model.features(images)                                         # [B, 2048]
 
@@ -206,7 +206,7 @@ class SwAV(ResNet):
 
 
 def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """The model with BatchNorm statistics of all processes, which have as many images each; on GPUs torch's own.
+    """The model with BatchNorm statistics of all processes, which have as many images each; of one on GPUs torch's own.
 
     Apart, statistics differ between processes, and embeddings learn to tell by which of them they were made.
     """

@@ -514,12 +514,12 @@ def main(args: argparse.Namespace) -> None:
     if goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain", download=True)
         settle(args, images, environment("WORLD_SIZE", 1))
-        fits = fits_in_memory(images, args.cache)
+        sizes = sizes_to_cache(images, args.cache)
     rank, world_size = setup_processes(device)
     if not goes_first:
         images = open_images(args.dataset, args.data_path, "pretrain")
         settle(args, images, world_size)
-    images = cache_images(images, goes_first and fits)
+    images = cache_images(images, sizes if goes_first else None)
     while True:
         try:
             train(args, images, rank, world_size, device, dtype)
@@ -532,23 +532,30 @@ def main(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def fits_in_memory(images: Dataset, cache: str) -> bool:
-    """Whether to keep decoded images in memory. Raises ValueError where --cache ram asks for too much."""
-    needed, allowed = (0, 0) if cache == "off" else cached_size(images)
-    if cache == "ram" and needed > allowed:
+def sizes_to_cache(images: Dataset, cache: str) -> list[tuple[int, int]] | None:
+    """(width, height) of each image, if they are to be in memory. Raises ValueError where --cache ram is too much."""
+    if cache == "off":
+        return None
+    share = CACHE_SHARE if cache == "auto" else 0.8
+    needed, allowed = cached_size(images, share)
+    if 0 < needed <= allowed:
+        say("cache: reading the sizes of all images ...")
+        sizes = [image_size(path) for path in images.paths]
+        needed = sum(3 * width * height for width, height in sizes)
+        if needed <= allowed:
+            return sizes
+    if cache == "ram" and needed:
         raise ValueError(
-            f"--cache ram: expected at most {allowed / 2**30:.1f} GiB of decoded images ({CACHE_SHARE:.0%} of the free "
+            f"--cache ram: expected at most {allowed / 2**30:.1f} GiB of decoded images ({share:.0%} of the free "
             f"memory, no more than Linux' /dev/shm has), got some {needed / 2**30:.1f}; write --cache off"
         )
-    return 0 < needed <= allowed
+    return None
 
 
-def cache_images(images: Dataset, wanted: bool) -> Dataset:
-    """The images, or the same in memory if the first process of this machine, who alone knows, wants it."""
+def cache_images(images: Dataset, sizes: list[tuple[int, int]] | None) -> Dataset:
+    """The images, or the same in memory if the first process of this machine, who alone gives their sizes, wants it."""
     offer = None
-    if wanted:
-        say("cache: reading the sizes of all images ...")
-        sizes = [image_size(name) for name in images.paths]
+    if sizes:
         descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
         os.close(descriptor)
         offer = sizes, path
@@ -562,7 +569,7 @@ def cache_images(images: Dataset, wanted: bool) -> Dataset:
         if dist.is_initialized():
             dist.barrier()
     finally:
-        if wanted:
+        if sizes:
             os.unlink(path)  # the memory stays for those who have it open, and goes with them
     return images
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 import math
+import os
 import platform
 import random
 import struct
@@ -534,6 +535,44 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
     assert all(label == -1 for _, label in images)
 
 
+def test_hidden_files_and_folders_are_no_images_in_training_nor_judging(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cats/0.png", "dogs/0.png", "dogs/._0.png", ".ipynb_checkpoints/0.png", ".thumbs/dogs/0.png"):
+            save(tmp_path / split / name)
+    assert len(open_images("folder", tmp_path)) == 2
+    labelled = open_images("folder", tmp_path, "train")
+    assert len(labelled) == 2 and labelled.classes == ["cats", "dogs"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "open" / "0.png")
+    save(tmp_path / "closed" / "0.png")
+    scandir = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match="^data_path: cannot read .*closed: Permission denied"):
+        ImageFiles(tmp_path)
+
+
+def test_sixteen_bits_are_scaled_to_eight_and_more_are_refused(tmp_path):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "16.png")
+    Image.fromarray(values).save(tmp_path / "16.tif")
+    expected = torch.from_numpy((values / 257 + 0.5).astype(np.uint8))
+    for name in ("16.png", "16.tif"):
+        pixels = read_image(str(tmp_path / name))
+        assert pixels.shape == (3, 256, 256) and all(torch.equal(channel, expected) for channel in pixels), name
+    for kind in (np.int32, np.float32):
+        Image.fromarray(values.astype(kind)).save(tmp_path / "32.tif")
+        with pytest.raises(ValueError, match="^data_path: cannot read .*32.tif .*expected 8 or 16 bits a channel"):
+            read_image(str(tmp_path / "32.tif"))
+
+
 def test_jpeg_files_are_read_as_pillow_reads_them(tmp_path):
     smooth = noise(9, 7).resize((61, 47), Image.Resampling.BICUBIC)
     for name, image, options in (
@@ -648,6 +687,7 @@ def test_the_size_in_memory_is_known_before(cached):
     files, images = cached
     needed, allowed = cached_size(files)
     assert needed == sum(3 * 11 * (8 + i) for i in range(5)) == images.ends[-1] - 5 and allowed > 2**20
+    assert cached_size(files, share=1e-9) == (needed, pytest.approx(allowed * 4e-9, abs=10))
     assert cached_size(numbered_images(3)) == (0, 0)
 
 

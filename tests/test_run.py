@@ -183,13 +183,18 @@ def test_images_kept_in_memory_are_shared_by_processes(images, tmp_path):
 
 
 def test_images_that_do_not_fit_into_memory_are_not_kept_there(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "cached_size", lambda images: (2**40, 2**33))
+    monkeypatch.setattr(train, "cached_size", lambda images, share: (2**40, 2**33))
     run_training(images, tmp_path, "--epochs", "1")
     assert "kept in memory" not in capsys.readouterr().out
     with pytest.raises(
         ValueError, match="^--cache ram: expected at most 8.0 GiB .* got some 1024.0; write --cache off"
     ):
         run_training(images, tmp_path, "--cache", "ram")
+    allowed = 10 * 20 * 24 * 3 - 1  # where the estimate is too low, the sizes of all decide
+    monkeypatch.setattr(train, "cached_size", lambda images, share: (1, allowed))
+    assert train.sizes_to_cache(train.open_images("folder", images), "auto") is None
+    monkeypatch.setattr(train, "cached_size", lambda images, share: (1, allowed + 1))
+    assert train.sizes_to_cache(train.open_images("folder", images), "auto") == [(24, 20)] * 10
 
 
 def test_a_run_reads_no_more_values_of_tensors_for_more_steps(images, tmp_path):
