@@ -99,7 +99,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[1], help="of each run (default: 1)")
     add("--epochs", type=int, default=10, help="of each run (default: 10)")
     add("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    add("--dump_path", type=Path, default=Path("runs/collapse"), help="folder of the runs; those there are kept")
+    add(
+        "--dump_path",
+        type=Path,
+        default=Path("runs/collapse"),
+        help="folder of the runs; those there are kept, so name another one after a change to the program",
+    )
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="file for all figures")
     args = parser.parse_args(argv)
     least = {"nmb_small_crops": 0, "seeds": 0, "size_crops": data.SMALLEST_CROP}

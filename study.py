@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "rounds 10": ("--sinkhorn_iterations 10", ""),
     "lr 0.6": ("--base_lr 0.6", ""),
     "lr 6": ("--base_lr 6", ""),
-    "warm-up": ("--warmup_epochs 2", ""),
+    "no warm-up": ("--warmup_epochs 0", ""),
     "frozen an epoch": ("--freeze_prototypes_niters 40", ""),
     "frozen throughout": ("--freeze_prototypes_niters 1000000", ""),
     "queue 640": ("--queue_length 640 --epoch_queue_starts 1", ""),
