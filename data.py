@@ -16,11 +16,11 @@ import math
 import os
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import permutations
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -198,13 +198,13 @@ def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """PIL image, or uint8 [3, H, W] as it is -> uint8 [3, H, W]; red, green and blue side by side in memory.
 
     Resizing is fastest on those. 16 bits are scaled to 8. Raises ValueError for another tensor, and for images whose
-    largest value is unknown (Pillow's modes I, of more than 16 bits, and F).
+    largest value is unknown (Pillow's modes F and I, except of PNG and PGM files).
     """
     if not torch.is_tensor(image):
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as Pillow has 16 bits
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits
             image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError(f"expected 8 or 16 bits a channel, got 32 (Pillow's mode {image.mode})")
+            raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode}")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
@@ -406,14 +406,14 @@ def is_image_file(path: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
-def _refuse(error: OSError) -> NoReturn:
-    raise ValueError(f"data_path: cannot read {error.filename}: {error.strerror}")
+def _leave_out(error: OSError) -> None:
+    warnings.warn(f"data_path: {error.filename} is left out: {error.strerror}", stacklevel=2)
 
 
 class ImageFiles(Dataset):
     """Every image file below a folder, at any depth, in the order of their paths; no labels. Hidden ones are left out.
 
-    Raises ValueError if the folder is missing or holds no image, or a folder in it cannot be read.
+    Warns of folders that cannot be read. Raises ValueError if the folder is missing or holds no image.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
@@ -421,7 +421,7 @@ class ImageFiles(Dataset):
             raise ValueError(f"data_path: expected a folder of images, got {root}, which is not a folder")
         self.root = os.fspath(root)
         self.paths = []
-        for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
+        for folder, subfolders, names in os.walk(root, onerror=_leave_out, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             self.paths += [os.path.join(folder, name) for name in names if is_image_file(name)]
         self.paths.sort()
@@ -441,7 +441,12 @@ class LabelledImageFiles(torchvision.datasets.ImageFolder):
     """The image files of a folder whose folders are classes; hidden ones are left out."""
 
     def __init__(self, root: str | os.PathLike) -> None:
-        super().__init__(root, loader=read_image, is_valid_file=is_image_file)
+        below = len(os.fspath(root))
+        super().__init__(
+            root,
+            loader=read_image,
+            is_valid_file=lambda path: is_image_file(path) and os.sep + "." not in path[below:],
+        )
 
     def find_classes(self, directory: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")

@@ -28,7 +28,8 @@ def derive(
 
     images: in the training set. image_side: median of their shorter sides, in pixels. world_size: processes.
     given: what the user set, which is never overridden and which the rest follows. From half a million images on the
-    values are the published ones (Caron et al. 2020, appendix A), below those that `python bench.py collapse` supports.
+    values are the published ones (Caron et al. 2020, appendix A), for images that are large enough for their crops and
+    runs of 150 epochs or more; below, those that `python bench.py collapse` supports.
     """
     derived: dict[str, tuple[object, str]] = {}
 

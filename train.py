@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,8 +59,10 @@ from optim import LARS, warmup_cosine
 from sinkhorn_ext import backend
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
+PATIENCE = timedelta(hours=1)  # of a process that waits for others
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
 RECOVERIES = 3  # of --on_collapse recover
+RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
 SLOW_STEPS = 200  # that runs have stayed near ln K before they learned
 ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
 
@@ -202,7 +205,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with apex, "
         "which is not needed; none: each its own, which shows in embeddings",
         choices=("pytorch", "apex", "none"))  # fmt: skip
-    add("syncbn_process_group_size", 8, counted, "processes of a group of --sync_bn apex")
+    add("syncbn_process_group_size", None, counted, "processes of a group of --sync_bn apex (default: 8)")
     add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
@@ -223,7 +226,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=("warn", "stop", "recover"))  # fmt: skip
     for name in REPLACED_BY_TORCHRUN:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.set_defaults(recovered=[])  # {option: value before} of each change that --on_collapse recover made
+    parser.set_defaults(recovered=[])  # options that --on_collapse recover changed
     args = parser.parse_args(argv)
     if args.use_fp16:
         args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
@@ -239,10 +242,10 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     for name in REPLACED_BY_TORCHRUN:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: leave it out; torchrun --nproc_per_node=4 train.py ... sets it")
-    if args.sync_bn == "apex" and world_size % min(args.syncbn_process_group_size, world_size):
+    group_size = args.syncbn_process_group_size or 8
+    if args.sync_bn == "apex" and world_size % min(group_size, world_size):
         raise ValueError(
-            f"--syncbn_process_group_size: expected a divisor of the {world_size} processes, "
-            f"got {args.syncbn_process_group_size}"
+            f"--syncbn_process_group_size: expected a divisor of the {world_size} processes, got {group_size}"
         )
     if args.dataset == "shapes" and args.data_path:
         raise ValueError(
@@ -258,7 +261,7 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     dump = Path(args.dump_path)
-    nearest = next(folder for folder in (dump, *dump.absolute().parents) if folder.exists())
+    nearest = next(folder for folder in (dump, *dump.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
     if any(getattr(args, name) is None for name in DERIVED):
@@ -270,8 +273,6 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
             f"--queue_length: {args.queue_length} is no multiple of the global batch of {global_batch}: using {rounded}"
         )
         args.queue_length = rounded
-    if args.queue_length and args.epoch_queue_starts >= args.epochs:
-        say(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
     try:
         build_multicrop(args)
         build_loss(args, world_size)
@@ -289,16 +290,18 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
     least = 2 * world_size
     if len(images) < least:
         raise ValueError(f"--data_path: expected {least} images or more (2 a process), got {len(images)}")
+    args.asked = {name: getattr(args, name) for names in RECOVERABLE for name in names}
     chosen: dict[str, tuple[object, str]] = {}
     path = Path(args.dump_path) / "checkpoint.pth"
     if path.exists():
         before = load_checkpoint(path)["options"]
         args.recovered = before.get("recovered", [])
-        asked = {name: value for change in reversed(args.recovered) for name, value in change.items()}
-        kept = {name: before[name] for name, value in asked.items() if getattr(args, name) in (None, value)}
-        vars(args).update(kept)
-        if kept:
-            say(f"as changed after a collapse: {spelled(kept)}")
+        asked = before.get("asked", args.asked)
+        for names in RECOVERABLE:
+            if any(name in args.recovered for name in names) and all(args.asked[n] == asked[n] for n in names):
+                kept = {name: before[name] for name in names}
+                vars(args).update(kept)
+                say(f"after a collapse the run goes on with {spelled(kept)}")
     given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
     if path.exists():
         # The batch is derived anew: it is per process, and there may be more or fewer of those now. So is epsilon where
@@ -316,6 +319,8 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
         setattr(args, name, value)
         say(f"  {spelled({name: value})}  ({reason})")
     check_args(args, world_size)
+    if args.queue_length and args.epoch_queue_starts >= args.epochs:
+        say(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
     largest = len(images) // world_size
     if args.batch_size > largest:
         raise ValueError(
@@ -375,13 +380,18 @@ def setup_processes(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return environment("RANK", 0), world_size
 
 
-def batchnorm_group(sync_bn: str, size: int, world_size: int) -> dist.ProcessGroup | None:
-    """The processes with which this one shares BatchNorm's statistics; None: all."""
-    return None if sync_bn == "pytorch" or size >= world_size else dist.new_subgroups(size)[0]
+def share_batchnorm(model: SwAV, sync_bn: str, group_size: int, world_size: int) -> SwAV:
+    """The model with BatchNorm statistics of all processes (pytorch), of groups of them (apex) or of each (none)."""
+    if world_size == 1 or sync_bn == "none":
+        return model
+    group = None
+    if sync_bn == "apex" and group_size < world_size:
+        group, _ = dist.new_subgroups(group_size, timeout=PATIENCE)
+    return sync_batchnorm(model, group)
 
 
 def share_cores(workers: int | str, device: torch.device, cut_only: bool, in_memory: bool) -> int:
@@ -493,7 +503,7 @@ def load_checkpoint(path: Path) -> dict:
 def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
     """name: (before, now), where both know the option and it matters to what is learned."""
     ignored = ("dump_path", "device", "workers", "augment", "cache", "compile", "log_freq", "checkpoint_freq")
-    ignored += ("on_collapse", "recovered", "tensorboard")
+    ignored += ("on_collapse", "recovered", "asked", "tensorboard")
     before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
     return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}
 
@@ -605,8 +615,7 @@ def train(
     safe = device.type == "cuda" or model.conv1.out_channels >= 8
     layout = torch.channels_last if safe else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    if world_size > 1 and args.sync_bn != "none":
-        model = sync_batchnorm(model, batchnorm_group(args.sync_bn, args.syncbn_process_group_size, world_size))
+    model = share_batchnorm(model, args.sync_bn, args.syncbn_process_group_size or 8, world_size)
     swav_loss = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -791,7 +800,7 @@ def recover(args: argparse.Namespace, rank: int) -> None:
     _, change = remedy(args)
     before = {name: getattr(args, name) for name in change}
     vars(args).update(change)
-    args.recovered = [*args.recovered, before]
+    args.recovered = [*args.recovered, next(iter(change))]
     dump = Path(args.dump_path)
     good = dump / "last_good.pth"
     epochs_done = 0
@@ -804,7 +813,7 @@ def recover(args: argparse.Namespace, rank: int) -> None:
     if rank == 0 and epochs_done:
         save(checkpoint | {"options": vars(args)}, dump / "checkpoint.pth")
     elif rank == 0 and (dump / "checkpoint.pth").exists():
-        aside = dump / f"collapsed-{len(args.recovered)}.pth"
+        aside = next(path for i in count(1) if not (path := dump / f"collapsed-{i}.pth").exists())
         os.replace(dump / "checkpoint.pth", aside)
         told += f"; what was learned so far is in {aside}"
     if dist.is_initialized():

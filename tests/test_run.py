@@ -23,7 +23,7 @@ import eval_linear
 import train
 from data import ImageArrays, ShuffledBatches
 from defaults import derive
-from model import ResNet
+from model import CPUSyncBatchNorm, ResNet, SwAV
 from sinkhorn_ext import backend
 
 ROOT = Path(__file__).parent.parent
@@ -437,14 +437,20 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def ranks_of_a_group(rank, world_size):
-    """For runs of all, in groups of two, and of more than there are."""
-    groups = [train.batchnorm_group(*asked, world_size) for asked in (("pytorch", 2), ("apex", 2), ("apex", 8))]
-    return [group and dist.get_process_group_ranks(group) for group in groups]
+def ranks_that_share(rank, world_size):
+    """For statistics of all, of groups of two, of groups larger than all, and of each: ranks, or None for all."""
+    found = []
+    for sync_bn, size in (("pytorch", 2), ("apex", 2), ("apex", 8), ("none", 2)):
+        model = SwAV("resnet18", hidden_mlp=8, feat_dim=4, nmb_prototypes=3, width=8, blocks=[1, 1, 1, 1])
+        norm = train.share_batchnorm(model, sync_bn, size, world_size).bn1
+        shared = isinstance(norm, CPUSyncBatchNorm)
+        found.append(norm.group and dist.get_process_group_ranks(norm.group) if shared else [rank])
+    return found
 
 
 def test_batchnorm_is_shared_by_all_or_in_groups_as_published_with_apex():
-    assert run_processes(ranks_of_a_group, 4) == [[None, pair, None] for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    pairs = [0, 1], [0, 1], [2, 3], [2, 3]
+    assert run_processes(ranks_that_share, 4) == [[None, pair, None, [rank]] for rank, pair in enumerate(pairs)]
     train.check_args(apex := train.parse_args("--dataset shapes --sync_bn apex".split()), 16)
     with pytest.raises(ValueError, match="--syncbn_process_group_size: expected a divisor of the 12 processes, got 8"):
         train.check_args(apex, 12)
@@ -639,26 +645,35 @@ def test_recover_goes_back_changes_one_thing_a_time_and_ends(images, tmp_path, c
     assert "recovered 3 times already, going on" in out
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
     assert checkpoint["epoch"] == 10
-    assert checkpoint["options"]["recovered"][0] == {"relative_epsilon": "off", "epsilon": 100.0}
-    assert [change.get("base_lr") for change in checkpoint["options"]["recovered"]] == [None, 0.9, 0.3]
+    assert checkpoint["options"]["recovered"] == ["relative_epsilon", "base_lr", "base_lr"]
 
     # the same command, with two epochs more, keeps what was changed
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "12", base_lr=0.9)
     options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
     assert options["relative_epsilon"] == "on" and options["base_lr"] == pytest.approx(0.1) and options["epochs"] == 12
-    # what another command asks for is done
-    train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", "13", base_lr=0.7)
+    # what another command asks for is done, and kept in its turn
+    for epochs in ("13", "14"):
+        train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", epochs, base_lr=0.7)
+        options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
+        assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "on" and options["epsilon"] == 0.3
+    other_unit = ["--relative_epsilon", "off", "--epsilon", "50", "--epochs", "15"]
+    train_stuck(images, tmp_path / "run", *other_unit, base_lr=0.7)
     options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
-    assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "on" and options["epsilon"] == 0.3
+    assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "off" and options["epsilon"] == 50
 
 
 def test_recover_keeps_what_was_learned_before_where_no_epoch_is_known_to_be_good(images, tmp_path, capsys):
     train_stuck(images, tmp_path / "run", "--epochs", "5")
-    learned = torch.load(tmp_path / "run" / "checkpoint.pth")["state_dict"]
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover")
     assert "back to 0 epochs done, " in (out := capsys.readouterr().out) and "collapsed-1.pth" in out
     kept = torch.load(tmp_path / "run" / "collapsed-1.pth")
-    assert kept["epoch"] >= 5 and kept["state_dict"].keys() == learned.keys()
+    assert kept["epoch"] >= 5
+    args = train.parse_args(["--dump_path", str(tmp_path / "run"), *STUCK.format(images=images).split()])
+    args.base_lr = args.final_lr = args.start_warmup = 0.1
+    newest = torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"]
+    train.recover(args, rank=0)
+    assert torch.load(tmp_path / "run" / "collapsed-1.pth")["epoch"] == kept["epoch"]
+    assert torch.load(max((tmp_path / "run").glob("collapsed-*.pth")))["epoch"] == newest
 
 
 def test_an_epoch_is_good_by_its_mean_loss_not_by_its_last_line(images, tmp_path, monkeypatch):
