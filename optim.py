@@ -90,7 +90,7 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 def _update_together(
     params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
-    """One kernel for many parameters, for GPUs, where starting kernels is what costs."""
+    """One kernel for many parameters (one each for their trust ratios), for GPUs, where starting them is what costs."""
     updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
     torch._foreach_mul_(updates, list(trust_ratios.unbind()))
     torch._foreach_mul_(buffers, group["momentum"])

@@ -12,6 +12,7 @@ Copy this file with the folder sinkhorn_ext/ to build it in another project.
 
 import os
 import sys
+from contextlib import suppress
 
 from setuptools import Extension, setup
 
@@ -39,7 +40,9 @@ def extension(with_cuda: bool) -> Extension:
     if with_cuda:
         # Without a list, torch asks the GPU, and builders often have none.
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            here = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+            here = set()
+            with suppress(RuntimeError):  # of a driver too old for this torch
+                here = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
             names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | here)]
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
         sources, kind = [*sources, "sinkhorn_ext/csrc/sinkhorn_cuda.cu"], CUDAExtension

@@ -736,9 +736,10 @@ def train(
 def load_probe(images: Dataset, size: int, rank: int, world_size: int) -> torch.Tensor:
     """This process's share of the images whose codes are followed: [N, 3, size, size], the same in every run.
 
-    256 in all, but no more than a twentieth of the set, so that they cost little beside an epoch.
+    256 in all, but no more than a twentieth of the set, so that they cost little beside an epoch, nor less than one a
+    process.
     """
-    count = min(256, max(world_size, len(images) // 20))
+    count = max(world_size, min(256, len(images) // 20))
     chosen = [len(images) * i // count for i in range(rank, count, world_size)]
     crop = CentreCrop(size, size)
     return torch.stack([crop(images[i][0]) for i in chosen])

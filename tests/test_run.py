@@ -220,22 +220,23 @@ def test_a_run_reads_no_more_values_of_tensors_for_more_steps(images, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_no_step_waits_for_the_gpu(images, tmp_path, monkeypatch):
-    """Between the lines, where losses are read, whatever waits raises."""
-    mean_over_processes, log = train.mean_over_processes, train.log
+@pytest.mark.parametrize("options", ["", "--relative_epsilon on --epsilon 0.3", "--epoch_queue_starts 0"])
+def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
+    """Whatever waits raises, but in steps that have a line, where losses are read, and at the end of an epoch."""
 
-    def reading(values):
-        torch.cuda.set_sync_debug_mode("default")
-        return mean_over_processes(values)
+    def in_mode(mode, function):
+        def call(*arguments, **options):
+            torch.cuda.set_sync_debug_mode(mode)
+            return function(*arguments, **options)
 
-    def logged(row, line, metrics, keep=False):
-        log(row, line, metrics, keep)
-        torch.cuda.set_sync_debug_mode("default" if keep else "error")
+        return call
 
-    monkeypatch.setattr(train, "mean_over_processes", reading)
-    monkeypatch.setattr(train, "log", logged)
+    monkeypatch.setattr(train, "place_batch", in_mode("error", train.place_batch))  # each step begins with it
+    for name in ("mean_over_processes", "probe_codes"):
+        monkeypatch.setattr(train, name, in_mode("default", getattr(train, name)))
     try:
-        run_training(images, tmp_path, "--device", "cuda", "--batch_size", "2", "--queue_length", "4")
+        words = ["--device", "cuda", "--batch_size", "2", "--queue_length", "4", *options.split()]
+        run_training(images, tmp_path, *words)  # five steps an epoch, of which three have no line
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -693,6 +694,13 @@ def test_recover_without_a_good_state_begins_anew(images, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "back to 0 epochs done, --relative_epsilon off -> on" in out
     assert torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 10
+
+
+def test_every_process_of_many_has_images_whose_codes_are_followed():
+    images = ImageArrays(np.zeros((1100, 8, 8, 3), dtype=np.uint8), np.zeros(1100))
+    counts = [len(train.load_probe(images, 8, rank, 512)) for rank in (0, 255, 256, 511)]
+    assert counts == [1, 1, 1, 1]
+    assert [len(train.load_probe(images, 8, rank, 2)) for rank in (0, 1)] == [28, 27]  # a twentieth
 
 
 def test_a_run_goes_on_with_what_is_asked_anew(images, tmp_path, capsys):
