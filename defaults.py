@@ -50,6 +50,10 @@ def derive(
         value, reason = (RELATIVE_EPSILON, "of the scores' spread") if relative == "on" else (0.05, "published")
         choose("epsilon", value, reason)
 
+    def choose_queue(length: int, reason: str, starts: int = min(15, epochs // 10)) -> None:
+        used = choose("queue_length", length, reason)
+        choose("epoch_queue_starts", starts, "published, and a tenth of the run at most" if used else "no queue")
+
     def choose_rates(base_lr: float, reason: str, warmup_epochs: int, warmup_reason: str) -> None:
         lr = choose("base_lr", round(base_lr, 6), reason)
         choose("final_lr", round(lr / 1000, 9), "a thousandth of base_lr, as published")
@@ -57,7 +61,6 @@ def derive(
         choose("start_warmup", min(0.3, lr) if warmup else 0.0, "published")
 
     a_tenth = min(10, epochs // 10), "a tenth of the run and 10 at most, as published for large batches"
-    queue_starts = min(15, epochs // 10), "published 15, and a tenth of the run at most"
 
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
@@ -81,12 +84,13 @@ def derive(
         relative = choose("relative_epsilon", "off", why)
         choose_epsilon(relative)
         if global_batch >= nmb_prototypes:
-            choose("queue_length", 0, f"the batch of {global_batch} covers {nmb_prototypes} prototypes")
-            choose("epoch_queue_starts", *queue_starts)
+            choose_queue(0, f"the batch of {global_batch} covers {nmb_prototypes} prototypes")
         else:
-            length = global_batch if in_thousands else 3840 - 3840 % global_batch
-            choose("queue_length", length, f"the batch of {global_batch} is too small for {nmb_prototypes} prototypes")
-            choose("epoch_queue_starts", *((0, why) if in_thousands else queue_starts))
+            too_small = f"the batch of {global_batch} is too small for {nmb_prototypes} prototypes"
+            if in_thousands:
+                choose_queue(global_batch, too_small, starts=0)
+            else:
+                choose_queue(3840 - 3840 % global_batch, too_small)
         frozen = 313 if in_thousands else -(-images // global_batch)
         a_tenth_in_steps = epochs * images // global_batch // 10
         choose("freeze_prototypes_niters", min(frozen, a_tenth_in_steps), "published, and a tenth of the run at most")
@@ -109,8 +113,7 @@ def derive(
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
     relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)
     choose_epsilon(relative)
-    choose("queue_length", 0, "embeddings move too fast to be kept")
-    choose("epoch_queue_starts", *queue_starts)
+    choose_queue(0, "embeddings move too fast to be kept")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
     choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why, *a_tenth)

@@ -61,6 +61,7 @@ from sinkhorn_ext import backend
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 PATIENCE = timedelta(hours=1)  # of a process that waits for others
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+APEX_GROUP_SIZE = 8  # processes, published
 RECOVERIES = 3  # of --on_collapse recover
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
 SLOW_STEPS = 200  # that runs have stayed near ln K before they learned
@@ -205,7 +206,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with apex, "
         "which is not needed; none: each its own, which shows in embeddings",
         choices=("pytorch", "apex", "none"))  # fmt: skip
-    add("syncbn_process_group_size", None, counted, "processes of a group of --sync_bn apex (default: 8)")
+    add(
+        "syncbn_process_group_size",
+        None,
+        counted,
+        f"processes of a group of --sync_bn apex (default: {APEX_GROUP_SIZE})",
+    )
     add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
@@ -242,7 +248,7 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     for name in REPLACED_BY_TORCHRUN:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: leave it out; torchrun --nproc_per_node=4 train.py ... sets it")
-    group_size = args.syncbn_process_group_size or 8
+    group_size = args.syncbn_process_group_size or APEX_GROUP_SIZE
     if args.sync_bn == "apex" and world_size % min(group_size, world_size):
         raise ValueError(
             f"--syncbn_process_group_size: expected a divisor of the {world_size} processes, got {group_size}"
@@ -615,7 +621,7 @@ def train(
     safe = device.type == "cuda" or model.conv1.out_channels >= 8
     layout = torch.channels_last if safe else torch.contiguous_format
     model = model.to(device, memory_format=layout)
-    model = share_batchnorm(model, args.sync_bn, args.syncbn_process_group_size or 8, world_size)
+    model = share_batchnorm(model, args.sync_bn, args.syncbn_process_group_size or APEX_GROUP_SIZE, world_size)
     swav_loss = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
