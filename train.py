@@ -61,6 +61,7 @@ from sinkhorn_ext import backend
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 PATIENCE = timedelta(hours=1)  # of a process that waits for others
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 APEX_GROUP_SIZE = 8  # processes, published
 RECOVERIES = 3  # of --on_collapse recover
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
@@ -140,12 +141,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         group.add_argument(f"--{name}", default=default, type=kind, help=help, **more)
 
     add = partial(option, parser.add_argument_group("images"))
-    add(
-        "data_path",
-        None,
-        str,
-        "folder of images, at any depth, no labels needed; if it has train/ and val/, its train/",
-    )
+    add("data_path", None, str, "folder of images at any depth, no labels needed; its train/ if it has train/ and val/")
     add("dataset", "folder", str, "folder: --data_path; naming neither runs the recipe shapes", choices=DATASETS)
     add("nmb_crops", None, counted, "crops of each resolution; small ones cost time and help if not tiny", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
@@ -156,13 +152,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("arch", "resnet50", str, "backbone", choices=list(ARCHS))
     add("width", None, counted, "channels of its stem, to shrink or widen it (default: the arch's own)")
     add("blocks", None, counted, "residual blocks of its four stages (default: the arch's own)", nargs=4)
-    add(
-        "stem",
-        None,
-        str,
-        "imagenet: for crops of 96 pixels and more; medium: about 48; small: 32 and less",
-        choices=STEMS,
-    )
+    add("stem", None, str, "imagenet: for crops of 96 pixels and more; medium: 48; small: 32 and less", choices=STEMS)
     add("hidden_mlp", 2048, whole, "hidden units of the projection head, 0 for a linear one")
     add("feat_dim", 128, counted, "size of an embedding")
     add("nmb_prototypes", None, number(int, 2), "clusters: several times the classes you expect")
@@ -181,12 +171,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = partial(option, parser.add_argument_group("optimisation"))
     add("epochs", 200, counted, "passes over the images")
     add("batch_size", None, counted, "images per process and step")
-    add(
-        "base_lr",
-        None,
-        positive,
-        "learning rate for the global batch (batch_size x processes): scale it with that batch",
-    )
+    add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), to be scaled with it")
     add("final_lr", None, weight, "learning rate at the end of the cosine")
     add("warmup_epochs", None, whole, "epochs of linear warm-up: 10 for batches in the thousands")
     add("start_warmup", None, weight, "learning rate at the start of the warm-up")
@@ -195,23 +180,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     add = partial(option, parser.add_argument_group("machine"))
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
-    add(
-        "precision",
-        None,
-        str,
-        "default: bf16 on a GPU (fp16 on older ones), fp32 on a CPU",
-        choices=("fp32", "bf16", "fp16"),
-    )
+    add("precision", None, str, "default: bf16 on GPUs (older ones: fp16), fp32 on CPUs", choices=tuple(DTYPES))
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
     add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with apex, "
         "which is not needed; none: each its own, which shows in embeddings",
         choices=("pytorch", "apex", "none"))  # fmt: skip
-    add(
-        "syncbn_process_group_size",
-        None,
-        counted,
-        f"processes of a group of --sync_bn apex (default: {APEX_GROUP_SIZE})",
-    )
+    add("syncbn_process_group_size", None, counted, f"processes a group of --sync_bn apex (default: {APEX_GROUP_SIZE})")
     add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
@@ -424,10 +398,9 @@ def share_cores(workers: int | str, device: torch.device, cut_only: bool, in_mem
 
 def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass. Raises ValueError where the device cannot train in it."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision is None and device.type == "cuda":  # GPUs before 2020 have fp16 alone
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = dtypes[precision or "fp32"]
+    dtype = DTYPES[precision or "fp32"]
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("--precision fp16: expected fp32 or bf16 on a CPU; fp16 needs a GPU")
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_bf16_gradients_are_right():
