@@ -748,6 +748,8 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
         f"{row['embedding_std']:.0%} of their largest spread); "
         f"likely cause: {cause}; try {spelled(change)}"
     )
+    if args.on_collapse != "recover":
+        told += " with another --dump_path"  # as this one would go on from the collapsed weights
     if row["step"] < SLOW_STEPS:
         told += f" (or more epochs: some runs leave ln K after {SLOW_STEPS} steps only)"
     is_last = len(args.recovered) >= RECOVERIES
