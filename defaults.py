@@ -101,10 +101,10 @@ def derive(
         return derived
 
     batch_size = 64 if side >= 96 else 256  # per process, so that memory is enough
-    most = min(images, max(16, min(32, images / 40), images / 200))
+    most = min(images, max(16, min(64, images / 40), images / 200))
     while batch_size * world_size > most and batch_size > 2:
         batch_size //= 2
-    why = "40 steps an epoch or more for a batch of up to 32 over all processes, 200 for larger ones"
+    why = "40 steps an epoch or more for a batch of up to 64 over all processes, 200 for larger ones"
     global_batch = world_size * choose("batch_size", batch_size, why)
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
     choose("nmb_prototypes", nmb_prototypes, "2.65 x the root of the images, fewer below 5,000 of them, 30 or more")

@@ -70,7 +70,7 @@ def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
 
 @pytest.mark.parametrize(
     "images, image_side, world_size, batch_size",
-    [(1400, 32, 1, 32), (1400, 32, 2, 16), (300, 32, 1, 16), (5000, 64, 1, 32), (10_000, 28, 1, 32)]
+    [(1400, 32, 1, 32), (1400, 32, 2, 16), (300, 32, 1, 16), (5000, 64, 1, 64), (10_000, 28, 1, 64)]
     + [(60_000, 28, 1, 256), (60_000, 28, 4, 64), (60_000, 300, 1, 64), (60_000, 300, 4, 64), (60_000, 300, 8, 32)],
 )
 def test_the_batch_grows_with_the_set_as_far_as_steps_and_memory_allow(images, image_side, world_size, batch_size):
