@@ -26,9 +26,11 @@ STRICT = os.environ.get("SINKHORN_EXT_BUILD") == "strict"
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]  # results depend on neither errno nor traps
 LINK_FLAGS = []
 if sys.platform == "linux":
-    # GCC's library comes with torch, and a second one would fight it for cores; clang needs its own.
+    # GCC's OpenMP comes with torch, and a second one would fight it for cores; clang needs its own.
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS += ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
+    # Where a compiler links its own static C++ library, errors with numbers in them crash beside torch's shared one.
+    LINK_FLAGS.append("-l:libstdc++.so.6")
 elif sys.platform == "darwin":
     CXX_FLAGS.append("-fopenmp-simd")
 elif sys.platform == "win32":

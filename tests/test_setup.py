@@ -73,7 +73,9 @@ runpy.run_path("setup.py", run_name="__main__")
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
 def test_with_a_broken_nvcc_the_copied_folder_still_gets_its_cpu_kernels(project):
-    status, output = project(INSTALL, CUDA_HOME="/nonexistent")
+    """With a compiler, too, whose default is a C++ library of its own: errors are told in whole nonetheless."""
+    flags = "-static-libstdc++" if sys.platform == "linux" else ""
+    status, output = project(INSTALL, CUDA_HOME="/nonexistent", LDFLAGS=flags)
     assert status == 0, output
     assert "sinkhorn_ext: built C++ kernels" in output
     use = """
@@ -84,6 +86,12 @@ scores = torch.rand(3, 8, 50, requires_grad=True)
 assert torch.allclose(sinkhorn(scores[0]).sum(dim=1), torch.ones(8))
 swav_loss(scores, sinkhorn_potentials(scores[:2])).backward()
 assert scores.grad.abs().sum() > 0
+try:
+    torch.ops.sinkhorn_ext.prototype_totals(scores.detach(), None, torch.zeros(3, 49), 0.05)
+except RuntimeError as error:
+    assert "expected [3, 50] Float on cpu, got [3, 49] Float on cpu" in str(error), error
+else:
+    assert False
 """
     status, output = project([sys.executable, "-W", "error", "-c", use], where="site")
     assert (status, output) == (0, "")
