@@ -81,6 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size_crops", type=int, nargs=2, help="large, small (default: 224 96; in training on a CPU 64 32)")
     add("--nmb_crops", type=int, nargs=2, help="large, small (default: 2 6; step on a CPU: 2 4)")
     add("--workers", type=int, help="of the loader in step (default: 10 on a GPU, 1 on a CPU)")
+    add("--compile", choices=("on", "off"), help="torch.compile for our program in step (default: on on a GPU)")
     add("--steps", type=int, help="in a turn of step or scaling (default: 16 on a GPU; 4 or 1 on a CPU)")
     add("--processes", type=int, nargs="+", default=[1, 2, 4], help="of scaling (default: 1 2 4)")
     add("--nmb_small_crops", type=int, nargs="+", default=[0, 2, 6], help="of scaling (default: 0 2 6)")
@@ -131,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = torch.empty(0, device=args.device).device  # with its number, which "cuda" leaves out
     machine = describe(device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     results = {name: BENCHMARKS[name](args, device) for name in args.what}
@@ -226,14 +227,16 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     # On a CPU, workers that augment need their cores for themselves; as train.py has it, those that only cut do not.
     threads = {"published": args.threads if on_gpu else max(1, args.threads - workers), "ours": args.threads}
     print(f"\ntraining step, {arch}, {describe_crops(multi_crop)}, ms, from files of 500x375 pixels to new weights")
+    is_compiled = args.compile == "on" or (on_gpu and args.compile is None)
     print("published: fp16 with GradScaler, ours: bf16" if on_gpu else f"float32; threads: {threads}", end="; ")
+    print("ours compiled; " if is_compiled else "", end="")
     print(f"{workers} loader worker(s) each; turns of {steps} step(s), from one batch's arrival to another's")
     for batch_size in args.batch_size or [64 if on_gpu else 32]:
         for nmb_prototypes in args.nmb_prototypes or [3000]:
             with TemporaryDirectory() as folder, ExitStack() as stack:
                 write_photos(Path(folder), args.images, *PHOTO)
                 programs = {name: stack.enter_context(fresh_process()) for name in threads}
-                run = Run(arch, multi_crop, nmb_prototypes, batch_size, steps, workers, device)
+                run = Run(arch, multi_crop, nmb_prototypes, batch_size, steps, workers, device, is_compiled)
                 started = [programs[name].submit(start_training, name, folder, run, threads[name]) for name in threads]
                 for start in started:
                     start.result()
@@ -513,6 +516,7 @@ class Run(NamedTuple):
     steps: int  # in a turn
     workers: int
     device: torch.device
+    is_compiled: bool  # ours
 
 
 _started: dict[str, Callable] = {}  # in a fresh process: how it trains for a turn
@@ -577,13 +581,17 @@ def our_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Callable
     def watch() -> None:
         guard.count(swav_loss.code_logits())
 
+    augment_all = data.augment
+    if run.is_compiled:
+        model.features = torch.compile(model.features, dynamic=False)
+        augment_all = torch.compile(augment_all, dynamic=False)
     train = our_trainer(model, model, swav_loss, device, watch)
     stream = torch.cuda.Stream(device) if on_gpu else None
 
     def step(batch: tuple, mark: Mark) -> None:
         def augment(pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             mark("copy")
-            crops = data.augment(pixels, rows).contiguous(memory_format=layout)
+            crops = augment_all(pixels, rows).contiguous(memory_format=layout)
             mark("augment")
             return crops
 

@@ -18,9 +18,12 @@ from optim import LARS
 HOUSE = Path(__file__).resolve().parent.parent
 
 
-def figures_of(tmp_path, *words):
-    """What `bench.py` prints and writes, on a CPU."""
-    command = [sys.executable, "bench.py", *words, "--device", "cpu", "--json", str(tmp_path / "b.json")]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def figures_of(tmp_path, *words, device="cpu"):
+    """What `bench.py` prints and writes."""
+    command = [sys.executable, "bench.py", *words, "--device", device, "--json", str(tmp_path / "b.json")]
     result = subprocess.run([*command, "--repetitions", "2"], cwd=HOUSE, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     return json.loads((tmp_path / "b.json").read_text()), result.stdout
@@ -56,9 +59,10 @@ with_kernels = pytest.mark.skipif(os.environ.get("SINKHORN_EXT") == "torch", rea
 
 
 @with_kernels
-def test_pipeline_of_tiny_sizes(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_pipeline_of_tiny_sizes(device, tmp_path):
     words = ["pipeline", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--batch_size", "4"]
-    figures, out = figures_of(tmp_path, *words, "--threads", "1")
+    figures, out = figures_of(tmp_path, *words, "--threads", "1", device=device)
     crops, (augment,) = figures["pipeline"]["crops"], figures["pipeline"]["augment"]
     assert [(row["width"], row["height"]) for row in crops] == [(500, 375), (160, 120)]
     assert 100e3 < crops[0]["file_bytes"] < 120e3 and crops[1]["file_bytes"] < 20e3
@@ -69,10 +73,11 @@ def test_pipeline_of_tiny_sizes(tmp_path):
 
 
 @with_kernels
-def test_step_of_tiny_sizes(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_of_tiny_sizes(device, tmp_path):
     words = ["step", "--images", "2", "--size_crops", "16", "8", "--nmb_crops", "2", "1", "--steps", "1"]
-    words += ["--batch_size", "4", "--nmb_prototypes", "7", "--threads", "1"]
-    figures, out = figures_of(tmp_path, *words)
+    words += ["--batch_size", "4", "--nmb_prototypes", "7", "--threads", "1", "--compile", "off"]
+    figures, out = figures_of(tmp_path, *words, device=device)
     (row,), (lars,) = figures["step"]["steps"], figures["step"]["lars"]
     assert (row["B"], row["K"]) == (4, 7)
     check_row(row, [("published", "ours")], images=4)
