@@ -66,6 +66,7 @@ APEX_GROUP_SIZE = 8  # processes, published
 RECOVERIES = 3  # of --on_collapse recover
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
 SLOW_STEPS = 200  # that runs have stayed near ln K before they learned
+LONG_RUN, LARGE_CROPS = 10_000, 128  # steps and pixels that make up for the minute or two that torch.compile takes
 ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
 
 
@@ -191,8 +192,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
     add("cache", "auto", str, "keep decoded images in memory, once a machine: ram, off, or auto: if a quarter of what "
         "is free is enough (sets of one file are in memory anyway)", choices=("auto", "off", "ram"))  # fmt: skip
-    add("compile", "off", str, "torch.compile for backbone and augmentation: minutes at the start, faster steps "
-        "(README: measured)", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
+    add("compile", "auto", str, "torch.compile for backbone and augmentation: a minute or two at the start, faster "
+        f"steps on a GPU; auto: on one GPU, in runs of {LONG_RUN:,} steps and crops of {LARGE_CROPS} pixels or more",
+        choices=("auto", "on", "off"), nargs="?", const="on")  # fmt: skip
     add("seed", 31, whole, "of the weights, the order of images and the crops")
 
     add = partial(option, parser.add_argument_group("output"))
@@ -411,6 +413,23 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     return dtype
 
 
+def compiling_pays(device: torch.device, world_size: int, *, steps: int, crop_size: int) -> bool:
+    """Whether to use torch.compile where nobody asked for it or against it: on one GPU, in long runs, if it works.
+
+    On a CPU, and for crops so small that a GPU waits for its host, it gains nothing; among processes SyncBatchNorm
+    breaks the graph in each layer.
+    """
+    if device.type != "cuda" or world_size > 1 or steps < LONG_RUN or crop_size < LARGE_CROPS:
+        return False
+    try:
+        torch.compile(lambda x: x.square() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # it needs Triton, a C compiler and Python's headers, and says so in its own ways
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"--compile off, as torch.compile does not work here ({reason}); it would make steps faster")
+        return False
+    return True
+
+
 def cpu_bf16_gradients_are_right() -> bool:
     """Compare a convolution's gradients in bf16 with float32's, five times: some CPU builds return memory never set.
 
@@ -599,7 +618,9 @@ def train(
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss, steps_per_epoch)
-    if args.compile == "on":  # a graph for each resolution
+    work = dict(steps=(args.epochs - first_epoch) * steps_per_epoch, crop_size=max(args.size_crops))
+    if args.compile == "on" or (args.compile == "auto" and compiling_pays(device, world_size, **work)):
+        say("compiling: the first steps take a minute or two")  # a graph for each resolution
         model.features = torch.compile(model.features, dynamic=False)
         placing["augment"] = torch.compile(augment, dynamic=False)
     network = model

@@ -161,6 +161,34 @@ def test_compiled_it_learns_the_same(images, tmp_path, monkeypatch):
     assert checkpoint["state_dict"].keys() == train.build_model(train.parse_args(TINY)).state_dict().keys()
 
 
+def test_it_compiles_by_itself_on_one_gpu_in_long_runs_of_large_crops(monkeypatch, capsys):
+    def says(error=None, device="cuda:0", world_size=1, steps=10_000, crop_size=224):
+        compiled = []
+
+        def fake_compile(function):
+            compiled.append(function)
+            if error:
+                raise error
+            return lambda ones: None
+
+        monkeypatch.setattr(torch, "compile", fake_compile)
+        monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+        pays = train.compiling_pays(torch.device(device), world_size, steps=steps, crop_size=crop_size)
+        assert bool(compiled) is (pays or error is not None)
+        return pays
+
+    assert says()
+    assert not any((says(device="cpu"), says(world_size=2), says(steps=9_999), says(crop_size=96)))
+    assert not capsys.readouterr().out
+    assert not says(error=RuntimeError("no C compiler\nfound"))
+    assert "--compile off, as torch.compile does not work here (RuntimeError: no C compiler)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_compiling_works_on_this_gpu():
+    assert train.compiling_pays(torch.device("cuda", 0), 1, steps=10_000, crop_size=224)
+
+
 @pytest.mark.parametrize("cache", ["auto", "ram"])
 def test_images_kept_in_memory_are_the_same(cache, images, tmp_path, capsys):
     without = run_training(images, tmp_path / "off", "--cache", "off", "--epochs", "2")
