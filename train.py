@@ -622,7 +622,7 @@ def train(
     work = dict(steps=(args.epochs - first_epoch) * steps_per_epoch, crop_size=max(args.size_crops))
     if args.compile == "on" or (args.compile == "auto" and compiling_pays(device, world_size, **work)):
         say("compiling: the first steps take a minute or two")  # a graph for each resolution
-        warnings.filterwarnings("ignore", "TensorFloat32")  # which would put codes off by percents
+        warnings.filterwarnings("ignore", "TensorFloat32")  # which puts codes off by up to a percent
         model.features = torch.compile(model.features, dynamic=False)
         placing["augment"] = torch.compile(augment, dynamic=False)
     network = model
