@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nmb_crops", type=int, nargs=2, help="large, small (default: 2 6; step on a CPU: 2 4)")
     add("--workers", type=int, help="of the loader in step (default: 10 on a GPU, 1 on a CPU)")
     add("--compile", choices=("on", "off"), help="torch.compile for our program in step (default: on on a GPU)")
-    add("--steps", type=int, help="in a turn of step or scaling (default: 16 on a GPU; 4 or 1 on a CPU)")
+    add("--steps", type=int, help="in a turn of step or scaling (default: on a GPU twice the workers, 16; else 4, 1)")
     add("--processes", type=int, nargs="+", default=[1, 2, 4], help="of scaling (default: 1 2 4)")
     add("--nmb_small_crops", type=int, nargs="+", default=[0, 2, 6], help="of scaling (default: 0 2 6)")
     add("--step_ms", type=float, help="ResNet-50's step on a GPU, to compute scaling from (default: measured on one)")
@@ -223,7 +223,8 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     on_gpu, rows = device.type == "cuda", []
     arch, sizes, counts = ("resnet50", [224, 96], [2, 6]) if on_gpu else ("resnet18", [64, 32], [2, 4])
     multi_crop = data.MultiCrop(args.size_crops or sizes, args.nmb_crops or counts, *SCALES)
-    workers, steps = args.workers or (10 if on_gpu else 1), args.steps or (16 if on_gpu else 4)
+    workers = args.workers or (10 if on_gpu else 1)
+    steps = args.steps or (2 * workers if on_gpu else 4)
     # On a CPU, workers that augment need their cores for themselves; as train.py has it, those that only cut do not.
     threads = {"published": args.threads if on_gpu else max(1, args.threads - workers), "ours": args.threads}
     print(f"\ntraining step, {arch}, {describe_crops(multi_crop)}, ms, from files of 500x375 pixels to new weights")
@@ -526,12 +527,13 @@ def start_training(program: str, folder: str, run: Run, threads: int) -> None:
     """Make this process ready for `train_turn`."""
     set_up_process(threads, run.device, keeps_memory=program == "ours")
     images = data.ImageFiles(folder)
-    images.paths = [images.paths[i % len(images)] for i in range(run.batch_size * (run.steps + 1))]
+    images.paths = [images.paths[i % len(images)] for i in range(run.batch_size * (run.steps + run.workers))]
     loader, step = {"published": published_program, "ours": our_program}[program](images, run)
 
     def turn(mark: Mark) -> float:
         batches = iter(loader)
-        batch = next(batches)
+        for _ in range(run.workers):  # whose first batches come all at once, faster than they can be made
+            batch = next(batches)
         synchronize(run.device)
         start = time.perf_counter()
         mark("start")
