@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -637,11 +637,16 @@ def train(
     guard = CollapseGuard(args.nmb_prototypes, device)
     probe = load_probe(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     step = first_epoch * steps_per_epoch  # steps done
+
+    def batches_of(epoch: int) -> Iterator:
+        loader.batch_sampler.epoch = epoch
+        return iter(loader)
+
+    next_batches: Iterator | None = None
     for epoch in range(first_epoch, args.epochs):
         if epoch >= args.epoch_queue_starts:
             swav_loss.start_queue()
-        loader.batch_sampler.epoch = epoch
-        batches = iter(loader)
+        batches = next_batches or batches_of(epoch)
         epoch_start = interval_start = time.perf_counter()
         epoch_losses: list[float] = []
         unread: list[torch.Tensor] = []  # losses that are still on the device
@@ -707,6 +712,8 @@ def train(
                     answer_collapse(args, row, dump)
                 interval_start, interval_steps, waited = now, 0, 0.0
 
+        if epoch + 1 < args.epochs:  # workers go on while codes are compared and the checkpoint is written
+            next_batches = batches_of(epoch + 1)
         seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
         images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
         ends_well = not is_stuck(row | {"loss_per_ln_k": epoch_loss / ln_k})

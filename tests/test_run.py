@@ -269,6 +269,25 @@ def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_workers_begin_an_epoch_before_the_checkpoint_of_the_last_is_written(images, tmp_path, monkeypatch):
+    events = []
+    order, save = ShuffledBatches.__iter__, train.save
+
+    def noted_order(batches):
+        for batch in order(batches):
+            events.append(batch[0][0])  # its epoch
+            yield batch
+
+    monkeypatch.setattr(ShuffledBatches, "__iter__", noted_order)
+    monkeypatch.setattr(train, "save", lambda contents, path: (events.append(path.name), save(contents, path)))
+    run_training(images, tmp_path, "--workers", "1", "--epochs", "3", "--checkpoint_freq", "5")
+    saved = "checkpoint.pth"
+    assert events == [0, 0, 1, 1, saved, 2, 2, saved, saved, "ckp-3.pth"]
+    events.clear()
+    run_training(images, tmp_path, "--workers", "1", "--epochs", "3", "--checkpoint_freq", "5")
+    assert not events
+
+
 def test_finished_run_is_left_alone(images, tmp_path, capsys):
     before = run_training(images, tmp_path)
     after = run_training(images, tmp_path)
