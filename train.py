@@ -414,7 +414,7 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     return dtype
 
 
-def compiling_pays(device: torch.device, world_size: int, *, steps: int, crop_size: int) -> bool:
+def compiling_pays(device: torch.device, world_size: int, steps: int, crop_size: int) -> bool:
     """Whether to use torch.compile where nobody asked for it or against it: on one GPU, in long runs, if it works.
 
     On a CPU, and for crops so small that a GPU waits for its host, it gains nothing; among processes SyncBatchNorm
@@ -619,8 +619,8 @@ def train(
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_epoch = resume(args, dump, model, optimizer, scaler, swav_loss, steps_per_epoch)
-    work = dict(steps=(args.epochs - first_epoch) * steps_per_epoch, crop_size=max(args.size_crops))
-    if args.compile == "on" or (args.compile == "auto" and compiling_pays(device, world_size, **work)):
+    steps_to_do, largest = (args.epochs - first_epoch) * steps_per_epoch, max(args.size_crops)
+    if args.compile == "on" or (args.compile == "auto" and compiling_pays(device, world_size, steps_to_do, largest)):
         say("compiling: the first steps take a minute or two")  # a graph for each resolution
         warnings.filterwarnings("ignore", "TensorFloat32")  # which puts codes off by up to a percent
         model.features = torch.compile(model.features, dynamic=False)

@@ -1,4 +1,4 @@
-"""What several test files share: `from conftest import run_processes`."""
+"""What several test files share: `from conftest import DEVICES, needs_gpu, run_processes`."""
 
 import os
 from collections.abc import Callable
@@ -7,11 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only lose by more
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 def run_processes(function: Callable, world_size: int, *args: Any) -> list:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICES
 from torch import nn
 
 import bench
@@ -16,9 +17,6 @@ from model import SwAV
 from optim import LARS
 
 HOUSE = Path(__file__).resolve().parent.parent
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 def figures_of(tmp_path, *words, device="cpu"):

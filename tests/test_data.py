@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import DEVICES
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
@@ -86,7 +87,6 @@ def test_crops_are_normalised_with_the_published_constants():
 
 # Augmentation, in both of its forms
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 FORMS = {
     "singly": lambda pixels, rows, device="cpu": torch.from_numpy(augment_singly(pixels, rows)),
     "batched": lambda pixels, rows, device="cpu": augment(pixels.to(device), torch.from_numpy(rows).to(device)).cpu(),

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import run_processes
+from conftest import needs_gpu, run_processes
 from PIL import Image
 from torch.nn import functional as F
 
@@ -184,7 +184,7 @@ def test_it_compiles_by_itself_on_one_gpu_in_long_runs_of_large_crops(monkeypatc
     assert "--compile off, as torch.compile does not work here (RuntimeError: no C compiler)" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_compiling_works_on_this_gpu():
     assert train.compiling_pays(torch.device("cuda", 0), 1, steps=10_000, crop_size=224)
 
@@ -247,7 +247,7 @@ def test_a_run_reads_no_more_values_of_tensors_for_more_steps(images, tmp_path):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("options", ["", "--relative_epsilon on --epsilon 0.3", "--epoch_queue_starts 0"])
 def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
     """Whatever waits raises, but in steps that have a line, where losses are read, and at the end of an epoch."""

@@ -16,15 +16,13 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run_processes
+from conftest import DEVICES, needs_gpu, run_processes
 
 import sinkhorn_ext
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
 HOUSE = Path(__file__).resolve().parent.parent
-HAS_CUDA = torch.cuda.is_available()
 IS_COMPILED = backend("cpu") == "cpp"
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no GPU"))]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 17, 129, 3000]
 
@@ -561,7 +559,7 @@ def test_compiled_operators_refuse_what_does_not_fit(name, device):
                 getattr(torch.ops.sinkhorn_ext, name)(*wrong)
 
 
-@pytest.mark.skipif(not HAS_CUDA, reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("nmb_prototypes", [300, 3000, 10_000])
 def test_replaying_a_cuda_graph_equals_eager(nmb_prototypes):
     scores = cosines(64, nmb_prototypes, crops=4, device="cuda").requires_grad_()
