@@ -420,15 +420,17 @@ class ImageFiles(Dataset):
         if not os.path.isdir(root):
             raise ValueError(f"data_path: expected a folder of images, got {root}, which is not a folder")
         self.root = os.fspath(root)
-        self.paths = []
+        paths = []
         for folder, subfolders, names in os.walk(root, onerror=_leave_out, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            self.paths += [os.path.join(folder, name) for name in names if is_image_file(name)]
-        self.paths.sort()
-        if not self.paths:
+            paths += [os.path.join(folder, name) for name in names if is_image_file(name)]
+        if not paths:
             raise ValueError(
                 f"data_path: expected image files ({', '.join(IMG_EXTENSIONS)}) in or below {root}, found none"
             )
+        # No list: reading a Python string writes to it (its reference count), so that each worker would end with a copy
+        # of all of them, 138 MB of ImageNet's.
+        self.paths = np.array(sorted(paths))
 
     def __len__(self) -> int:
         return len(self.paths)

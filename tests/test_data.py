@@ -535,6 +535,25 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
     assert all(label == -1 for _, label in images)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux tells a process's own memory")
+def test_a_worker_that_reads_paths_copies_none(tmp_path, monkeypatch):
+    names = [f"{i:080d}.png" for i in range(100_000)]
+    monkeypatch.setattr(os, "walk", lambda root, **_: [(str(root), [], names)])
+    paths = ImageFiles(tmp_path).paths
+
+    def own_bytes():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+    worker = os.fork()
+    if worker == 0:
+        before = own_bytes()
+        for i in range(len(paths)):
+            paths[i]
+        os._exit(own_bytes() - before > 4_000_000)  # a list's would take 17 MB
+    assert os.waitpid(worker, 0)[1] == 0
+
+
 def test_hidden_files_and_folders_are_no_images_in_training_nor_judging(tmp_path):
     for split in ("train", "val"):
         for name in (
