@@ -135,7 +135,8 @@ class MultiCrop:
         for size, count in zip(self.size_crops, self.nmb_crops, strict=True):
             nth = slice(start, start + count)
             of_crops = boxes[:, nth].swapaxes(0, 1).tolist()
-            cut = [cut_crop(*which, size) for of_crop in of_crops for which in zip(pixels, of_crop, strict=True)]
+            with torch.inference_mode():  # once for all, as entering it for each crop takes a sixth of the time
+                cut = [cut_crop(*which, size) for of_crop in of_crops for which in zip(pixels, of_crop, strict=True)]
             # numpy takes the colours apart three times as fast as torch
             groups.append((torch.from_numpy(np.stack(cut)), rows[:, nth].swapaxes(0, 1).reshape(-1, ROW)))
             start += count
@@ -211,7 +212,6 @@ def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
     return image
 
 
-@torch.inference_mode()
 def cut_crop(pixels: torch.Tensor, box: Sequence[int], size: int) -> np.ndarray:
     """A box (top, left, height, width) of an image uint8 [3, H, W], resized with antialias: uint8 [3, size, size]."""
     top, left, height, width = box
@@ -676,15 +676,16 @@ class CutBatches(Dataset):
     def __getitems__(
         self, keys: Sequence[tuple[int, int]]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        cut, images, rngs, labels = [], [], [], []
+        cut, images, rngs, labels, held = [], [], [], [], 0
         for epoch, index in keys:
             image, label = self.images[index]
             images.append(to_pixels(image))
+            held += images[-1].numel()
             rngs.append(np.random.default_rng((self.seed, epoch, index)))
             labels.append(label)
-            if len(labels) == len(keys) or sum(image.numel() for image in images) > BYTES_AT_A_TIME:
+            if len(labels) == len(keys) or held > BYTES_AT_A_TIME:
                 cut.append([(p.unflatten(0, (-1, len(images))), r) for p, r in self.multi_crop.cut(images, rngs)])
-                images, rngs = [], []
+                images, rngs, held = [], [], 0
         batch = []
         for of_resolution in zip(*cut, strict=True):
             pixels = torch.cat([pixels for pixels, _ in of_resolution], dim=1)
