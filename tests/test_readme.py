@@ -9,7 +9,8 @@ from PIL import Image
 
 from model import SwAV
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_features_of_a_checkpoint(tmp_path, monkeypatch):
@@ -35,6 +36,5 @@ def test_links_to_headings_exist_once():
 
 
 def test_files_it_links_to_exist():
-    root = Path(__file__).parents[1]
     links = re.findall(r"\]\((?!https?:|#)(.*?)\)", README)
-    assert links and all((root / link).exists() for link in links)
+    assert links and all((ROOT / link).exists() for link in links)
