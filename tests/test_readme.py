@@ -1,9 +1,10 @@
-"""The README's code does what the README says."""
+"""The README's code does what the README says, and links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -11,6 +12,7 @@ from model import SwAV
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = "README.md", "MEASURED.md"
 
 
 def test_features_of_a_checkpoint(tmp_path, monkeypatch):
@@ -28,13 +30,18 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
         torch.testing.assert_close(names["features"], model.features(names["image"][None]))
 
 
-def test_links_to_headings_exist_once():
-    names = re.findall(r"(?m)^#+ (.*)$", README)
-    headings = [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in names]
-    assert len(set(headings)) == len(headings)
-    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= set(headings)
+def headings(text):
+    names = re.findall(r"(?m)^#+ (.*)$", text)
+    return [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in names]
 
 
-def test_files_it_links_to_exist():
-    links = re.findall(r"\]\((?!https?:|#)(.*?)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!https?:)(.*?)\)", text)
+    assert links and len(set(headings(text))) == len(headings(text))
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = ROOT / (file or page)
+        assert target.exists(), link
+        assert not heading or heading in headings(target.read_text()), link
