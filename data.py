@@ -28,7 +28,7 @@ import torchvision
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
 
 try:  # which torchvision will drop some day
@@ -439,22 +439,29 @@ class ImageFiles(Dataset):
         return read_image(self.paths[index]), -1
 
 
-class LabelledImageFiles(torchvision.datasets.ImageFolder):
-    """The image files of a folder whose folders are classes; hidden ones are left out."""
+class LabelledImageFiles(Dataset):
+    """The image files below a folder's folders, which are the classes; hidden ones are left out.
+
+    Raises FileNotFoundError if there is no class, or one without images.
+    """
 
     def __init__(self, root: str | os.PathLike) -> None:
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        if not self.classes:
+            raise FileNotFoundError(f"no folder in {root}")
         below = len(os.fspath(root))
-        super().__init__(
-            root,
-            loader=read_image,
+        files = make_dataset(
+            os.fspath(root),
+            {name: label for label, name in enumerate(self.classes)},
             is_valid_file=lambda path: is_image_file(path) and os.sep + "." not in path[below:],
         )
+        self.paths, self.labels = map(np.array, zip(*files, strict=True))  # no lists, as above
 
-    def find_classes(self, directory: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
-        if not names:
-            raise FileNotFoundError(f"no folder in {directory}")
-        return names, {name: i for i, name in enumerate(names)}
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return read_image(self.paths[index]), int(self.labels[index])
 
 
 class ImageArrays(Dataset):
@@ -626,9 +633,7 @@ def image_size(path: str) -> tuple[int, int]:
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, over a hundred of them."""
     some = range(0, len(images), -(-len(images) // 100))
-    if isinstance(images, torchvision.datasets.ImageFolder):
-        sides = [min(image_size(images.samples[i][0])) for i in some]
-    elif isinstance(images, ImageFiles):
+    if isinstance(images, ImageFiles | LabelledImageFiles):
         sides = [min(image_size(images.paths[i])) for i in some]
     else:
         sides = [min(images[i][0].shape[1:]) for i in some]

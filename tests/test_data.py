@@ -28,6 +28,7 @@ from data import (
     CentreCrop,
     ImageArrays,
     ImageFiles,
+    LabelledImageFiles,
     MultiCrop,
     ProbeCrop,
     SeededImages,
@@ -536,10 +537,14 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux tells a process's own memory")
-def test_a_worker_that_reads_paths_copies_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [ImageFiles, LabelledImageFiles])
+def test_a_worker_that_reads_paths_copies_none(kind, tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
     names = [f"{i:080d}.png" for i in range(100_000)]
     monkeypatch.setattr(os, "walk", lambda root, **_: [(str(root), [], names)])
-    paths = ImageFiles(tmp_path).paths
+    images = kind(tmp_path)
+    assert len(images) == len(names)
+    paths = images.paths
 
     def own_bytes():
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
