@@ -832,7 +832,8 @@ def draw_shape(split: str, index: int, size: int = 64) -> tuple[np.ndarray, int]
 
     Two or three overlapping blobs lie on a noisy ground. All carry the texture of the class, each with its own angle,
     period, phase, polarity, contrast and brightness: so the class is what two crops of an image have in common, where
-    a colour or frequency per image would be learned in its stead.
+    a colour or frequency per image would be learned in its stead. They also share where the image is light, which some
+    runs learn first (tests/what_crops_share.py).
     """
     rng = np.random.default_rng((zlib.crc32(split.encode()), index))
     label = index % len(SHAPES_CLASSES)
