@@ -439,7 +439,7 @@ class ImageFiles(Dataset):
         return read_image(self.paths[index]), -1
 
 
-class LabelledImageFiles(Dataset):
+class LabelledImageFiles(ImageFiles):
     """The image files below a folder's folders, which are the classes; hidden ones are left out.
 
     Raises FileNotFoundError if there is no class, or one without images.
@@ -449,16 +449,13 @@ class LabelledImageFiles(Dataset):
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
         if not self.classes:
             raise FileNotFoundError(f"no folder in {root}")
-        below = len(os.fspath(root))
+        self.root = os.fspath(root)
         files = make_dataset(
-            os.fspath(root),
+            self.root,
             {name: label for label, name in enumerate(self.classes)},
-            is_valid_file=lambda path: is_image_file(path) and os.sep + "." not in path[below:],
+            is_valid_file=lambda path: is_image_file(path) and os.sep + "." not in path[len(self.root) :],
         )
-        self.paths, self.labels = map(np.array, zip(*files, strict=True))  # no lists, as above
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.paths, self.labels = map(np.array, zip(*files, strict=True))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return read_image(self.paths[index]), int(self.labels[index])
@@ -633,7 +630,7 @@ def image_size(path: str) -> tuple[int, int]:
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, over a hundred of them."""
     some = range(0, len(images), -(-len(images) // 100))
-    if isinstance(images, ImageFiles | LabelledImageFiles):
+    if isinstance(images, ImageFiles):
         sides = [min(image_size(images.paths[i])) for i in some]
     else:
         sides = [min(images[i][0].shape[1:]) for i in some]

@@ -1,6 +1,6 @@
 """What a run on `shapes` has found that two crops of an image share: its classes, or where the image is light.
 
-python tests/what_crops_share.py runs/shapes/checkpoint.pth        # half a minute
+python tests/what_crops_share.py [checkpoint]        # default: runs/shapes/checkpoint.pth; half a minute
 
 Rows are the directions in which embeddings of two crops of an image agree best over 2,000 validation images
 (canonical correlations), with the share of their variance that lies between classes, and what a thumbnail of the
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import augment_singly, open_images
-from train import build_model, build_multicrop, load_checkpoint
+from eval_linear import load_checkpoint
+from train import build_model, build_multicrop, run
 
 DIRECTIONS, THUMBNAILS, FITTED = 4, (1, 2, 4), 1500
 
@@ -53,9 +54,11 @@ def predicted(grey: torch.Tensor, side: int, places: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def main(path: str) -> None:
-    checkpoint = load_checkpoint(Path(path))
-    options = Namespace(**checkpoint["options"])
+def main(path: str = "runs/shapes/checkpoint.pth") -> None:
+    checkpoint = load_checkpoint(path)
+    options = Namespace(**checkpoint.get("options", {}))
+    if getattr(options, "dataset", None) != "shapes" or options.nmb_crops[0] < 2:
+        raise ValueError(f"checkpoint: expected one of train.py --dataset shapes with two large crops, got {path}")
     model = build_model(options)
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
@@ -63,7 +66,8 @@ def main(path: str) -> None:
     pixels, labels = zip(*images, strict=True)
     rngs = [np.random.default_rng((0, i)) for i in range(len(images))]
     large, rows = build_multicrop(options).cut(pixels, rngs)[0]
-    crops = torch.from_numpy(augment_singly(large, rows))[: 2 * len(images)]
+    two = slice(2 * len(images))
+    crops = torch.from_numpy(augment_singly(large[two], rows[two]))
     first, second = torch.cat([model([batch])[0] for batch in crops.split(250)]).chunk(2)
     correlations, places = agreement(first, second)
     between = share_between(torch.tensor(labels), places)
@@ -77,4 +81,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:2]))
