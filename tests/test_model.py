@@ -42,7 +42,7 @@ def torchvision_twin(arch):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_features_gradients_and_statistics_equal_torchvision_bit_for_bit(arch):
+def test_features_and_statistics_equal_torchvision_bit_for_bit_and_gradients_but_for_rounding(arch):
     ours, theirs = torchvision_twin(arch)
     x = images(3, 3, 64, 64)
     for training in (True, False):  # training first, so that the statistics used by eval are not the initial ones
@@ -51,13 +51,48 @@ def test_features_gradients_and_statistics_equal_torchvision_bit_for_bit(arch):
         assert torch.equal(features, theirs(x))
         assert torch.equal(features, ours.features(x))
         ours.load_state_dict(theirs.state_dict())  # the statistics, which ours has updated once more
-    ours.train(), theirs.train()
+    ours.double().train(), theirs.double().train()
+    x = x.double()
     ours(x).square().sum().backward(), theirs(x).square().sum().backward()
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        assert torch.equal(p.grad, expected[name].grad), name
+        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-9, atol=1e-11, msg=name)
     buffers = dict(theirs.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in ours.named_buffers())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "height, width, is_small", [(1, 1, True), (2, 3, True), (3, 3, True), (4, 2, True), (7, 8, False)]
+)
+def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(height, width, is_small, stride):
+    conv = models.Conv3x3(5, 4, stride).double().to(memory_format=torch.channels_last)
+    x = images(3, 5, height, width, dtype=torch.float64).requires_grad_()
+    out = conv(x)
+    expected = torch.nn.functional.conv2d(x, conv.weight, stride=stride, padding=1)
+    assert torch.equal(out, expected)
+    assert (out.grad_fn.name() == "SmallMapConvolutionBackward") == is_small
+    towards = images(*out.shape, dtype=torch.float64, seed=1)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, conv.weight), towards) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert ours.stride() == theirs.stride()
+
+
+def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images():
+    conv = models.Conv3x3(5, 4)
+    x = images(3, 5, 2, 2)
+    (conv(x).sum()).backward()
+    expected = torch.autograd.grad(torch.nn.functional.conv2d(x, conv.weight, padding=1).sum(), conv.weight)[0]
+    torch.testing.assert_close(conv.weight.grad, expected)
+
+
+def test_small_maps_are_left_to_torch_under_bfloat16_autocast():
+    conv = models.Conv3x3(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(images(3, 5, 2, 2))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
