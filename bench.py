@@ -50,7 +50,7 @@ import sinkhorn_ext
 import study
 from guard import CollapseGuard
 from loss import SwAVLoss
-from model import SwAV, sync_batchnorm
+from model import Conv3x3, SwAV, sync_batchnorm
 from optim import LARS
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
@@ -59,6 +59,7 @@ SCALES = [0.14, 0.05], [1.0, 0.14]  # smallest and largest share of the image's 
 PHOTO, SMALL_PHOTO, JPEG_QUALITY = (500, 375), (160, 120), 89  # about 110 KB, as ImageNet's files are
 LEARNING_RATE, WEIGHT_DECAY = 0.01, 1e-6
 PARTS = ("data wait", "copy", "augment", "forward", "codes + loss", "guard", "backward", "all-reduce", "LARS", "other")
+GUARD_LINE, LINE_EVERY = "guard, at a progress line", 50  # steps
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s that an H100 sends within its node, and out of it
 LATENCY = 20e-6  # seconds that a collective takes beside sending
 Times = dict[str, list[float]]  # seconds per call of each candidate
@@ -547,7 +548,7 @@ def start_training(program: str, folder: str, run: Run, threads: int) -> None:
 
     def in_parts() -> dict[str, float]:
         """Seconds of a step's parts; on a GPU between events in its queue, for which the host does not wait."""
-        marks, spent = [], dict.fromkeys(PARTS, 0.0)
+        marks, spent = [], dict.fromkeys((*PARTS, GUARD_LINE), 0.0)
         on_gpu = run.device.type == "cuda"
 
         def mark(part: str) -> None:
@@ -558,6 +559,7 @@ def start_training(program: str, folder: str, run: Run, threads: int) -> None:
         turn(mark)
         for (_, before), (part, after) in pairwise(marks):
             spent[part] += (before.elapsed_time(after) / 1e3 if on_gpu else after - before) / run.steps
+        spent["guard"] += spent.pop(GUARD_LINE) / LINE_EVERY
         return spent
 
     _started.update(whole=lambda: turn(no_mark), parts=in_parts)
@@ -580,8 +582,12 @@ def our_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Callable
     swav_loss = SwAVLoss(sum(run.multi_crop.nmb_crops)).to(device)
     guard = CollapseGuard(run.nmb_prototypes, device)
 
-    def watch() -> None:
+    def watch(embeddings: torch.Tensor, mark: Mark) -> None:
         guard.count(swav_loss.code_logits())
+        mark("guard")
+        if mark is not no_mark:
+            guard.measure(0.0, swav_loss.code_logits(), embeddings[: run.batch_size].detach())
+            mark(GUARD_LINE)
 
     augment_all = data.augment
     if run.is_compiled:
@@ -610,7 +616,7 @@ def our_trainer(
     model: SwAV,
     swav_loss: Callable,
     device: torch.device,
-    watch: Callable[[], None] = lambda: None,
+    watch: Callable[[torch.Tensor, Mark], None] = lambda embeddings, mark: None,
 ) -> Callable:
     """A step of train.py on placed crops. network: the model, or DistributedDataParallel around it."""
     optimizer = LARS(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -623,8 +629,7 @@ def our_trainer(
         mark("forward")
         loss = swav_loss(embeddings, scores, model.prototypes.weight)
         mark("codes + loss")
-        watch()
-        mark("guard")
+        watch(embeddings, mark)
         optimizer.zero_grad()
         mark("other")
         loss.backward()
@@ -642,6 +647,9 @@ def published_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Ca
     options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None  # as for ours
     loader = DataLoader(PublishedCrops(images.paths, run.multi_crop), run.batch_size, shuffle=True, **options)
     model = SwAV(run.arch, nmb_prototypes=run.nmb_prototypes).to(device)
+    for module in model.modules():
+        if isinstance(module, Conv3x3):
+            module.__class__ = nn.Conv2d  # without what ours gains on small maps
     optimizer, scaler = PublishedLARS(model.parameters()), torch.amp.GradScaler(device.type, enabled=on_gpu)
 
     def step(batch: list[torch.Tensor], mark: Mark) -> None:
@@ -684,6 +692,7 @@ def report_parts(parts: dict[str, Times]) -> dict[str, dict[str, float]]:
     """Prints the parts of a step, ms and percent; returns the ms."""
     medians = {name: {part: statistics.median(v) * 1e3 for part, v in of.items()} for name, of in parts.items()}
     print("    parts, in turns of their own; all-reduce: one process has none, with more it is within backward")
+    print(f"    guard: what it counts each step, and a {LINE_EVERY}th of what it measures for a progress line")
     print(f"    {'':12}", *[f"{name + ', ms':>16}     %" for name in medians])
     for part in PARTS:
         cells = [f"{of[part]:16.3f} {of[part] / sum(of.values()):5.0%}" for of in medians.values()]

@@ -55,15 +55,15 @@ class CollapseGuard:
         distinct_codes: their number over the most that there could be, which is that of the codes if K is larger.
         embedding_std: standard deviation of a dimension of the embeddings, times sqrt(D); 0 for embeddings all alike.
         """
-        codes = code_logits.double().softmax(dim=2)  # [A, B, K]
+        codes = code_logits.softmax(dim=2)  # [A, B, K]
         embeddings = embeddings.double()
         entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
-        sizes = entropies.new_tensor([entropies.numel(), len(embeddings), self.counted])
+        sizes = embeddings.new_tensor([entropies.numel(), len(embeddings), self.counted])
         sums = torch.cat(
             [
                 sizes,
-                entropies.sum().view(1),
-                codes.sum((0, 1)),
+                entropies.sum(dtype=torch.double).view(1),
+                codes.sum((0, 1), dtype=torch.double),
                 self.used.double(),
                 embeddings.sum(0),
                 embeddings.square().sum().view(1),
