@@ -163,16 +163,20 @@ class SwAVLoss(nn.Module):
 def spread(scores: torch.Tensor) -> torch.Tensor:
     """Standard deviation of scores [A, B, K] over the images of all processes, each prototype's mean subtracted.
 
-    A scalar tensor, never zero. The balance of the codes makes up for the means, so this is what tells images apart.
+    A scalar tensor. The balance of the codes makes up for the means, so this is what tells images apart. Never less
+    than 1e-5 of the scores' root mean square: differences below that are rounding, and are to leave codes uniform.
     """
+    dtype = scores.dtype
+    scores = scores.double()  # as the squares' mean and the mean's square differ by little where images are alike
     images = scores.new_full((1,), scores.shape[1])  # filled there: a copy of a number would wait for the device
     sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
     if dist.is_initialized():
         dist.all_reduce(sums)
     squares, images = sums[-2:].split(1)
     means = sums[:-2].unflatten(0, (scores.shape[0], -1)) / images  # [A, K]
-    variance = squares / (images * means.numel()) - means.square().mean()
-    return variance.clamp_min(torch.finfo(scores.dtype).tiny).sqrt().squeeze(0)
+    mean_square = squares / (images * means.numel())
+    variance = torch.maximum(mean_square - means.square().mean(), 1e-10 * mean_square)
+    return variance.clamp_min(torch.finfo(dtype).tiny).sqrt().squeeze(0).to(dtype)
 
 
 def swapped_prediction(

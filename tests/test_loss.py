@@ -55,8 +55,32 @@ def test_relative_epsilon_keeps_codes_as_sharp_however_close_embeddings_are():
         codes = swav_loss.code_logits().softmax(2)
         entropies.append(-torch.special.xlogy(codes, codes).sum(2).mean().item())
     assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
-    all_equal = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)(embeddings, torch.zeros_like(scores), prototypes)
-    assert all_equal.isfinite()
+
+
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_relative_epsilon_is_right_in_float32_for_embeddings_that_have_nearly_met(angle):
+    swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
+    embeddings, _, prototypes = batch(0)
+    embeddings = F.normalize(embeddings[:1] + angle * embeddings, dim=1)
+    scores = embeddings @ prototypes.T
+    codes = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = scores.to(dtype).requires_grad_()
+        loss = swav_loss(embeddings.to(dtype), leaf, prototypes.to(dtype))
+        assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
+        codes.append(swav_loss.code_logits().softmax(2).double())
+    assert (codes[0] - codes[1]).abs().max() < 1e-5 / angle
+
+
+@pytest.mark.parametrize("score", [0.0, 0.7])
+def test_relative_epsilon_gives_uniform_codes_where_embeddings_are_all_alike(score):
+    swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
+    embeddings, scores, prototypes = (tensor.float() for tensor in batch(0))
+    scores = (score * scores[:1]).expand_as(scores).contiguous().requires_grad_()
+    loss = swav_loss(embeddings, scores, prototypes)
+    codes = swav_loss.code_logits().softmax(2)
+    torch.testing.assert_close(codes, torch.full_like(codes, 1 / K), rtol=0.1, atol=0)
+    assert torch.autograd.grad(loss, scores)[0].isfinite().all()
 
 
 def test_relative_epsilon_scores_the_queue_in_the_same_unit():
