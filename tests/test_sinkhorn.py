@@ -91,6 +91,19 @@ def test_small_epsilon_and_unnormalised_scores_give_finite_and_right_codes(sprea
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_scores_up_to_1e8_epsilon_give_finite_codes_loss_and_gradient(device):
+    scores = torch.stack([unnormalised(65, 300, device=device), -unnormalised(65, 300, device=device)])
+    scores *= 0.05e8 / scores.abs().max()
+    scores.requires_grad_()
+    potentials = sinkhorn_potentials(scores.detach())
+    loss = swav_loss(scores, potentials)
+    loss.backward()
+    codes = sinkhorn(scores.detach()[0])
+    assert codes.isfinite().all() and potentials.isfinite().all() and loss.isfinite() and scores.grad.isfinite().all()
+    torch.testing.assert_close(codes.sum(1), torch.ones(65, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("iterations", [1, 3, 100])
 def test_rows_far_apart_give_finite_and_right_codes(iterations, device):
     generator = torch.Generator().manual_seed(0)
