@@ -22,9 +22,9 @@ class SwAVLoss(nn.Module):
     nmb_crops: V. crops_for_assign: the crops whose codes the others predict (the large ones).
     temperature: of the prediction's softmax. epsilon, sinkhorn_iterations: of the codes, see `sinkhorn_ext.sinkhorn`.
     queue_length: embeddings of past images kept per process and assigning crop; a multiple of B, 0 for none.
-    feat_dim: D, needed for the queue. relative_epsilon: epsilon is in units of the scores' `spread`, so that codes are
-    as sharp for embeddings that have drawn together as for those that have not (ours, not the paper's; with epsilon
-    0.3 small data sets keep learning where the published form gets stuck at ln K).
+    feat_dim: D, needed for the queue. relative_epsilon: epsilon is in units of the scores' spread, see
+    `means_and_spread`, so that codes are as sharp for embeddings that have drawn together as for those that have not
+    (ours, not the paper's; with epsilon 0.3 small data sets keep learning where the published form gets stuck at ln K).
     Raises ValueError for values out of range.
     """
 
@@ -84,9 +84,9 @@ class SwAVLoss(nn.Module):
         queue_scores = self._queue_scores(prototypes.detach()) if uses_queue else None  # [A, Q, K]
         assigning = self._assigning(scores.detach())  # [A, B, K]
         if self.relative_epsilon:
-            unit = spread(assigning)
-            assigning = assigning / unit
-            queue_scores = queue_scores / unit if uses_queue else None
+            means, unit = means_and_spread(assigning)
+            assigning = in_units(assigning, means, unit)
+            queue_scores = in_units(queue_scores, means, unit) if uses_queue else None
         potentials = sinkhorn_potentials(
             assigning, self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
@@ -113,7 +113,8 @@ class SwAVLoss(nn.Module):
     def codes(self, scores: torch.Tensor) -> torch.Tensor:
         """Codes [N, K] of other images' scores [N, K], balanced over them and those of all processes, without queue."""
         if self.relative_epsilon:
-            scores = scores / spread(scores.unsqueeze(0))
+            means, unit = means_and_spread(scores.unsqueeze(0))
+            scores = in_units(scores, means[0], unit)
         return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
 
     def _assigning(self, crops: torch.Tensor) -> torch.Tensor:
@@ -160,30 +161,36 @@ class SwAVLoss(nn.Module):
         self.queue_started = state["started"]
 
 
-def spread(scores: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of scores [A, B, K] over the images of all processes, each prototype's mean subtracted.
+def means_and_spread(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each prototype's mean [A, 1, K] of scores [A, B, K] over the images of all processes, and the standard deviation.
 
-    A scalar tensor. The balance of the codes makes up for the means, so this is what tells images apart. Never less
-    than 1e-5 of the scores' root mean square: differences below that are rounding, and are to leave codes uniform.
+    Both in float64, the latter a scalar. The balance of the codes makes up for the means, so what is left is what tells
+    images apart. Never less than 1e-5 of the scores' root mean square: differences below that are rounding, and are to
+    leave codes uniform.
     """
-    dtype = scores.dtype
+    tiny = torch.finfo(scores.dtype).tiny
     scores = scores.double()  # as the squares' mean and the mean's square differ by little where images are alike
     images = scores.new_full((1,), scores.shape[1])  # filled there: a copy of a number would wait for the device
     sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
     if dist.is_initialized():
         dist.all_reduce(sums)
     squares, images = sums[-2:].split(1)
-    means = sums[:-2].unflatten(0, (scores.shape[0], -1)) / images  # [A, K]
+    means = sums[:-2].view(len(scores), 1, -1) / images
     mean_square = squares / (images * means.numel())
     variance = torch.maximum(mean_square - means.square().mean(), 1e-10 * mean_square)
-    return variance.clamp_min(torch.finfo(dtype).tiny).sqrt().squeeze(0).to(dtype)
+    return means, variance.clamp_min(tiny).sqrt().squeeze(0)
+
+
+def in_units(scores: torch.Tensor, means: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """(scores - means) / unit, float32 or float64. Without their means scores keep more digits; codes are the same."""
+    return ((scores - means) / unit).to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def swapped_prediction(
     scores: torch.Tensor, codes: torch.Tensor, crops_for_assign: Sequence[int], temperature: float
 ) -> torch.Tensor:
     """Mean cross-entropy of scores [V, B, K] of crops v with codes [A, B, K] of crops i, over all i and all v != i."""
-    log_predictions = (scores / temperature).log_softmax(dim=2)  # [V, B, K]
+    log_predictions = (scores.to(codes.dtype) / temperature).log_softmax(dim=2)  # [V, B, K]
     all_crops = log_predictions.sum(0)
     others = torch.stack([all_crops - log_predictions[i] for i in crops_for_assign])  # [A, B, K]
     return -(codes * others).sum(2).mean() / (len(scores) - 1)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,7 @@ import data
 import eval_linear
 import train
 from guard import is_stuck
-from loss import spread
+from loss import means_and_spread
 from optim import LARS
 
 # The smallest ResNet, so that a run takes a minute or two; crops, batch and all else as derived for the set
@@ -102,10 +102,10 @@ def run_study(args: argparse.Namespace, device: torch.device) -> list[dict]:
         f"\ncollapse: {len(jobs)} runs of {args.epochs} epochs, {len(jobs) - len(missing)} of them there already",
         flush=True,
     )
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+    with ThreadPoolExecutor(args.jobs) as in_turns:
         threads = max(1, args.threads // args.jobs)
         running = {
-            job: processes.submit(study_run, job[1], options[job[0]], args.epochs, job[2], threads, folders[job])
+            job: in_turns.submit(run_alone, job[1], options[job[0]], args.epochs, job[2], threads, folders[job])
             for job in missing
         }
         rows = []
@@ -120,6 +120,12 @@ def run_study(args: argparse.Namespace, device: torch.device) -> list[dict]:
             print(f"{job[0]:20s} {job[1]:32s} {job[2]:4d} {cells}{'  COLLAPSED' * row['collapsed']}{said}", flush=True)
             rows.append(row)
     return rows
+
+
+def run_alone(*arguments) -> None:
+    """`study_run` in a process of its own, as it sets threads and takes parts of train.py's place."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(study_run, *arguments).result()
 
 
 COLUMNS = {
@@ -268,7 +274,7 @@ def change_program(change: str, watched: list[dict[str, float]]) -> None:
         embeddings, scores, _ = inputs
         scores = scores.detach().unflatten(0, (swav_loss.nmb_crops, -1))
         codes = swav_loss.code_logits().softmax(2)
-        deviation = spread(scores[:2]).item()
+        deviation = means_and_spread(scores[:2])[1].item()
         watching["step"] = {
             "loss": loss.item(),
             "score_spread": deviation,

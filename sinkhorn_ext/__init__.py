@@ -6,7 +6,7 @@
 The matrix form alternates between scaling the columns (prototypes) and the rows (images) of exp(scores / epsilon).
 Row scales never have to be stored, and K, B and the overall total cancel, so all that the iterations carry is one
 number per prototype, its *potential* g: codes = softmax(scores / epsilon + g). It is kept as a logarithm, which makes
-any epsilon and any scores within 1e8 epsilon safe (float32 does not tell larger ones apart by an epsilon). Across
+any epsilon and any scores within 1e6 epsilon safe (float32 tells larger ones hardly apart by an epsilon). Across
 processes only these K numbers travel, once an iteration.
 
 A score of -inf masks: a prototype of which every score is -inf takes no part, its codes are 0; an image of which every
@@ -39,7 +39,7 @@ def sinkhorn(
 ) -> torch.Tensor:
     """Codes of a batch: soft assignments to prototypes that are balanced over all images (section 3.1, eq. 3-5).
 
-    scores [B, K]: float32, bfloat16, float16 or float64, any stride, within 1e8 epsilon; never modified, without
+    scores [B, K]: float32, bfloat16, float16 or float64, any stride, within 1e6 epsilon; never modified, without
     gradient.
     epsilon: entropy weight, > 0. iterations: rounds of scaling prototypes, then images, >= 1.
     extra [Q, K]: scores of further images of this process (the queue's), balanced together with the batch, no codes.
