@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,8 +41,6 @@ except ImportError:
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
-FASHION_MNIST_FILES = {"train": "train", "val": "t10k"}
-FASHION_MNIST_CLASSES = torchvision.datasets.FashionMNIST.classes
 
 
 # Multi-crop. What becomes of a crop is drawn as a box of the image and a row of numbers; the box is cut out as uint8,
@@ -225,7 +224,7 @@ def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> np.ndarray:
 
     pixels: uint8 [N, 3, S, S]. rows: float32 [N, ROW]. Returns float32 [N, 3, S, S].
     """
-    images = pixels.float()
+    images, black = pixels.float(), torch.zeros(1)
     for i, (flip, grey, sigma, hue, *steps) in enumerate(rows.tolist()):
         image = images[i : i + 1]
         if flip:
@@ -235,8 +234,10 @@ def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> np.ndarray:
             if step == STEPS // 2 and hue:
                 adjust_hue(image, hue)
             if share:
-                adjust = adjust_saturation if of_luminance else adjust_contrast if of_mean else adjust_brightness
-                adjust(image, 1 - share)
+                other = black
+                if of_luminance or of_mean:
+                    other = to_grey(image if of_luminance else image.mean((2, 3), keepdim=True))
+                image.lerp_(other, share).clamp_(0, 255)
         seen = to_grey(image) if grey else image
         if sigma:
             blur(seen, sigma)
@@ -255,20 +256,6 @@ def to_grey(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, S, S] -> luminance [N, 1, S, S]."""
     red, green, blue = images.split(1, dim=1)
     return torch.mul(red, GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
-
-
-def adjust_brightness(images: torch.Tensor, factor: float) -> torch.Tensor:
-    return images.mul_(factor).clamp_(0, 255)
-
-
-def adjust_contrast(images: torch.Tensor, factor: float) -> torch.Tensor:
-    """Towards, or away from, each image's mean luminance."""
-    mean = to_grey(images.mean((2, 3), keepdim=True))
-    return images.lerp_(mean, 1 - factor).clamp_(0, 255)
-
-
-def adjust_saturation(images: torch.Tensor, factor: float) -> torch.Tensor:
-    return images.lerp_(to_grey(images), 1 - factor).clamp_(0, 255)
 
 
 def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tensor:
@@ -293,7 +280,7 @@ def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tenso
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """Mean subtracted, divided by std. Channel by channel, as constants in a tensor would have to go to the device."""
-    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):
+    for channel, mean, std in zip(images.unbind(-3), MEAN, STD, strict=True):
         channel.sub_(255 * mean).mul_(1 / (255 * std))
     return images
 
@@ -382,8 +369,8 @@ class ProbeCrop:
         pixels, (*uniforms, flip) = to_pixels(image), rng.random(BOX_UNIFORMS + 1)
         size = np.array([pixels.shape[2], pixels.shape[1]])
         box = sample_boxes(size, np.array([0.08, 1.0]), np.array(uniforms))
-        cut = torch.from_numpy(cut_crop(pixels, box.tolist(), self.size).copy())
-        return normalize((cut.flip(2) if flip < 0.5 else cut)[None].float().contiguous())[0]
+        cut = torch.from_numpy(cut_crop(pixels, box.tolist(), self.size))
+        return normalize((cut.flip(2) if flip < 0.5 else cut).float())
 
 
 class CentreCrop:
@@ -394,7 +381,7 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
         resized = F.resize(to_pixels(image), [self.resize], antialias=True)
-        return normalize(F.center_crop(resized, [self.size, self.size])[None].float().contiguous())[0]
+        return normalize(F.center_crop(resized, [self.size, self.size]).float().contiguous())
 
 
 # Image sets: item -> (uint8 [3, H, W], label), label -1 where there is none
@@ -514,7 +501,7 @@ def open_images(
     if dataset == "folder":
         return _open_folder(data_path, split)
     if dataset == "fashion_mnist" and os.path.exists(os.path.join(data_path, "train-images-idx3-ubyte.gz")):
-        return _read_fashion_mnist(data_path, "val" if split == "val" else "train")
+        return _read_fashion_mnist(data_path, "t10k" if split == "val" else "train")
     return _open_torchvision(dataset, data_path, split, download)
 
 
@@ -527,7 +514,7 @@ def _open_folder(root: str | os.PathLike, split: str) -> Dataset:
     folder = os.path.join(root, split)
     try:
         return LabelledImageFiles(folder)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(
             f"data_path: expected {folder} with a folder of images for each class; "
             f"labels need train/ and val/ with the same class folders ({error})"
@@ -551,9 +538,9 @@ def _open_torchvision(dataset: str, root: str | os.PathLike, split: str, downloa
     return ImageArrays(pixels, np.asarray(images.targets), images.classes)
 
 
-def _read_fashion_mnist(root: str | os.PathLike, split: str) -> ImageArrays:
+def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
     def values(kind: str, header: int, *shape: int) -> np.ndarray:
-        path = os.path.join(root, f"{FASHION_MNIST_FILES[split]}-{kind}-ubyte.gz")
+        path = os.path.join(root, f"{prefix}-{kind}-ubyte.gz")
         try:
             with gzip.open(path) as file:
                 return np.frombuffer(bytearray(file.read()), np.uint8, offset=header).reshape(-1, *shape)
@@ -562,14 +549,11 @@ def _read_fashion_mnist(root: str | os.PathLike, split: str) -> ImageArrays:
 
     pixels, labels = values("images-idx3", 16, 28, 28), values("labels-idx1", 8)
     if len(pixels) != len(labels):
-        raise ValueError(f"data_path: {root} holds {len(pixels)} {split} images but {len(labels)} labels")
-    return ImageArrays(pixels, labels, FASHION_MNIST_CLASSES)
+        raise ValueError(f"data_path: {root} holds {len(pixels)} {prefix} images but {len(labels)} labels")
+    return ImageArrays(pixels, labels, torchvision.datasets.FashionMNIST.classes)
 
 
 # Images in memory
-
-
-CACHE_SHARE = 1 / 4  # of the memory that is free, where nothing else is asked for
 
 
 class CachedImages(Dataset):
@@ -580,8 +564,9 @@ class CachedImages(Dataset):
     """
 
     def __init__(self, images: ImageFiles, sizes: Sequence[tuple[int, int]], path: str) -> None:
-        self.images, self.sizes, self.root = images, sizes, images.root
-        self.ends = len(images) + np.cumsum([3 * width * height for width, height in sizes])
+        self.images, self.root = images, images.root
+        self.sizes = np.array(sizes)  # no list, as of paths: each worker would end with a copy
+        self.ends = len(images) + np.cumsum(3 * self.sizes.prod(axis=1))
         # A byte for each image, 1 if it is there, then the images.
         self.memory = torch.from_file(path, shared=True, size=int(self.ends[-1]), dtype=torch.uint8)
         self.is_there = self.memory[: len(images)].numpy()
@@ -590,7 +575,7 @@ class CachedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        (width, height), end = self.sizes[index], int(self.ends[index])
+        (width, height), end = self.sizes[index].tolist(), int(self.ends[index])
         pixels = self.memory[end - 3 * width * height : end].view(height, width, 3).permute(2, 0, 1)
         if not self.is_there[index]:
             pixels.copy_(self.images[index][0])
@@ -598,10 +583,10 @@ class CachedImages(Dataset):
         return pixels, -1
 
 
-def cached_size(images: Dataset, share: float = CACHE_SHARE) -> tuple[int, int]:
+def cached_size(images: Dataset, share: float = 1 / 4) -> tuple[int, int]:
     """Bytes that the decoded images need (an estimate from some of them), and bytes that a cache may take here.
 
-    share: of the memory that is free, if /dev/shm has as much.
+    share: of the memory that is free, and of /dev/shm, which loader workers need too.
 
     (0, 0) for sets that are in memory as it is; none may be taken where there is no /dev/shm, as on other systems.
     """
@@ -613,9 +598,22 @@ def cached_size(images: Dataset, share: float = CACHE_SHARE) -> tuple[int, int]:
         return int(needed), 0
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
-        free = min(free, int(file.read()))  # "max" without a limit
-    return int(needed), int(min(share * free, 0.9 * shutil.disk_usage("/dev/shm").free))
+    free = min(free, memory_limit(), shutil.disk_usage("/dev/shm").free)
+    return int(needed), int(share * free)
+
+
+def memory_limit() -> float:
+    """Bytes that the control groups of this process, as Docker's and Slurm's, leave it; inf without a limit."""
+    limits = [math.inf]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            mount, name = ("memory", "memory.limit_in_bytes") if kinds else ("", "memory.max")  # of version 1, 2
+            if kinds in ("", "memory"):
+                for folder in (Path(group), *Path(group).parents):  # a group's limit holds for those in it
+                    with suppress(OSError, ValueError):  # "max" is no limit
+                        limits.append(int(Path("/sys/fs/cgroup", mount, str(folder)[1:], name).read_text()))
+    return min(limits)
 
 
 def image_size(path: str) -> tuple[int, int]:

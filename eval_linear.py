@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +39,42 @@ from data import (
 )
 from model import ARCHS, ResNet, architecture_of, backbone_weights
 
+PATIENCE = timedelta(hours=1)  # of a process that waits for others
 LARGEST_PIXEL_TABLE = 2**30  # numbers; raw pixels of bigger sets are not compared
 
 
 class Parser(argparse.ArgumentParser):
+    """Options in `_` or `-` spelling, from the command line or from @FILE, one or more a line, # for comments."""
+
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
+        return super().parse_args([_underscored(word) for word in argv])
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return [_underscored(word) for word in shlex.split(line, comments=True)]
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')} (python {self.prog} --help lists the options)")
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def number(kind: type, least: float, above: bool = False) -> Callable[[str], int | float]:
+    """An option's type: an int or a finite float that is `least` or more, or above it."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > least if above else value >= least) or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
+        return value
+
+    return parse
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,6 +85,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    whole, counted, positive = number(int, 0), number(int, 1), number(float, 0, above=True)
 
     def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
         help += "" if default is None else f" (default: {default})"
@@ -68,39 +101,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
     parser.add_argument("--cached", action="store_true", help="quick: logistic regression on the features of one pass "
                         "over uncropped images, instead of SGD over many with crops")  # fmt: skip
-    add("epochs", 100, int, "of the linear probe")
-    add("batch_size", None, int, "images per process (default: 256 over all processes)")
-    add("lr", 0.3, float, "learning rate at the start of the cosine, for 256 images over all processes")
-    add("wd", 1e-6, float, "weight decay")
-    add("knn_k", 20, int, "neighbours that vote")
-    add("knn_temperature", 0.07, float, "of their votes")
-    add("size", None, int, "side of the images in pixels (default: that of the large crops in training, or 224; of a "
-        "named set, its images' own if that is larger or no crops are known)")  # fmt: skip
-    add("resize", None, int, "shorter side before the centre crop (default: 8/7 of --size, of a folder's images if "
+    add("epochs", 100, counted, "of the linear probe")
+    add("batch_size", None, counted, "images per process (default: 256 over all processes)")
+    add("lr", 0.3, positive, "learning rate at the start of the cosine, for 256 images over all processes")
+    add("wd", 1e-6, number(float, 0), "weight decay")
+    add("knn_k", 20, counted, "neighbours that vote")
+    add("knn_temperature", 0.07, positive, "of their votes")
+    add("size", None, counted, "side of the images in pixels (default: that of the large crops in training, or 224; of "
+        "a named set, its images' own if that is larger or no crops are known)")  # fmt: skip
+    add("resize", None, counted, "shorter side before the centre crop (default: 8/7 of --size, of a folder's images if "
         "larger than it; else --size: the largest square)")  # fmt: skip
-    add("workers", None, int, "loader processes of each process (default: by the cores at hand)")
+    add("workers", None, whole, "loader processes of each process (default: by the cores at hand)")
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
-    add("seed", 31, int, "of the classifier and of the random weights compared with")
-    args = parser.parse_args([_underscored(word) for word in argv])
+    add("seed", 31, whole, "of the classifier and of the random weights compared with")
+    args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint or args.pretrained
     return args
 
 
-def _underscored(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError, naming option, value and what is accepted."""
-    for name in ("epochs", "batch_size", "knn_k", "size", "resize", "lr", "knn_temperature"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name}: expected more than 0, got {value}")
-    for name in ("wd", "workers", "seed"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name}: expected 0 or more, got {value}")
     if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
         raise ValueError(f"--data_path: expected a folder, got {args.data_path}, which is none")
 
@@ -141,7 +161,7 @@ def choose_device(device: str = "auto") -> torch.device:
     if local_world_size > gpus:
         raise ValueError(
             f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write "
-            f"torchrun --nproc_per_node={gpus} eval_linear.py ..., or add --device cpu"
+            f"torchrun --nproc_per_node={gpus} {Path(sys.argv[0]).name} ..., or add --device cpu"
         )
     return torch.device("cuda", environment("LOCAL_RANK", 0))
 
@@ -152,7 +172,7 @@ def setup_processes(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return environment("RANK", 0), world_size
 
 
@@ -160,6 +180,24 @@ def say(text: str, end: str = "\n") -> None:
     """Print from the first process only."""
     if environment("RANK", 0) == 0:
         print(text, end=end, flush=True)
+
+
+def run(main: Callable[[], object], after_interrupt: str = "") -> None:
+    """Run a script's main with errors as one line, said once a machine, instead of a traceback from each process."""
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        if environment("LOCAL_RANK", 0) != 0:
+            time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
+        message = (str(error).splitlines() or [repr(error)])[
+            -1
+        ]  # an error in a loader's worker comes with its traceback above it
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
+        leave(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        say(f"\ninterrupted{after_interrupt}")
+        sys.exit(130)
 
 
 def track(loader: DataLoader, title: str) -> Iterator:
@@ -393,7 +431,12 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     trained = checkpoint.get("options") or {}
     dataset, data_path = choose_images(args, trained)
     train_images, val_images = (open_images(dataset, data_path, split, world_size == 1) for split in ("train", "val"))
-    classes = count_classes(train_images, val_images)
+    names = train_images.classes
+    if names != val_images.classes:
+        raise ValueError(
+            f"data_path: expected the same class folders in train/ and val/, got {names} and {val_images.classes}"
+        )
+    classes = len(names)
     if min(len(train_images), len(val_images)) < world_size:
         raise ValueError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
 
@@ -419,31 +462,31 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         f"validation images of {classes} classes, {size} pixels; {device}, {world_size} process(es)"
     )
 
-    def judge_features(name: str, network: nn.Module, with_linear: bool = True) -> dict[str, dict[str, float]]:
+    rows: dict[str, dict] = {}
+
+    def judge(name: str, network: nn.Module, with_linear: bool = True) -> None:
         say(f"{name} ...")
         network.to(device, memory_format=torch.channels_last).eval()
         features, labels = extract_features(network, train_images, whole, device, "training images", **loading)
         val_features, val_labels = extract_features(network, val_images, whole, device, "validation images", **loading)
         votes = knn(features, labels, val_features, classes=classes, k=args.knn_k, temperature=args.knn_temperature)
-        judged = {"knn": accuracies(votes, val_labels), "spread": spread(features)}
+        rows[name] = {"knn": accuracies(votes, val_labels), "spread": spread(features)}
         if with_linear:
             scores = logistic_regression(features, labels, val_features, classes=classes)
-            judged["linear"] = accuracies(scores, val_labels)
-        return judged
+            rows[name]["linear"] = accuracies(scores, val_labels)
 
-    rows = {"checkpoint": judge_features("checkpoint", backbone, with_linear=args.cached)}
+    judge("checkpoint", backbone, with_linear=args.cached)
     if not args.cached:
         probing = dict(classes=classes, epochs=args.epochs, lr=args.lr, weight_decay=args.wd, seed=args.seed, **loading)
         scores, labels = linear_probe(backbone, train_images, val_images, ProbeCrop(size), whole, device, **probing)
         rows["checkpoint"]["linear"] = accuracies(scores, labels)
     torch.manual_seed(args.seed)
     random_backbone = ResNet(**architecture)
-    untouched, taken = (f"random init, BatchNorm {kind}" for kind in ("untouched", "of the training images"))
-    rows[untouched] = judge_features(untouched, random_backbone)
+    judge("random init, BatchNorm untouched", random_backbone)
     take_batchnorm_statistics(random_backbone, train_images, whole, device, "BatchNorm statistics", **loading)
-    rows[taken] = judge_features(taken, random_backbone)
+    judge("random init, BatchNorm of the training images", random_backbone)
     if (len(train_images) + len(val_images)) * 3 * size**2 <= LARGEST_PIXEL_TABLE:
-        rows["raw pixels"] = judge_features("raw pixels", nn.Flatten())
+        judge("raw pixels", nn.Flatten())
     else:
         say("raw pixels: left out, too many to hold")
     return {
@@ -465,15 +508,6 @@ def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | N
     if args.dataset or args.data_path:
         return args.dataset or "folder", args.data_path
     return trained.get("dataset", "shapes"), trained.get("data_path")
-
-
-def count_classes(train_images: Dataset, val_images: Dataset) -> int:
-    names = [getattr(images, "classes", None) for images in (train_images, val_images)]
-    if names[0] != names[1]:
-        raise ValueError(
-            f"data_path: expected the same class folders in train/ and val/, got {names[0]} and {names[1]}"
-        )
-    return len(names[0])
 
 
 def print_table(result: dict) -> None:
@@ -504,11 +538,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(sys.argv[1:]))
-    except ValueError as error:
-        if environment("LOCAL_RANK", 0) != 0:
-            time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
-        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
-        leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
-        leave(2)
+    run(lambda: main(parse_args(sys.argv[1:])))

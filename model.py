@@ -223,13 +223,12 @@ class SwAV(ResNet):
         """
         if len({len(crop) for crop in crops}) != 1:
             raise ValueError(f"crops: expected as many images in each, got {[len(crop) for crop in crops]}")
-        features: list[torch.Tensor] = [torch.empty(0)] * len(crops)
+        features: dict[int, torch.Tensor] = {}
         for resolution in dict.fromkeys(crop.shape[2:] for crop in crops):
             members = [i for i, crop in enumerate(crops) if crop.shape[2:] == resolution]
             passed = self.features(torch.cat([crops[i] for i in members]))
-            for i, crop_features in zip(members, passed.chunk(len(members)), strict=True):
-                features[i] = crop_features
-        projections = self.projection_head(torch.cat(features))  # [V*B, D]
+            features |= zip(members, passed.chunk(len(members)), strict=True)
+        projections = self.projection_head(torch.cat([features[i] for i in range(len(crops))]))  # [V*B, D]
         # Codes are exp(scores / 0.05): half-precision scores would be off by up to 8 % of a code.
         with torch.autocast(projections.device.type, enabled=False):
             embeddings = F.normalize(projections.to(self.prototypes.weight.dtype), dim=1)

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -37,7 +36,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from data import (
-    CACHE_SHARE,
     DATASETS,
     CachedImages,
     CentreCrop,
@@ -53,6 +51,7 @@ from data import (
     typical_side,
 )
 from defaults import DERIVED, RELATIVE_EPSILON, derive
+from eval_linear import PATIENCE, Parser, choose_device, environment, number, run, say, setup_processes
 from guard import CollapseGuard, is_stuck
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, sync_batchnorm
@@ -60,10 +59,9 @@ from optim import LARS, warmup_cosine
 from sinkhorn_ext import backend
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
-PATIENCE = timedelta(hours=1)  # of a process that waits for others
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 APEX_GROUP_SIZE = 8  # processes, published
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOVERIES = 3  # of --on_collapse recover
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
 SLOW_STEPS = 200  # that runs have stayed near ln K before they learned
@@ -74,53 +72,15 @@ ARCHITECTURE = ("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nm
 # Options
 
 
-class Parser(argparse.ArgumentParser):
-    """Options in `_` or `-` spelling, from the command line or from @FILE, one or more a line, # for comments."""
-
-    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
-        return super().parse_args([_underscored(word) for word in argv])
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return [_underscored(word) for word in shlex.split(line, comments=True)]
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')} (python {self.prog} --help lists the options)")
-
-
-def _underscored(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def number(kind: type, least: float, above: bool = False) -> Callable[[str], int | float]:
-    """An option's type: an int or a finite float that is `least` or more, or above it."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else value >= least) or value == math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
-        return value
-
-    return parse
-
-
 def spelled(options: Mapping[str, object]) -> str:
     """Options as one writes them."""
     return " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in options.items())
 
 
-def auto_or(kind: Callable[[str], int]) -> Callable[[str], int | str]:
-    return lambda text: text if text == "auto" else kind(text)
-
-
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, after those of recipes/shapes.args if it names no images. Raises ValueError."""
-    names = {_underscored(word).partition("=")[0] for word in argv}
-    if not names & {"--data_path", "--dataset", "--help", "-h"} and not any(word.startswith("@") for word in argv):
+    names = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if not names & {"--data-path", "--dataset", "--help", "-h"} and not any(word.startswith("@") for word in argv):
         say(f"no images named: running the recipe {SHAPES_RECIPE}")
         argv = [f"@{SHAPES_RECIPE}", *argv]
     parser = Parser(
@@ -184,11 +144,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
     add("precision", None, str, "default: bf16 on GPUs (older ones: fp16), fp32 on CPUs", choices=tuple(DTYPES))
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
-    add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with apex, "
-        "which is not needed; none: each its own, which shows in embeddings",
+    add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with "
+        "apex, which is not needed; none: each its own, which shows in embeddings",
         choices=("pytorch", "apex", "none"))  # fmt: skip
     add("syncbn_process_group_size", None, counted, f"processes a group of --sync_bn apex (default: {APEX_GROUP_SIZE})")
-    add("workers", "auto", auto_or(whole), "loader processes of each training process; auto: by the cores at hand")
+    add("workers", "auto", lambda text: text if text == "auto" else whole(text),
+        "loader processes of each training process; auto: by the cores at hand")  # fmt: skip
     add("augment", "auto", str, "where colours, flips and blur are done: device (auto): in batches, where it trains; "
         "workers: image by image, in the loader", choices=("auto", "device", "workers"))  # fmt: skip
     add("cache", "auto", str, "keep decoded images in memory, once a machine: ram, off, or auto: if a quarter of what "
@@ -337,36 +298,6 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 # Processes and device
 
 
-def environment(name: str, default: int) -> int:
-    """A number that torchrun sets for each of its processes."""
-    return int(os.environ.get(name, default))
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """This process's device. Raises ValueError if there are fewer GPUs than processes."""
-    gpus, local_world_size = torch.cuda.device_count(), environment("LOCAL_WORLD_SIZE", 1)
-    if device == "cuda" and not gpus:
-        raise ValueError("--device cuda: torch finds no GPU here; write --device cpu, or install a CUDA build of torch")
-    if device == "cpu" or not gpus:
-        return torch.device("cpu")
-    if local_world_size > gpus:
-        raise ValueError(
-            f"--nproc_per_node={local_world_size}: this machine has {gpus} GPU(s); write "
-            f"torchrun --nproc_per_node={gpus} train.py ..., or add --device cpu"
-        )
-    return torch.device("cuda", environment("LOCAL_RANK", 0))
-
-
-def setup_processes(device: torch.device) -> tuple[int, int]:
-    """Join torchrun's other processes, if any, with NCCL on GPUs and gloo on CPUs; this one's rank and their number."""
-    world_size = environment("WORLD_SIZE", 1)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return environment("RANK", 0), world_size
-
-
 def share_batchnorm(model: SwAV, sync_bn: str, group_size: int, world_size: int) -> SwAV:
     """The model with BatchNorm statistics of all processes (pytorch), of groups of them (apex) or of each (none)."""
     if world_size == 1 or sync_bn == "none":
@@ -459,12 +390,6 @@ def cpu_bf16_gradients_are_right() -> bool:
 # Output
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print from the first process only."""
-    if environment("RANK", 0) == 0:
-        print(text, end=end, flush=True)
-
-
 def show_progress(line: str, keep: bool = False) -> None:
     """Rewrite one line on a terminal, unless it is to be kept; a line each time in a file."""
     on_terminal = sys.stdout.isatty()
@@ -534,8 +459,6 @@ def main(args: argparse.Namespace) -> None:
             train(args, images, rank, world_size, device, dtype)
             break
         except Collapse:
-            if args.on_collapse != "recover":
-                raise
             recover(args, rank)
     if dist.is_initialized():  # not after an error: it must be said before the other processes see this one leave
         dist.destroy_process_group()
@@ -545,7 +468,7 @@ def sizes_to_cache(images: Dataset, cache: str) -> list[tuple[int, int]] | None:
     """(width, height) of each image, if they are to be in memory. Raises ValueError where --cache ram is too much."""
     if cache == "off":
         return None
-    share = CACHE_SHARE if cache == "auto" else 0.8
+    share = 1 / 4 if cache == "auto" else 0.8
     needed, allowed = cached_size(images, share)
     if 0 < needed <= allowed:
         say("cache: reading the sizes of all images ...")
@@ -630,7 +553,7 @@ def train(
         options = dict(gradient_as_bucket_view=True, static_graph=True)
         devices = [device.index] if device.type == "cuda" else None
         network = DistributedDataParallel(model, device_ids=devices, **options)
-    metrics = open_metrics(dump, first_epoch, args.tensorboard == "on") if rank == 0 else None
+    metrics = open_metrics(dump, first_epoch, args.tensorboard == "on") if rank == 0 else lambda row: None
     describe(args, images, loader, model, device, dtype)
 
     ln_k = math.log(args.nmb_prototypes)
@@ -707,7 +630,8 @@ def train(
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
                 }
                 row["collapsing"] = guard.is_collapsing(row, step / (args.epochs * steps_per_epoch), step)
-                log(row, step_line(row, args.epochs, args.epochs * steps_per_epoch), metrics)
+                metrics(row)
+                show_progress(step_line(row, args.epochs, args.epochs * steps_per_epoch))
                 if row["collapsing"]:
                     answer_collapse(args, row, dump)
                 interval_start, interval_steps, waited = now, 0, 0.0
@@ -721,7 +645,8 @@ def train(
         row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
         row["codes_changed"] = guard.share_changed(probe_codes(model, swav_loss, probe, args.batch_size))
         done = f"epoch {epoch + 1}/{args.epochs} done: loss {epoch_loss:.4f} (ln K {ln_k:.3f})"
-        log(row, f"{done}  {images_per_s:.0f} images/s  {seconds:.1f} s", metrics, keep=True)
+        metrics(row)
+        show_progress(f"{done}  {images_per_s:.0f} images/s  {seconds:.1f} s", keep=True)
         queue = swav_loss.gather_queue(args.batch_size)
         if rank == 0:
             contents = {
@@ -765,12 +690,12 @@ def probe_codes(model: SwAV, swav_loss: SwAVLoss, images: torch.Tensor, batch_si
     return swav_loss.codes(scores).argmax(1)
 
 
-class Collapse(FloatingPointError):
-    """The loss is stuck at ln K and --on_collapse is not warn."""
+class Collapse(Exception):
+    """The loss is stuck at ln K, and the run is to go back and change something."""
 
 
 def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
-    """Say that the run is collapsing, and why; then go on, or raise Collapse, as --on_collapse has it."""
+    """Say that the run is collapsing, and why; then go on, or raise as --on_collapse has it."""
     cause, change = remedy(args)
     told = (
         f"collapsing: the loss has stayed at {row['loss_per_ln_k']:.3f} ln K (codes have {row['code_entropy']:.0%} of "
@@ -782,14 +707,12 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
         told += " with another --dump_path"  # as this one would go on from the collapsed weights
     if row["step"] < SLOW_STEPS:
         told += f" (or more epochs: some runs leave ln K after {SLOW_STEPS} steps only)"
-    is_last = len(args.recovered) >= RECOVERIES
-    if args.on_collapse == "warn" or (args.on_collapse == "recover" and is_last):
-        show_progress(told + (f"; recovered {RECOVERIES} times already, going on" if args.recovered else ""), keep=True)
-        return
     if args.on_collapse == "stop":
-        raise Collapse(f"{told}; stopped, {dump / 'checkpoint.pth'} is as after the last whole epoch")
-    show_progress(told, keep=True)
-    raise Collapse
+        raise FloatingPointError(f"{told}; stopped, {dump / 'checkpoint.pth'} is as after the last whole epoch")
+    is_last = args.on_collapse == "recover" and len(args.recovered) >= RECOVERIES
+    show_progress(told + (f"; recovered {RECOVERIES} times already, going on" if is_last else ""), keep=True)
+    if args.on_collapse == "recover" and not is_last:
+        raise Collapse
 
 
 def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
@@ -873,7 +796,7 @@ def resume(
         raise ValueError(
             f"--dump_path: {path} does not fit this model: {error}; {other_folder}".replace("\n", " ")
         ) from None
-    if scaler.is_enabled() and checkpoint["scaler"]:
+    if checkpoint["scaler"]:  # empty where the run so far needed none
         scaler.load_state_dict(checkpoint["scaler"])
     say(
         f"resuming from {path}: {epochs_done} of {args.epochs} epochs done"
@@ -956,13 +879,6 @@ def step_line(row: dict, epochs: int, steps: int) -> str:
     )
 
 
-def log(row: dict, line: str, metrics: Callable[[dict], None] | None, keep: bool = False) -> None:
-    """A row for the metrics, which the first process alone has open, and its progress line."""
-    if metrics is not None:
-        metrics(row)
-    show_progress(line, keep)
-
-
 def stop_on_bad_loss(
     args: argparse.Namespace,
     path: Path,
@@ -992,21 +908,5 @@ def stop_on_bad_loss(
     )
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main with errors as one line, said once a machine, instead of a traceback from each process."""
-    try:
-        main()
-    except (ValueError, FloatingPointError) as error:
-        if environment("LOCAL_RANK", 0) != 0:
-            time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
-        message = str(error).splitlines()[-1]  # an error in a loader's worker comes with its traceback above it
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
-        leave(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        say("\ninterrupted; the same command goes on from the last finished epoch")
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run(lambda: main(parse_args(sys.argv[1:])))
+    run(lambda: main(parse_args(sys.argv[1:])), "; the same command goes on from the last finished epoch")

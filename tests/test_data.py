@@ -361,6 +361,25 @@ def loaders(seed=0, workers=0, world_size=1, **more):
     return [training_loader(images, transform, batch_size, rank=rank, **options) for rank in range(world_size)]
 
 
+class Whereabouts(torch.utils.data.Dataset):
+    """Images whose label tells the process that read them, and its threads."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), 1000 * os.getpid() + torch.get_num_threads()
+
+
+@pytest.mark.parametrize("cut_only", [False, True])
+def test_workers_stay_between_epochs_and_take_a_thread_each(cut_only):
+    transform = MultiCrop([8], [2], [0.5], [1.0])
+    loader = training_loader(Whereabouts(), transform, 2, workers=2, cut_only=cut_only)
+    first, second = ({label for _, labels in loader for label in labels.tolist()} for _ in range(2))
+    assert first == second and len(first) == 2
+    assert all(label % 1000 == 1 and label // 1000 != os.getpid() for label in first)
+
+
 @pytest.mark.parametrize("workers, world_size", [(1, 1), (2, 1), (0, 2), (2, 2), (0, 4)])
 def test_crops_do_not_depend_on_workers_and_processes(workers, world_size):
     expected, others = loaders(), loaders(workers=workers, world_size=world_size)
@@ -721,6 +740,32 @@ def test_the_size_in_memory_is_known_before(cached):
     assert needed == sum(3 * 11 * (8 + i) for i in range(5)) == images.ends[-1] - 5 and allowed > 2**20
     assert cached_size(files, share=1e-9) == (needed, pytest.approx(allowed * 4e-9, abs=10))
     assert cached_size(numbered_images(3)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "groups, limits, expected",
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/\n", {"memory.max": "512"}, 512),
+        ("5:devices:/a\n4:memory:/a/b\n0::/\n", {"memory/memory.limit_in_bytes": "99", "memory/a/b/other": "1"}, 99),
+        ("0::/job\n", {"job/memory.max": "max"}, math.inf),
+    ],
+)
+def test_memory_is_limited_by_every_control_group_above(groups, limits, expected, monkeypatch):
+    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert data.memory_limit() == expected
+
+
+def test_a_cache_takes_its_share_of_what_control_groups_leave(cached, monkeypatch):
+    monkeypatch.setattr(data, "memory_limit", lambda: 4000)
+    assert cached_size(cached[0])[1] == 1000
 
 
 def test_memory_of_freed_tensors_is_used_again():
