@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
+APEX_GROUP_SIZE = 8  # processes whose BatchNorm statistics these have in common
 PUBLISHED_SIDE = 224  # pixels of the images from which crops are the published ones there
 LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's code
 RELATIVE_EPSILON = 0.3  # of the scores' spread
@@ -17,7 +18,7 @@ CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
     "batch_size", *CROP_LISTS, "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
     "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
-    "base_lr", "final_lr", "warmup_epochs", "start_warmup",
+    "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
 
 
@@ -79,6 +80,16 @@ def derive(
         why = "published, for a million images"
         global_batch = world_size * choose("batch_size", 64, why)
         in_thousands = global_batch >= LARGE_BATCH
+        if not in_thousands:
+            choose("sync_bn", "pytorch", f"published, for batches below {LARGE_BATCH}")
+        elif world_size % APEX_GROUP_SIZE:
+            choose(
+                "sync_bn", "pytorch", f"{world_size} processes make no groups of {APEX_GROUP_SIZE}, which are published"
+            )
+        else:
+            choose(
+                "sync_bn", "apex", f"published, for batches from {LARGE_BATCH}: groups of {APEX_GROUP_SIZE} processes"
+            )
         nmb_prototypes = choose("nmb_prototypes", 3000, why)
         choose("temperature", 0.1, why)
         relative = choose("relative_epsilon", "off", why)
@@ -115,6 +126,7 @@ def derive(
     choose_epsilon(relative)
     choose_queue(0, "embeddings move too fast to be kept")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
+    choose("sync_bn", "pytorch", "embeddings must not tell by which process they were made")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
     choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why, *a_tenth)
     return derived

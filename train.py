@@ -50,7 +50,7 @@ from data import (
     training_loader,
     typical_side,
 )
-from defaults import DERIVED, RELATIVE_EPSILON, derive
+from defaults import APEX_GROUP_SIZE, DERIVED, RELATIVE_EPSILON, derive
 from eval_linear import PATIENCE, Parser, choose_device, environment, number, run, say, setup_processes
 from guard import CollapseGuard, is_stuck
 from loss import SwAVLoss
@@ -60,7 +60,6 @@ from sinkhorn_ext import backend
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
-APEX_GROUP_SIZE = 8  # processes, published
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOVERIES = 3  # of --on_collapse recover
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("base_lr", "final_lr", "start_warmup")  # one of them at a time
@@ -144,7 +143,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
     add("precision", None, str, "default: bf16 on GPUs (older ones: fp16), fp32 on CPUs", choices=tuple(DTYPES))
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
-    add("sync_bn", "pytorch", str, "BatchNorm over all processes; apex: over groups of them, as published with "
+    add("sync_bn", None, str, "pytorch: BatchNorm over all processes; apex: over groups of them, as published with "
         "apex, which is not needed; none: each its own, which shows in embeddings",
         choices=("pytorch", "apex", "none"))  # fmt: skip
     add("syncbn_process_group_size", None, counted, f"processes a group of --sync_bn apex (default: {APEX_GROUP_SIZE})")
@@ -248,9 +247,9 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
                 say(f"after a collapse the run goes on with {spelled(kept)}")
     given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
     if path.exists():
-        # The batch is derived anew: it is per process, and there may be more or fewer of those now. So is epsilon where
+        # Batch and BatchNorm's groups are derived anew: there may be more or fewer processes now. So is epsilon where
         # its unit is given, or the unit where it is.
-        anew, epsilon_and_unit = {"batch_size"}, {"epsilon", "relative_epsilon"}
+        anew, epsilon_and_unit = {"batch_size", "sync_bn"}, {"epsilon", "relative_epsilon"}
         if epsilon_and_unit & given.keys():
             anew |= epsilon_and_unit
         earlier = {n: before[n] for n in DERIVED if n not in given and n not in anew and before.get(n) is not None}

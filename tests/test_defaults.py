@@ -124,6 +124,13 @@ def test_large_sets_of_small_images_get_crops_of_their_size():
         assert derived["nmb_prototypes"] == 3000 and derived["base_lr"] == 0.6
 
 
+def test_batchnorm_is_in_groups_of_eight_processes_where_published():
+    cases = (64, 64), (4, 64), (8, 256), (12, 256)
+    large = [values(**IMAGENET, world_size=w, epochs=99, given={"batch_size": b})["sync_bn"] for w, b in cases]
+    assert large == ["apex", "pytorch", "apex", "pytorch"]
+    assert values(**SMALL | {"world_size": 8}, given={})["sync_bn"] == "pytorch"
+
+
 def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
     short = values(**IMAGENET, world_size=4, epochs=10, given={})
     assert short["queue_length"] == 3840 and short["epoch_queue_starts"] == 1
