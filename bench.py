@@ -273,14 +273,16 @@ def bench_scaling(args: argparse.Namespace, device: torch.device) -> dict[str, l
     settings = [base] + [base | {name: value} for name, values in factors.items() for value in values]
     settings = list({tuple(setting.values()): setting for setting in settings + [published] * on_gpu}.values())
     print(f"\nscaling of our step, {arch}, ms. W: processes; small: crops of {sizes[1]} beside two of {sizes[0]}")
-    print("B: per process, one batch in memory all the time, so loading does not count; base: the first row;", end=" ")
+    print("B: per process, one batch in memory all the time, so loading does not count; base: the first row;")
+    print("all-reduce: of all gradients, alone; in a step it goes on beside the backward pass;", end=" ")
     print(f"{'NCCL' if on_gpu else 'gloo, a thread each'}; {places} {'GPU' if on_gpu else 'core'}(s)")
     if too_many:
         says = ": not measured" if on_gpu else " have to share the cores: their efficiency says little"
         print(f"{too_many} processes{says}")
     times = scaling_times(settings, arch, sizes, steps, args.repetitions, device.type)
     for setting, values in zip(settings, times, strict=True):
-        row = report(setting, {"step": values, "base": times[0]}, [("step", "base")], is_first=not rows)
+        candidates = {"step": values["step"], "base": times[0]["step"], "all-reduce": values["all-reduce"]}
+        row = report(setting, candidates, [("step", "base")], is_first=not rows)
         with torch.device("meta"):
             model = SwAV(arch, nmb_prototypes=setting["K"])
         sent = traffic(model, setting["W"], resolutions=1 + (setting["small"] > 0), on_gpu=on_gpu)
@@ -691,7 +693,7 @@ def step_times(programs: dict[str, ProcessPoolExecutor], repetitions: int) -> tu
 def report_parts(parts: dict[str, Times]) -> dict[str, dict[str, float]]:
     """Prints the parts of a step, ms and percent; returns the ms."""
     medians = {name: {part: statistics.median(v) * 1e3 for part, v in of.items()} for name, of in parts.items()}
-    print("    parts, in turns of their own; all-reduce: one process has none, with more it is within backward")
+    print("    parts, in turns of their own; all-reduce: one process has none; of more, `scaling` times it")
     print(f"    guard: what it counts each step, and a {LINE_EVERY}th of what it measures for a progress line")
     print(f"    {'':12}", *[f"{name + ', ms':>16}     %" for name in medians])
     for part in PARTS:
@@ -705,8 +707,8 @@ def report_parts(parts: dict[str, Times]) -> dict[str, dict[str, float]]:
 
 def scaling_times(
     settings: list[dict[str, int]], arch: str, sizes: list[int], steps: int, repetitions: int, device_type: str
-) -> list[list[float]]:
-    """Seconds per step of each setting, all in turns; processes that a setting does not need wait meanwhile."""
+) -> list[Times]:
+    """Seconds of each setting's step and all-reduce, in turns; processes that one does not need wait meanwhile."""
     world_size = max(setting["W"] for setting in settings)
     with TemporaryDirectory() as folder:
         rest = world_size, Path(folder), settings, arch, sizes, steps, repetitions, device_type
@@ -722,31 +724,31 @@ def scaling_process(rank: int, world_size: int, folder: Path, settings: list[dic
     options |= dict(timeout=timedelta(hours=1), device_id=device if device.type == "cuda" else None)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     groups = {count: dist.new_group(range(count)) for count in sorted({setting["W"] for setting in settings})}
-    steppers = [
-        scaling_step(arch, sizes, groups[setting["W"]], device, **setting) if rank < setting["W"] else None
+    calls = [
+        scaling_calls(arch, sizes, groups[setting["W"]], device, **setting) if rank < setting["W"] else {}
         for setting in settings
     ]
-    times = [[] for _ in settings]
+    times = [{name: [] for name in of_setting} for of_setting in calls]
     for repetition in range(repetitions + 1):  # the first warms up
-        for step, values in zip(steppers, times, strict=True):
+        for of_setting, values in zip(calls, times, strict=True):
             dist.barrier()
-            if step is not None:
+            for name, call in of_setting.items():
                 synchronize(device)
                 start = time.perf_counter()
                 for _ in range(steps):
-                    step()
+                    call()
                 synchronize(device)
-                values += [(time.perf_counter() - start) / steps] * (repetition > 0)
+                values[name] += [(time.perf_counter() - start) / steps] * (repetition > 0)
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(times))
     dist.barrier()  # none may leave while another needs it
     dist.destroy_process_group()
 
 
-def scaling_step(
+def scaling_calls(
     arch: str, sizes: list[int], group: dist.ProcessGroup, device: torch.device, W: int, K: int, small: int, B: int
-) -> Callable[[], None]:
-    """A step of train.py with the other processes of the group, on the same batch each time."""
+) -> dict[str, Callable[[], None]]:
+    """A step of train.py with the group's other processes, on the same batch each time, and its all-reduce alone."""
     torch.manual_seed(0)
     sides = [sizes[0]] * 2 + [sizes[1]] * small
     crops = [torch.randn(B, 3, side, side, device=device).to(memory_format=torch.channels_last) for side in sides]
@@ -764,7 +766,8 @@ def scaling_step(
         return swav_loss(scores, sinkhorn_potentials(scores[:2].detach(), EPSILON, ITERATIONS, group=group))
 
     train = our_trainer(network, model, loss, device)
-    return lambda: train(crops)
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
+    return {"step": lambda: train(crops), "all-reduce": lambda: W > 1 and dist.all_reduce(gradients, group=group)}
 
 
 def traffic(model: SwAV, world_size: int, resolutions: int, on_gpu: bool) -> dict[str, tuple[float, int]]:
