@@ -189,9 +189,7 @@ def run(main: Callable[[], object], after_interrupt: str = "") -> None:
     except (ValueError, FloatingPointError) as error:
         if environment("LOCAL_RANK", 0) != 0:
             time.sleep(15)  # if the first process has the same to say, torchrun ends this one meanwhile
-        message = (str(error).splitlines() or [repr(error)])[
-            -1
-        ]  # an error in a loader's worker comes with its traceback above it
+        *_, message = str(error).splitlines() or [repr(error)]  # below the traceback of a loader's worker
         print(f"error: {message}", file=sys.stderr, flush=True)
         leave = os._exit if dist.is_initialized() else sys.exit  # a clean exit would wait for the other processes
         leave(2 if isinstance(error, ValueError) else 1)
