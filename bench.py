@@ -50,13 +50,14 @@ import sinkhorn_ext
 import study
 from guard import CollapseGuard
 from loss import SwAVLoss
-from model import Conv3x3, SwAV, sync_batchnorm
+from model import Conv3x3, ResNet, SwAV, sync_batchnorm
 from optim import LARS
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
 EPSILON, ITERATIONS, TEMPERATURE = 0.05, 3, 0.1
 SCALES = [0.14, 0.05], [1.0, 0.14]  # smallest and largest share of the image's area, of large and small crops
 PHOTO, SMALL_PHOTO, JPEG_QUALITY = (500, 375), (160, 120), 89  # about 110 KB, as ImageNet's files are
+SMALL_SIDE = 32  # of images whose maps in the last stage have 2x2 pixels
 LEARNING_RATE, WEIGHT_DECAY = 0.01, 1e-6
 PARTS = ("data wait", "copy", "augment", "forward", "codes + loss", "guard", "backward", "all-reduce", "LARS", "other")
 GUARD_LINE, LINE_EVERY = "guard, at a progress line", 50  # steps
@@ -220,7 +221,7 @@ def bench_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 
 def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict]]:
-    """A training step from JPEG files to new weights, the published loop and ours; then LARS on ResNet-50."""
+    """A training step from JPEG files to new weights, the published loop and ours; then LARS, and small maps."""
     on_gpu, rows = device.type == "cuda", []
     arch, sizes, counts = ("resnet50", [224, 96], [2, 6]) if on_gpu else ("resnet18", [64, 32], [2, 4])
     multi_crop = data.MultiCrop(args.size_crops or sizes, args.nmb_crops or counts, *SCALES)
@@ -255,7 +256,15 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     with fresh_process() as process:
         times = run_in(process, lars_times, shapes, args.repetitions, args.threads, device)
     ratios = [("published", "ours"), ("ours", "fused SGD")]
-    return {"steps": rows, "lars": [report({"params": len(shapes)}, times, ratios, is_first=True)]}
+    lars = [report({"params": len(shapes)}, times, ratios, is_first=True)]
+    images = 4 * (args.batch_size or [32])[0]  # as many crops of one size are derived for small images
+    print(
+        f"\nResNet-18, {images} crops of {SMALL_SIDE} pixels, forward and backward on a CPU; torch's: its convolutions"
+    )
+    with fresh_process() as process:
+        times = run_in(process, small_map_times, images, args.repetitions, args.threads)
+    small_maps = [report({"crops": images}, times, [("torch's", "ours")], is_first=True, images=images)]
+    return {"steps": rows, "lars": lars, "small maps": small_maps}
 
 
 def bench_scaling(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict]]:
@@ -509,6 +518,24 @@ def augment_times(
     return measure(candidates, repetitions, device)
 
 
+def with_torchs_convolutions(model: ResNet) -> ResNet:
+    for module in model.modules():
+        if isinstance(module, Conv3x3):
+            module.__class__ = nn.Conv2d
+    return model
+
+
+def small_map_times(images: int, repetitions: int, threads: int) -> Times:
+    cpu = torch.device("cpu")
+    set_up_process(threads, cpu)
+    crops = torch.randn(images, 3, SMALL_SIDE, SMALL_SIDE).to(memory_format=torch.channels_last)
+    networks = {name: ResNet("resnet18", stem="medium") for name in ("torch's", "ours")}
+    with_torchs_convolutions(networks["torch's"])
+    for network in networks.values():
+        network.to(memory_format=torch.channels_last)
+    return measure({name: lambda n=n: n(crops).sum().backward() for name, n in networks.items()}, repetitions, cpu)
+
+
 # The step
 
 
@@ -648,10 +675,7 @@ def published_program(images: data.ImageFiles, run: Run) -> tuple[DataLoader, Ca
     options = dict(num_workers=run.workers, pin_memory=on_gpu, persistent_workers=True)
     options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None  # as for ours
     loader = DataLoader(PublishedCrops(images.paths, run.multi_crop), run.batch_size, shuffle=True, **options)
-    model = SwAV(run.arch, nmb_prototypes=run.nmb_prototypes).to(device)
-    for module in model.modules():
-        if isinstance(module, Conv3x3):
-            module.__class__ = nn.Conv2d  # without what ours gains on small maps
+    model = with_torchs_convolutions(SwAV(run.arch, nmb_prototypes=run.nmb_prototypes)).to(device)
     optimizer, scaler = PublishedLARS(model.parameters()), torch.amp.GradScaler(device.type, enabled=on_gpu)
 
     def step(batch: list[torch.Tensor], mark: Mark) -> None:

@@ -80,6 +80,7 @@ def test_step_of_tiny_sizes(device, tmp_path):
     assert (row["B"], row["K"]) == (4, 7)
     check_row(row, [("published", "ours")], images=4)
     check_row(lars, [("published", "ours"), ("ours", "fused SGD")])
+    check_row(figures["step"]["small maps"][0], [("torch's", "ours")], images=16)
     assert lars["params"] == len(list(SwAV("resnet50").parameters()))
     for program in ("published", "ours"):
         parts = row["parts_ms"][program]
