@@ -124,7 +124,7 @@ def derive(
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
     relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)
     choose_epsilon(relative)
-    choose_queue(0, "embeddings move too fast to be kept")
+    choose_queue(0, "a small set's embeddings move too fast to be kept")
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
     choose("sync_bn", "pytorch", "embeddings must not tell by which process they were made")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
