@@ -224,7 +224,8 @@ def augment_singly(pixels: torch.Tensor, rows: np.ndarray) -> np.ndarray:
 
     pixels: uint8 [N, 3, S, S]. rows: float32 [N, ROW]. Returns float32 [N, 3, S, S].
     """
-    images, black = pixels.float(), torch.zeros(1)
+    images = pixels.float()
+    black = images.new_zeros(1)
     for i, (flip, grey, sigma, hue, *steps) in enumerate(rows.tolist()):
         image = images[i : i + 1]
         if flip:
