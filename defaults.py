@@ -80,16 +80,11 @@ def derive(
         why = "published, for a million images"
         global_batch = world_size * choose("batch_size", 64, why)
         in_thousands = global_batch >= LARGE_BATCH
-        if not in_thousands:
-            choose("sync_bn", "pytorch", f"published, for batches below {LARGE_BATCH}")
-        elif world_size % APEX_GROUP_SIZE:
-            choose(
-                "sync_bn", "pytorch", f"{world_size} processes make no groups of {APEX_GROUP_SIZE}, which are published"
-            )
-        else:
-            choose(
-                "sync_bn", "apex", f"published, for batches from {LARGE_BATCH}: groups of {APEX_GROUP_SIZE} processes"
-            )
+        in_groups = in_thousands and world_size % APEX_GROUP_SIZE == 0
+        why_groups = (
+            f"published: groups of {APEX_GROUP_SIZE} processes for batches from {LARGE_BATCH}, else all of them"
+        )
+        choose("sync_bn", "apex" if in_groups else "pytorch", why_groups)
         nmb_prototypes = choose("nmb_prototypes", 3000, why)
         choose("temperature", 0.1, why)
         relative = choose("relative_epsilon", "off", why)

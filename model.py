@@ -26,9 +26,10 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
-        if x.device.type == "cpu" and out_pixels <= 9 and not torch.is_autocast_enabled("cpu"):
-            return SmallMapConvolution.apply(x, self.weight, self.stride)
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
+            if out_pixels <= 9:
+                return SmallMapConvolution.apply(x, self.weight, self.stride)
         return super().forward(x)
 
 
