@@ -19,14 +19,19 @@ import torch.nn.functional as F
 from torch import nn
 
 
+# On CPUs with AVX-512 oneDNN has a fast weight gradient for small maps; without, it takes up to seven times as long as a
+# product of matrices
+SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 class Conv3x3(nn.Conv2d):
-    """3x3, padded by 1, without bias; faster to train on CPUs than nn.Conv2d where maps are small."""
+    """3x3, padded by 1, without bias; faster to train on CPUs without AVX-512 than nn.Conv2d where maps are small."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if SMALL_MAPS_ARE_SLOW and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
             if out_pixels <= 9:
                 return SmallMapConvolution.apply(x, self.weight, self.stride)
@@ -36,8 +41,8 @@ class Conv3x3(nn.Conv2d):
 class SmallMapConvolution(torch.autograd.Function):
     """A 3x3 convolution whose weight gradient is one matrix product over all images.
 
-    oneDNN, which torch uses on CPUs, takes up to seven times as long for it on maps of 2x2 pixels and below, as in the
-    last stage for crops of 32 pixels, and a little longer on 3x3.
+    oneDNN, which torch uses on CPUs, takes up to seven times as long for it with AVX2 on maps of 2x2 pixels and below, as
+    in the last stage for crops of 32 pixels, and a little longer on 3x3.
     """
 
     @staticmethod

@@ -65,7 +65,8 @@ def test_features_and_statistics_equal_torchvision_bit_for_bit_and_gradients_but
 @pytest.mark.parametrize(
     "height, width, is_small", [(1, 1, True), (2, 3, True), (3, 3, True), (4, 2, True), (7, 8, False)]
 )
-def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(height, width, is_small, stride):
+def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(monkeypatch, height, width, is_small, stride):
+    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
     conv = models.Conv3x3(5, 4, stride).double().to(memory_format=torch.channels_last)
     x = images(3, 5, height, width, dtype=torch.float64).requires_grad_()
     out = conv(x)
@@ -78,7 +79,8 @@ def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(height, width, is_small
         assert ours.stride() == theirs.stride()
 
 
-def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images():
+def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images(monkeypatch):
+    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
     conv = models.Conv3x3(5, 4)
     x = images(3, 5, 2, 2)
     (conv(x).sum()).backward()
@@ -86,13 +88,20 @@ def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images():
     torch.testing.assert_close(conv.weight.grad, expected)
 
 
-def test_small_maps_are_left_to_torch_under_bfloat16_autocast():
+def test_small_maps_are_left_to_torch_under_bfloat16_autocast(monkeypatch):
+    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
     conv = models.Conv3x3(5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(images(3, 5, 2, 2))
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert conv.weight.grad.dtype == torch.float32
+
+
+def test_small_maps_are_left_to_torch_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", False)
+    out = models.Conv3x3(5, 4)(images(3, 5, 2, 2))
+    assert "Convolution" in out.grad_fn.name() and out.grad_fn.name() != "SmallMapConvolutionBackward"
 
 
 @pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
