@@ -18,9 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-
-# On CPUs with AVX-512 oneDNN has a fast weight gradient for small maps; without, it takes up to seven times as long as a
-# product of matrices
+# With AVX-512 oneDNN has a fast weight gradient for them; without, it takes up to seven times as long as one product
 SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -31,18 +29,25 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if SMALL_MAPS_ARE_SLOW and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
-            if out_pixels <= 9:
-                return SmallMapConvolution.apply(x, self.weight, self.stride)
+        if x.device.type != "cpu":
+            return super().forward(x)
+        out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
+        if torch.is_autocast_enabled("cpu"):
+            if out_pixels > 1:
+                return super().forward(x)
+            # some builds return memory never set for the gradient of a stride-2 weight on 1x1 maps
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        if SMALL_MAPS_ARE_SLOW and out_pixels <= 9:
+            return SmallMapConvolution.apply(x, self.weight, self.stride)
         return super().forward(x)
 
 
 class SmallMapConvolution(torch.autograd.Function):
     """A 3x3 convolution whose weight gradient is one matrix product over all images.
 
-    oneDNN, which torch uses on CPUs, takes up to seven times as long for it with AVX2 on maps of 2x2 pixels and below, as
-    in the last stage for crops of 32 pixels, and a little longer on 3x3.
+    oneDNN, which torch uses on CPUs, takes up to seven times as long for it on maps of 2x2 pixels and below, as in the
+    last stage for crops of 32 pixels, and a little longer on 3x3, where the CPU has no AVX-512.
     """
 
     @staticmethod

@@ -88,14 +88,23 @@ def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images(mon
     torch.testing.assert_close(conv.weight.grad, expected)
 
 
-def test_small_maps_are_left_to_torch_under_bfloat16_autocast(monkeypatch):
-    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
-    conv = models.Conv3x3(5, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv(images(3, 5, 2, 2))
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
-    assert conv.weight.grad.dtype == torch.float32
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [1, 2, 3, 6])
+def test_convolutions_have_right_gradients_in_bfloat16(side, stride):
+    # stride 2 on 1x1 is where some CPU builds return memory never set, which is filled with large numbers before
+    conv = models.Conv3x3(256, 512, stride)
+    x = images(64, 256, side, side).to(memory_format=torch.channels_last).requires_grad_()
+
+    def gradients(in_bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = conv(x).float().square().sum()
+        spoiled = [torch.full_like(conv.weight, 1e4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 2]
+        del spoiled
+        return torch.autograd.grad(loss, (x, conv.weight))
+
+    exact = gradients(in_bfloat16=False)
+    for rounded in (gradients(in_bfloat16=True) for _ in range(5)):
+        assert all((ours - right).norm() < 0.02 * right.norm() for ours, right in zip(rounded, exact, strict=True))
 
 
 def test_small_maps_are_left_to_torch_where_it_is_fast(monkeypatch):

@@ -541,25 +541,7 @@ def test_more_processes_than_gpus_says_what_to_type(monkeypatch):
             module.choose_device("auto")
 
 
-def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(images, tmp_path, monkeypatch):
-    convolution = torch.nn.functional.conv2d
-
-    def broken_in_bf16(*inputs, **options):
-        out = convolution(*inputs, **options)
-        return out * 1e20 if torch.is_autocast_enabled("cpu") else out
-
-    monkeypatch.setattr(torch.nn.functional, "conv2d", broken_in_bf16)
-    with pytest.raises(ValueError, match="--precision bf16: .* gradients .*--precision fp32"):
-        run_training(images, tmp_path, "--precision", "bf16")
-
-
-def test_the_check_of_bf16_gradients_does_not_depend_on_what_memory_holds():
-    assert len({train.cpu_bf16_gradients_are_right() for _ in range(8)}) == 1
-
-
-def test_bf16_trains_where_its_gradients_are_right(images, tmp_path):
-    if not train.cpu_bf16_gradients_are_right():
-        pytest.skip("this CPU's bf16 gradients are wrong")
+def test_bf16_trains_on_a_cpu(images, tmp_path):
     checkpoint = run_training(images, tmp_path, "--precision", "bf16", "--epochs", "1")
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
 
