@@ -142,7 +142,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     add = partial(option, parser.add_argument_group("machine"))
     add("device", "auto", str, "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
-    add("precision", None, str, "default: bf16 on GPUs (older ones: fp16), fp32 on CPUs", choices=tuple(DTYPES))
+    add("precision", None, str, "default: bf16 if the device has it, else fp32, on GPUs fp16", choices=tuple(DTYPES))
     add("use_fp16", None, str.lower, "older spelling: true is --precision fp16, false fp32", choices=("true", "false"))
     add("sync_bn", None, str, "pytorch: BatchNorm over all processes; apex: over groups of them, as published with "
         "apex, which is not needed; none: each its own, which shows in embeddings",
@@ -334,7 +334,9 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     """The dtype of the forward pass. Raises ValueError where the device cannot train in it."""
     if precision is None and device.type == "cuda":  # GPUs before 2020 have fp16 alone
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = DTYPES[precision or "fp32"]
+    elif precision is None:  # Intel's CPUs with AVX512-BF16 or AMX, AMD's from Zen 4 on; torch names it nowhere else
+        precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    dtype = DTYPES[precision]
     if device.type == "cpu" and dtype == torch.float16:
         raise ValueError("--precision fp16: expected fp32 or bf16 on a CPU; fp16 needs a GPU")
     return dtype

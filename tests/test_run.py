@@ -31,7 +31,7 @@ TINY = (
     "--arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
     "--nmb_crops 2 1 --size_crops 16 9 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --batch_size 4 --epochs 4 "
     "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu "
-    "--temperature 0.1 --epsilon 0.05 --base_lr 0.6 --final_lr 0.0006"
+    "--temperature 0.1 --epsilon 0.05 --base_lr 0.6 --final_lr 0.0006 --precision fp32"
 ).split()
 
 
@@ -539,6 +539,14 @@ def test_more_processes_than_gpus_says_what_to_type(monkeypatch):
     for module in (train, eval_linear):
         with pytest.raises(ValueError, match=r"2 GPU\(s\).*--nproc_per_node=2"):
             module.choose_device("auto")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert train.choose_precision(None, torch.device("cpu")) == expected
+    assert train.choose_precision("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_bf16_trains_on_a_cpu(images, tmp_path):
