@@ -533,6 +533,17 @@ def test_queue_is_rounded_down_and_one_that_never_starts_is_said(images, tmp_pat
     assert checkpoint["queue"]["embeddings"].shape == (2, 8, 8)
 
 
+SPUN = [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
+
+
+@pytest.mark.parametrize("given, used", SPUN)
+def test_threads_wait_briefly_unless_told_otherwise(monkeypatch, given, used):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    asks = "import os, train; print(os.environ.get('GOMP_SPINCOUNT', ''))"
+    assert script(sys.executable, "-c", asks, **given).stdout.strip() == used
+
+
 def test_more_processes_than_gpus_says_what_to_type(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
