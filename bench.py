@@ -53,6 +53,7 @@ from loss import SwAVLoss
 from model import Conv3x3, ResNet, SwAV, sync_batchnorm
 from optim import LARS
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
+from train import choose_precision
 
 EPSILON, ITERATIONS, TEMPERATURE = 0.05, 3, 0.1
 SCALES = [0.14, 0.05], [1.0, 0.14]  # smallest and largest share of the image's area, of large and small crops
@@ -231,7 +232,9 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     threads = {"published": args.threads if on_gpu else max(1, args.threads - workers), "ours": args.threads}
     print(f"\ntraining step, {arch}, {describe_crops(multi_crop)}, ms, from files of 500x375 pixels to new weights")
     is_compiled = args.compile == "on" or (on_gpu and args.compile is None)
-    print("published: fp16 with GradScaler, ours: bf16" if on_gpu else f"float32; threads: {threads}", end="; ")
+    ours = str(choose_precision(None, device)).removeprefix("torch.")
+    print(f"published: {'float16 with GradScaler' if on_gpu else 'float32'}, ours: {ours}", end="; ")
+    print("" if on_gpu else f"threads: {threads}; ", end="")
     print("ours compiled; " if is_compiled else "", end="")
     print(f"{workers} loader worker(s) each; turns of {steps} step(s), from one batch's arrival to another's")
     for batch_size in args.batch_size or [64 if on_gpu else 32]:
@@ -648,12 +651,13 @@ def our_trainer(
     watch: Callable[[torch.Tensor, Mark], None] = lambda embeddings, mark: None,
 ) -> Callable:
     """A step of train.py on placed crops. network: the model, or DistributedDataParallel around it."""
+    dtype = choose_precision(None, device)
     optimizer = LARS(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def train(crops: list[torch.Tensor], mark: Mark = no_mark) -> None:
         model.normalize_prototypes()
         mark("other")
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             embeddings, scores = network(crops)
         mark("forward")
         loss = swav_loss(embeddings, scores, model.prototypes.weight)
