@@ -101,11 +101,20 @@ def _update_together(
 def _update_one_by_one(
     params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
-    """The same for CPUs, where memory is what costs: a parameter stays in the cache for all of its operations."""
-    decays = group["weight_decay"] * trust_ratios
-    for p, grad, buffer, trust_ratio, decay in zip(params, grads, buffers, trust_ratios, decays, strict=True):
-        buffer.mul_(group["momentum"]).addcmul_(grad, trust_ratio).addcmul_(p, decay)
-        p.add_(buffer, alpha=-group["lr"])
+    """The same for CPUs, where memory is what costs: all operations in one pass where torch has that."""
+    momentum, weight_decay, lr = group["momentum"], group["weight_decay"], group["lr"]
+    rest = dict(momentum=momentum, weight_decay=weight_decay, lr=lr, nesterov=False, maximize=False)
+    for p, grad, buffer, trust_ratio in zip(params, grads, buffers, trust_ratios.tolist(), strict=True):
+        if momentum and _is_dense(p) and p.stride() == grad.stride() == buffer.stride():  # as it walks through memory
+            # torch's SGD adds (1 - dampening) * (g + weight_decay * p) to its momentum
+            torch._fused_sgd_([p], [grad], [buffer], dampening=1 - trust_ratio, is_first_step=False, **rest)
+        else:
+            buffer.mul_(momentum).add_(grad, alpha=trust_ratio).add_(p, alpha=trust_ratio * weight_decay)
+            p.add_(buffer, alpha=-lr)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def warmup_cosine(

@@ -98,6 +98,28 @@ def test_gradients_are_left_as_they_were():
             assert params[name].grad is None if grad is None else torch.equal(params[name].grad, grad)
 
 
+LAYOUTS = {
+    "channels_last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other number": lambda tensor: torch.stack([tensor, -tensor], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("of_p", LAYOUTS)
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+def test_the_order_of_numbers_in_memory_does_not_matter(of_p, of_grad):
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(4, 3, 5, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    results = []
+    for p, its_grad in ((start.clone(), grad), (LAYOUTS[of_p](start), LAYOUTS[of_grad](grad))):
+        optimizer = LARS([p.requires_grad_()], lr=0.5, weight_decay=0.1)
+        for _ in range(2):
+            p.grad = its_grad
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
 def test_no_value_is_read_on_the_host():
     params = new_params(device="meta")  # has no values: reading one raises
     optimizer = new_optimizer(params)
