@@ -233,8 +233,8 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     print(f"\ntraining step, {arch}, {describe_crops(multi_crop)}, ms, from files of 500x375 pixels to new weights")
     is_compiled = args.compile == "on" or (on_gpu and args.compile is None)
     ours = str(choose_precision(None, device)).removeprefix("torch.")
-    print(f"published: {'float16 with GradScaler' if on_gpu else 'float32'}, ours: {ours}", end="; ")
-    print("" if on_gpu else f"threads: {threads}; ", end="")
+    theirs, on_threads = ("float16 with GradScaler", "") if on_gpu else ("float32", f"threads: {threads}; ")
+    print(f"published: {theirs}, ours: {ours}; {on_threads}", end="")
     print("ours compiled; " if is_compiled else "", end="")
     print(f"{workers} loader worker(s) each; turns of {steps} step(s), from one batch's arrival to another's")
     for batch_size in args.batch_size or [64 if on_gpu else 32]:

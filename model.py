@@ -29,17 +29,15 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
-        if torch.is_autocast_enabled("cpu"):
-            if out_pixels > 1:
-                return super().forward(x)
-            # some builds return memory never set for the gradient of a stride-2 weight on 1x1 maps
-            with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float())
-        if SMALL_MAPS_ARE_SLOW and out_pixels <= 9:
-            return SmallMapConvolution.apply(x, self.weight, self.stride)
+        if x.device.type == "cpu":
+            out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
+            is_autocast = torch.is_autocast_enabled("cpu")
+            if is_autocast and out_pixels == 1:
+                # some builds return memory never set for a stride-2 weight's bf16 gradient on 1x1 maps
+                with torch.autocast("cpu", enabled=False):
+                    return super().forward(x.float())
+            if SMALL_MAPS_ARE_SLOW and not is_autocast and out_pixels <= 9:
+                return SmallMapConvolution.apply(x, self.weight, self.stride)
         return super().forward(x)
 
 
