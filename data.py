@@ -68,6 +68,7 @@ def step_of(name: str, order: Sequence[str]) -> int:
 
 # Where in a row the numbers of brightness, contrast and saturation stand, by the number of the order: [24, 9].
 COLUMNS = np.array([[4 + 3 * step_of(name, order) + i for name in JITTER for i in range(3)] for order in JITTER_ORDERS])
+LEAST_BLUR, MOST_BLUR = 0.1, 2.0  # published, for crops of 224 pixels
 SMALLEST_CROP = 7  # the blur's largest kernel reaches 6 pixels, and reflects at the border
 
 
@@ -75,9 +76,9 @@ class MultiCrop:
     """Image -> list of crops, V = sum(nmb_crops) float32 tensors [3, S, S], mean subtracted, divided by std.
 
     size_crops, nmb_crops, min_scale_crops, max_scale_crops: per resolution, the crops' side in pixels, their number,
-    and the range of the area they cut out, as a share of the image. Use it as the transform of any Dataset of images,
-    PIL or uint8 [3, H, W]. Randomness comes from `rng`, or from torch's global generator (which DataLoader seeds in
-    each worker).
+    and the range of the area they cut out, as a share of the image. blur_sigma: of the strongest blur, in pixels; 0 for
+    none. Use it as the transform of any Dataset of images, PIL or uint8 [3, H, W]. Randomness comes from `rng`, or from
+    torch's global generator (which DataLoader seeds in each worker).
     Raises ValueError for lists of unequal length or values out of range.
     """
 
@@ -87,6 +88,7 @@ class MultiCrop:
         nmb_crops: Sequence[int],
         min_scale_crops: Sequence[float],
         max_scale_crops: Sequence[float],
+        blur_sigma: float = MOST_BLUR,
     ) -> None:
         lists = dict(size_crops=size_crops, nmb_crops=nmb_crops)
         lists |= dict(min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
@@ -106,8 +108,11 @@ class MultiCrop:
                     "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
                     f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
                 )
+        if not 0 <= blur_sigma <= MOST_BLUR:
+            raise ValueError(f"blur_sigma: expected 0 to {MOST_BLUR:g} pixels, got {blur_sigma:g}")
         self.size_crops, self.nmb_crops = tuple(size_crops), tuple(nmb_crops)
         self.scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
+        self.blur_sigma = blur_sigma
 
     def sample(
         self, sizes: Sequence[tuple[int, int]], rngs: Sequence[np.random.Generator]
@@ -119,7 +124,7 @@ class MultiCrop:
         uniforms = np.stack([rng.random((sum(self.nmb_crops), UNIFORMS)) for rng in rngs])  # [B, V, UNIFORMS]
         scales = np.repeat(self.scales, self.nmb_crops, axis=0)  # [V, 2]
         boxes = sample_boxes(np.array(sizes)[:, None], scales, uniforms[..., :BOX_UNIFORMS])
-        return boxes, sample_rows(uniforms[..., BOX_UNIFORMS:])
+        return boxes, sample_rows(uniforms[..., BOX_UNIFORMS:], self.blur_sigma)
 
     def cut(
         self, images: Sequence[Image.Image | torch.Tensor], rngs: Sequence[np.random.Generator]
@@ -172,14 +177,15 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
     return np.stack([top, left, box_height, box_width], axis=-1).astype(np.int64)
 
 
-def sample_rows(uniforms: np.ndarray) -> np.ndarray:
-    """Rows float32 [..., ROW] from uniforms [..., 10] in [0, 1)."""
+def sample_rows(uniforms: np.ndarray, blur_sigma: float) -> np.ndarray:
+    """Rows float32 [..., ROW] from uniforms [..., 10] in [0, 1) and the largest sigma of the blur."""
+    least_blur = min(LEAST_BLUR, blur_sigma)
     flip, grey, blurred, sigma, jittered, order, hue, *factors = np.moveaxis(uniforms, -1, 0)
     jittered, order = jittered < 0.8, (order * len(JITTER_ORDERS)).astype(np.int64)
     rows = np.zeros((*uniforms.shape[:-1], ROW))
     rows[..., 0] = flip < 0.5
     rows[..., 1] = grey < 0.2
-    rows[..., 2] = (blurred < 0.5) * (0.1 + 1.9 * sigma)
+    rows[..., 2] = (blurred < 0.5) * (least_blur + (blur_sigma - least_blur) * sigma)
     rows[..., 3] = jittered * HUE_JITTER * (2 * hue - 1)
     numbers = [
         number

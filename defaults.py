@@ -16,7 +16,7 @@ LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's 
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
-    "batch_size", *CROP_LISTS, "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
+    "batch_size", *CROP_LISTS, "blur_sigma", "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
     "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
     "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
@@ -73,6 +73,8 @@ def derive(
         crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
     side = choose_crops(*crops, reason=why)
+    blur_sigma = round(min(2.0, 2 * side / PUBLISHED_SIDE), 2)
+    choose("blur_sigma", blur_sigma, "published" if blur_sigma == 2 else f"the published share of {side} pixels")
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
 

@@ -34,7 +34,7 @@ from optim import LARS
 NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"
 PUBLISHED = (
     "--batch_size 64 --nmb_prototypes 3000 --temperature 0.1 --relative_epsilon off --epsilon 0.05 --queue_length 0 "
-    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0"
+    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --blur_sigma 2"
 )
 # name: (options, change to the program)
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -64,6 +64,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "2 crops": ("--nmb_crops 2", ""),
     "published crop scales": ("--min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "crops from 0.6": ("--min_scale_crops 0.6", ""),
+    "blur 2": ("--blur_sigma 2", ""),
     "linear head": ("--hidden_mlp 0", ""),
     "width 32": ("--width 32", ""),
     "two blocks": ("--blocks 2 2 2 2 --hidden_mlp 2048", ""),

@@ -109,6 +109,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
     add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")
+    add("blur_sigma", None, weight, "of the strongest blur, in pixels, 0 for none; weaker keeps fine textures")
 
     add = partial(option, parser.add_argument_group("model"))
     add("arch", "resnet50", str, "backbone", choices=list(ARCHS))
@@ -274,7 +275,9 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
-    return MultiCrop(args.size_crops, args.nmb_crops, args.min_scale_crops, args.max_scale_crops)
+    return MultiCrop(
+        args.size_crops, args.nmb_crops, args.min_scale_crops, args.max_scale_crops, blur_sigma=args.blur_sigma
+    )
 
 
 def build_model(args: argparse.Namespace) -> SwAV:

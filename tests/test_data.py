@@ -184,7 +184,7 @@ def random_crops(count, size, seed=0):
     rng = np.random.default_rng(seed)
     slopes = rng.uniform(-3, 3, (2, count, 3, 1, 1)) * np.stack(np.meshgrid(*2 * [np.arange(size)]))[:, None, None]
     pixels = rng.uniform(40, 215, (count, 3, 1, 1)) + slopes.sum(0) + rng.normal(0, 8, (count, 3, size, size))
-    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), sample_rows(rng.random((count, 10)))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), sample_rows(rng.random((count, 10)), blur_sigma=2.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -278,6 +278,23 @@ def test_jitter_factors_and_blur_are_uniform_in_their_ranges(draws):
     ):
         assert_uniform([jitter[name] for jitter in jitters], low, high)
     assert_uniform([row[2] for row in draws[1] if row[2]], 0.1, 2.0)
+
+
+@pytest.mark.parametrize("blur_sigma, least", [(0, 0), (0.05, 0.05), (0.43, 0.1), (2, 0.1)])
+def test_a_weaker_blur_leaves_all_else_that_is_drawn(draws, blur_sigma, least):
+    transform = MultiCrop([96], [4000], [0.05], [0.14], blur_sigma=blur_sigma)
+    boxes, rows = (drawn[0] for drawn in transform.sample([(4000, 3000)], [np.random.default_rng(0)]))
+    assert (boxes == draws[0]).all() and (np.delete(rows, 2, axis=1) == np.delete(draws[1], 2, axis=1)).all()
+    blurred = draws[1][:, 2] > 0
+    assert (rows[~blurred, 2] == 0).all()
+    shares = (draws[1][blurred, 2] - 0.1) / 1.9
+    np.testing.assert_allclose(rows[blurred, 2], least + (blur_sigma - least) * shares, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("blur_sigma", [-0.1, 2.5, float("nan")])
+def test_a_blur_out_of_range_is_refused(blur_sigma):
+    with pytest.raises(ValueError, match="blur_sigma: expected 0 to 2 pixels, got "):
+        MultiCrop(*TWO_SIZES, blur_sigma=blur_sigma)
 
 
 def test_jitter_comes_in_all_24_orders_equally_often(draws):

@@ -26,7 +26,7 @@ def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
         given["nmb_crops"] = [2]
     derived = values(**IMAGENET, world_size=world_size, epochs=args.epochs, given=given)
     expected = {name: getattr(args, name) for name in derived}
-    expected |= dict(temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet")
+    expected |= dict(blur_sigma=2.0, temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet")
     unset = {name for name, value in expected.items() if value is None}  # what the recipe leaves open does not matter
     assert unset <= {"epoch_queue_starts", "start_warmup"}
     assert {n: v for n, v in derived.items() if n not in unset} == {n: v for n, v in expected.items() if n not in unset}
@@ -54,6 +54,12 @@ def test_small_crops_are_left_out_where_they_would_be_tiny_unless_two_resolution
     two = values(**SMALL, given={"nmb_crops": [2, 4]})
     assert two["size_crops"] == [32, 16] and len(two["min_scale_crops"]) == len(two["max_scale_crops"]) == 2
     assert values(**SMALL, given={"nmb_crops": [2, 2, 2]})["size_crops"] == [32, 16]
+
+
+@pytest.mark.parametrize("side, blur_sigma", [(28, 0.29), (64, 0.43), (120, 0.86), (300, 2), (500, 2)])
+def test_crops_are_blurred_by_the_published_share_of_their_side(side, blur_sigma):
+    assert values(**(SMALL | {"image_side": side}), given={})["blur_sigma"] == blur_sigma
+    assert values(**(SMALL | {"image_side": side}), given={"size_crops": [224, 96]})["blur_sigma"] == 2
 
 
 def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():

@@ -176,10 +176,10 @@ def test_the_run_itself_follows_the_reference(tmp_path, double_precision):
         pixels = torch.randint(0, 256, (24, 20, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
     options = f"""--data_path {tmp_path}/images --nmb_crops 2 2 --size_crops 16 9 --min_scale_crops 0.3 0.1
-        --max_scale_crops 1 0.3 --arch resnet18 --width 4 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8
-        --nmb_prototypes 12 --batch_size 4 --epochs 4 --warmup_epochs 1 --start_warmup 0.3 --base_lr 2 --final_lr 0.1
-        --freeze_prototypes_niters 5 --queue_length 8 --epoch_queue_starts 1 --seed 7 --workers 0 --log_freq 1
-        --temperature 0.1 --epsilon 0.05 --augment workers --device cpu --dump_path {tmp_path}/run"""
+        --max_scale_crops 1 0.3 --blur_sigma 2 --arch resnet18 --width 4 --blocks 1 1 1 1 --stem small --hidden_mlp 16
+        --feat_dim 8 --nmb_prototypes 12 --batch_size 4 --epochs 4 --warmup_epochs 1 --start_warmup 0.3 --base_lr 2
+        --final_lr 0.1 --freeze_prototypes_niters 5 --queue_length 8 --epoch_queue_starts 1 --seed 7 --workers 0
+        --log_freq 1 --temperature 0.1 --epsilon 0.05 --augment workers --device cpu --dump_path {tmp_path}/run"""
     args = train.parse_args(options.split())
     train.main(args)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

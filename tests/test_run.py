@@ -467,6 +467,7 @@ def test_both_spellings_and_older_options_are_understood():
         ("--data_path {tmp}/nowhere", "--data_path: expected a folder, got .*nowhere$"),
         ("--data_path {tmp}", "data_path: expected image files .* found none"),
         ("--nmb_crops 2 6 --size_crops 224", "--nmb_crops: expected 1 values.* got .2, 6"),
+        ("--blur_sigma 3", "--blur_sigma: expected 0 to 2 pixels, got 3"),
         ("--min_scale_crops 0.5 0.5 --max_scale_crops 1 0.3", "--min_scale_crops, max_scale_crops: expected 0 < min"),
         ("--crops_for_assign 0 3", "--crops_for_assign: expected crops of 0..2, got .0, 3"),
         ("--nmb_prototypes 1", "--nmb_prototypes: expected .* from 2, got 1"),
