@@ -74,7 +74,8 @@ def derive(
         why += f", and none of {small} pixels, too few to tell the image by"
     side = choose_crops(*crops, reason=why)
     blur_sigma = round(min(2.0, 2 * side / PUBLISHED_SIDE), 2)
-    choose("blur_sigma", blur_sigma, "published" if blur_sigma == 2 else f"the published share of {side} pixels")
+    why = f"published 2 for {PUBLISHED_SIDE} pixels" + (f", in proportion for {side}" if blur_sigma < 2 else "")
+    choose("blur_sigma", blur_sigma, why)
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
 
