@@ -109,7 +109,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
     add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")
-    add("blur_sigma", None, weight, "of the strongest blur, in pixels, 0 for none; weaker keeps fine textures")
+    add("blur_sigma", None, weight, "sigma of the strongest blur, in pixels, 0 for none; less keeps textures")
 
     add = partial(option, parser.add_argument_group("model"))
     add("arch", "resnet50", str, "backbone", choices=list(ARCHS))
