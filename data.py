@@ -68,7 +68,7 @@ def step_of(name: str, order: Sequence[str]) -> int:
 
 # Where in a row the numbers of brightness, contrast and saturation stand, by the number of the order: [24, 9].
 COLUMNS = np.array([[4 + 3 * step_of(name, order) + i for name in JITTER for i in range(3)] for order in JITTER_ORDERS])
-LEAST_BLUR, MOST_BLUR = 0.1, 2.0  # published, for crops of 224 pixels
+LEAST_BLUR, MOST_BLUR = 0.1, 2.0  # sigmas in pixels, published for crops of 224 and of 96 pixels
 SMALLEST_CROP = 7  # the blur's largest kernel reaches 6 pixels, and reflects at the border
 
 
