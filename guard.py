@@ -9,10 +9,12 @@ A collapsed run sits at a loss of ln K: embeddings have drawn together, their sc
 codes are uniform, and uniform codes pull nothing apart. The balance of codes (Caron et al. 2020, section 3.1) rules out
 that all images share one prototype, not this. Where prototypes are many, a run can leave ln K by a percent or two while
 nearly uniform codes, balanced as they are, have their largest entries on a few prototypes: that has learned nothing
-either. Copy this file to use it elsewhere: it needs torch alone.
+either. Nor has one in which all images of a step have one embedding, which a queue rewards with a loss that falls.
+Copy this file to use it elsewhere: it needs torch alone.
 """
 
 import math
+from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ import torch.distributed as dist
 STUCK = 0.99  # of ln K: a loss above it has learned nothing (unstable runs swing about ln K by half a percent)
 STUCK_CROWDED = 0.98  # the same where codes crowd
 CROWDED = 1 / 8  # distinct codes below it (0.05 in runs made to collapse, 0.2 and more in others, `bench.py collapse`)
+ALIKE = 0.05  # embedding_std below it: one embedding for all images (0.4 and more in runs that learn)
 GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
 STREAK = 0.1  # share of the run that it must last
 LINES = 3  # and measures in which it must show
@@ -33,6 +36,7 @@ class CollapseGuard:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
         self.counted = 0  # codes since the last line, of this process
         self.prototypes: torch.Tensor | None = None  # of `share_changed`
+        self.spreads: deque[float] = deque(maxlen=LINES)  # embedding_std of the latest lines
         self.streak: list[tuple[float, int]] = []  # share of the run and steps done at the latest lines, all stuck
 
     @torch.no_grad()
@@ -110,7 +114,9 @@ class CollapseGuard:
 
         row: of `measure`. share_done: of the run's steps. step: steps done. True once a streak.
         """
-        if not is_stuck(row) or share_done < GRACE:
+        self.spreads.append(row["embedding_std"])
+        lowest = min(self.spreads)  # as in a batch now and then one image differs from all others, which are alike
+        if not is_stuck(row | {"embedding_std": lowest}) or share_done < GRACE:
             self.streak = []
             return False
         self.streak.append((share_done, step))
@@ -127,4 +133,5 @@ class CollapseGuard:
 
 def is_stuck(row: dict[str, float]) -> bool:
     """Whether a row of `CollapseGuard.measure` is one of a run that learns nothing."""
-    return row["loss_per_ln_k"] >= (STUCK_CROWDED if row["distinct_codes"] < CROWDED else STUCK)
+    mark = STUCK_CROWDED if row["distinct_codes"] < CROWDED else STUCK
+    return row["loss_per_ln_k"] >= mark or row["embedding_std"] < ALIKE

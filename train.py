@@ -166,8 +166,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("log_freq", 50, counted, "steps between progress lines")
     add("tensorboard", "off", str, "the numbers of metrics.jsonl for TensorBoard, in dump_path/tensorboard",
         choices=("on", "off"), nargs="?", const="on")  # fmt: skip
-    add("on_collapse", "warn", str, "when the loss stays at ln K: warn, with the likely cause; stop; or recover: go "
-        f"back to the last good epoch and change one thing, at most {RECOVERIES} times",
+    add("on_collapse", "warn", str, "when the loss stays at ln K or embeddings are all alike: warn, with the cause; "
+        f"stop; or recover: go back to the last good epoch and change one thing, at most {RECOVERIES} times",
         choices=("warn", "stop", "recover"))  # fmt: skip
     for name in REPLACED_BY_TORCHRUN:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -666,16 +666,16 @@ def probe_codes(model: SwAV, swav_loss: SwAVLoss, images: torch.Tensor, batch_si
 
 
 class Collapse(Exception):
-    """The loss is stuck at ln K, and the run is to go back and change something."""
+    """Nothing is learned, and the run is to go back and change something."""
 
 
 def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
     """Say that the run is collapsing, and why; then go on, or raise as --on_collapse has it."""
     cause, change = remedy(args)
     told = (
-        f"collapsing: the loss has stayed at {row['loss_per_ln_k']:.3f} ln K (codes have {row['code_entropy']:.0%} of "
-        f"their largest entropy and choose {row['prototypes_in_use']:.0%} of the prototypes, embeddings have "
-        f"{row['embedding_std']:.0%} of their largest spread); "
+        f"collapsing: the loss is at {row['loss_per_ln_k']:.3f} ln K, codes have {row['code_entropy']:.0%} of their "
+        f"largest entropy and choose {row['prototypes_in_use']:.0%} of the prototypes, embeddings have "
+        f"{row['embedding_std']:.0%} of their largest spread; "
         f"likely cause: {cause}; try {spelled(change)}"
     )
     if args.on_collapse != "recover":
@@ -691,12 +691,15 @@ def answer_collapse(args: argparse.Namespace, row: dict, dump: Path) -> None:
 
 
 def remedy(args: argparse.Namespace) -> tuple[str, dict[str, str | float]]:
-    """The likely cause of a loss stuck at ln K, and the options to change."""
+    """The likely cause of a collapse, and the options to change."""
     if args.relative_epsilon == "off":
         cause = (
             f"scores of different images differ by too little beside --epsilon {args.epsilon:g}, so codes are uniform"
         )
         return cause, {"relative_epsilon": "on", "epsilon": RELATIVE_EPSILON}
+    if args.queue_length:
+        cause = f"codes tell the {args.queue_length} older embeddings of --queue_length from new ones, not images"
+        return cause, {"queue_length": 0}
     rates = {name: getattr(args, name) for name in ("base_lr", "final_lr", "start_warmup")}
     rates = {name: float(f"{rate / 3:.4g}") for name, rate in rates.items() if rate}
     return f"weights move too fast at --base_lr {args.base_lr:g} for codes to settle", rates
@@ -785,7 +788,7 @@ def resume(
     queue_length = checkpoint["queue"]["embeddings"].shape[1]
     if queue_length == args.queue_length and len(checkpoint["queue"]["embeddings"]) == len(args.crops_for_assign):
         swav_loss.scatter_queue(checkpoint["queue"], args.batch_size)
-    elif queue_length:
+    elif queue_length and args.queue_length:
         say(f"--queue_length: now {args.queue_length}, was {queue_length}: the queue starts empty")
     return epochs_done
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_processes
 
-from guard import CROWDED, STUCK, STUCK_CROWDED, CollapseGuard, is_stuck
+from guard import ALIKE, CROWDED, STUCK, STUCK_CROWDED, CollapseGuard, is_stuck
 
 A, B, D, K = 2, 6, 5, 8
 
@@ -76,11 +76,16 @@ def test_two_processes_measure_what_one_does():
         assert changed == [None, pytest.approx(2 / 6)]
 
 
-def first_word(losses: list[float], distinct_codes: float = 1.0, steps: int = 5000) -> float | None:
+def first_word(losses: list[float], steps: int = 5000, **measures: float) -> float | None:
     """Share of the run done when the rule speaks, given the loss over ln K of equally spaced lines."""
+    healthy = {"distinct_codes": 1.0, "embedding_std": 0.8}
+    rows = [healthy | {"loss_per_ln_k": loss} | measures for loss in losses]
+    return first_of(rows, steps)
+
+
+def first_of(rows: list[dict[str, float]], steps: int) -> float | None:
     guard = CollapseGuard(K)
-    shares = [(i + 1) / len(losses) for i in range(len(losses))]
-    rows = [{"loss_per_ln_k": loss, "distinct_codes": distinct_codes} for loss in losses]
+    shares = [(i + 1) / len(rows) for i in range(len(rows))]
     spoken = [
         share
         for share, row in zip(shares, rows, strict=True)
@@ -118,4 +123,14 @@ def test_codes_that_crowd_on_few_prototypes_tell_it_a_little_below_ln_k():
     assert first_word([1.02] + [0.9] * 11, distinct_codes=0.05) is None  # few clusters, well predicted
     for distinct, mark in ((CROWDED - 0.01, STUCK_CROWDED), (CROWDED, STUCK)):
         for loss in (mark, mark - 1e-6):
-            assert is_stuck({"loss_per_ln_k": loss, "distinct_codes": distinct}) == (loss >= mark)
+            row = {"loss_per_ln_k": loss, "distinct_codes": distinct, "embedding_std": ALIKE}
+            assert is_stuck(row) == (loss >= mark)
+
+
+def test_embeddings_that_are_all_alike_tell_it_at_any_loss():
+    assert first_word([1.02] + [0.8] * 29, embedding_std=ALIKE - 0.01) <= 1 / 3
+    assert first_word([1.02] + [0.8] * 29, embedding_std=ALIKE) is None
+    now_and_then = [
+        {"loss_per_ln_k": 0.8, "distinct_codes": 0.3, "embedding_std": 0.0 if i % 3 == 0 else 0.4} for i in range(30)
+    ]
+    assert first_of(now_and_then, steps=5000) <= 1 / 3

@@ -758,6 +758,19 @@ def test_an_epoch_is_good_by_its_mean_loss_not_by_its_last_line(images, tmp_path
     assert len(judged) == 10 and judged != last_lines
 
 
+def test_recover_leaves_out_the_queue_before_it_slows_the_run(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.CollapseGuard, "is_collapsing", lambda self, row, share_done, step: share_done > 0.25)
+    monkeypatch.setattr(train, "is_stuck", lambda row: False)  # every epoch counts as good
+    words = ["--on_collapse", "recover", "--relative_epsilon", "on", "--queue_length", "4", "--epoch_queue_starts", "0"]
+    train_stuck(images, tmp_path / "run", *words, base_lr=0.9)
+    out = capsys.readouterr().out
+    assert "likely cause: codes tell the 4 older embeddings of --queue_length from new ones" in out
+    told = re.findall(r"recovering .* times\): back to (\d) epochs done, (.*)", out)
+    assert told[0] == ("2", "--queue_length 4 -> 0") and told[1][1].startswith("--base_lr 0.9 -> 0.3")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
+    assert checkpoint["epoch"] == 10 and checkpoint["queue"]["embeddings"].shape[1] == 0
+
+
 def test_two_processes_recover_together(images, tmp_path):
     (tmp_path / "main.py").write_text("import sys, guard, train; guard.LEAST_STEPS = 0\n")
     with (tmp_path / "main.py").open("a") as file:
