@@ -9,6 +9,7 @@ Copy this file to use it elsewhere: it needs nothing else.
 from collections.abc import Mapping
 
 LARGE_SET = 500_000  # images from which the published recipes hold, which were found on 1.28 million
+SMALL_SET = 8_000  # images up to which rates are as found on 5,000, and blurs too weak to hide textures
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
 APEX_GROUP_SIZE = 8  # processes whose BatchNorm statistics these have in common
 PUBLISHED_SIDE = 224  # pixels of the images from which crops are the published ones there
@@ -73,9 +74,11 @@ def derive(
         crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
     side = choose_crops(*crops, reason=why)
-    blur_sigma = round(min(2.0, 2 * side / PUBLISHED_SIDE), 2)
-    why = f"published 2 for {PUBLISHED_SIDE} pixels" + (f", in proportion for {side}" if blur_sigma < 2 else "")
-    choose("blur_sigma", blur_sigma, why)
+    if images <= SMALL_SET and side < PUBLISHED_SIDE:
+        why = f"published 2 for {PUBLISHED_SIDE} pixels, in proportion for {side}, which else hides textures for long"
+        choose("blur_sigma", round(2 * side / PUBLISHED_SIDE, 2), why)
+    else:
+        choose("blur_sigma", 2.0, "published")
     cheaper = ", at a quarter of small's cost" if side <= 32 else ""
     choose("stem", "imagenet" if side >= 96 else "medium", f"crops of {side} pixels{cheaper}")
 
@@ -126,5 +129,5 @@ def derive(
     choose("freeze_prototypes_niters", 0, "no gain seen from frozen prototypes")
     choose("sync_bn", "pytorch", "embeddings must not tell by which process they were made")
     why = "2.4 for a batch of 64, with the batch's root; from 8,000 images on falling with theirs, to the published 0.6"
-    choose_rates(min(4.8, 0.3 * (global_batch * min(1, 8000 / images)) ** 0.5), why, *a_tenth)
+    choose_rates(min(4.8, 0.3 * (global_batch * min(1, SMALL_SET / images)) ** 0.5), why, *a_tenth)
     return derived

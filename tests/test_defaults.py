@@ -57,8 +57,10 @@ def test_small_crops_are_left_out_where_they_would_be_tiny_unless_two_resolution
 
 
 @pytest.mark.parametrize("side, blur_sigma", [(28, 0.29), (64, 0.43), (120, 0.86), (300, 2), (500, 2)])
-def test_crops_are_blurred_by_the_published_share_of_their_side(side, blur_sigma):
+def test_crops_of_few_images_are_blurred_by_the_published_share_of_their_side(side, blur_sigma):
     assert values(**(SMALL | {"image_side": side}), given={})["blur_sigma"] == blur_sigma
+    assert values(**(SMALL | {"image_side": side, "images": 8_000}), given={})["blur_sigma"] == blur_sigma
+    assert values(**(SMALL | {"image_side": side, "images": 8_001}), given={})["blur_sigma"] == 2
     assert values(**(SMALL | {"image_side": side}), given={"size_crops": [224, 96]})["blur_sigma"] == 2
 
 
