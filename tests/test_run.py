@@ -748,18 +748,28 @@ def test_recover_keeps_what_was_learned_before_where_no_epoch_is_known_to_be_goo
     assert torch.load(max((tmp_path / "run").glob("collapsed-*.pth")))["epoch"] == newest
 
 
-def test_an_epoch_is_good_by_its_mean_loss_not_by_its_last_line(images, tmp_path, monkeypatch):
-    judged = []
-    monkeypatch.setattr(train, "is_stuck", lambda row: judged.append(row["loss_per_ln_k"]))
+def test_an_epoch_is_good_by_its_mean_loss_and_lowest_spread_not_by_its_last_line(images, tmp_path, monkeypatch):
+    judged, spreads = [], []
+    monkeypatch.setattr(
+        train, "is_stuck", lambda row: judged.append(row["loss_per_ln_k"]) or spreads.append(row["embedding_std"])
+    )
     train_stuck(images, tmp_path / "run", base_lr=0.9)  # a line a step
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert judged == [row["epoch_loss"] / row["ln_k"] for row in rows if "epoch_loss" in row]
     last_lines = [before["loss_per_ln_k"] for before, row in zip(rows, rows[1:], strict=False) if "epoch_loss" in row]
     assert len(judged) == 10 and judged != last_lines
+    lines = [row["embedding_std"] for row in rows if "embedding_std" in row]  # two an epoch
+    assert spreads == [min(lines[max(0, end - 3) : end]) for end in range(2, 21, 2)]
 
 
 def test_recover_leaves_out_the_queue_before_it_slows_the_run(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.CollapseGuard, "is_collapsing", lambda self, row, share_done, step: share_done > 0.25)
+    judge = train.CollapseGuard.is_collapsing
+
+    def after_the_second_epoch(self, row, share_done, step):
+        judge(self, row, share_done, step)
+        return share_done > 0.25
+
+    monkeypatch.setattr(train.CollapseGuard, "is_collapsing", after_the_second_epoch)
     monkeypatch.setattr(train, "is_stuck", lambda row: False)  # every epoch counts as good
     words = ["--on_collapse", "recover", "--relative_epsilon", "on", "--queue_length", "4", "--epoch_queue_starts", "0"]
     train_stuck(images, tmp_path / "run", *words, base_lr=0.9)
