@@ -788,7 +788,7 @@ def resume(
     queue_length = checkpoint["queue"]["embeddings"].shape[1]
     if queue_length == args.queue_length and len(checkpoint["queue"]["embeddings"]) == len(args.crops_for_assign):
         swav_loss.scatter_queue(checkpoint["queue"], args.batch_size)
-    elif queue_length and args.queue_length:
+    elif queue_length:
         say(f"--queue_length: now {args.queue_length}, was {queue_length}: the queue starts empty")
     return epochs_done
 
