@@ -17,8 +17,8 @@ LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's 
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
-    "batch_size", *CROP_LISTS, "blur_sigma", "stem", "nmb_prototypes", "temperature", "relative_epsilon", "epsilon",
-    "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
+    "batch_size", *CROP_LISTS, "crops_for_assign", "blur_sigma", "stem", "nmb_prototypes", "relative_epsilon",
+    "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
     "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
 
@@ -43,10 +43,13 @@ def derive(
 
     resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), None)
 
-    def choose_crops(*lists: list, reason: str) -> int:
-        """Lists as long as the user's, where some are given; the largest side."""
-        chosen = [choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)]
-        return max(chosen[CROP_LISTS.index("size_crops")])
+    def choose_crops(*lists: list, reason: str) -> tuple[int, list[int]]:
+        """Lists as long as the user's, where some are given; the largest side, and which crops have it."""
+        nmb_crops, size_crops, *_ = (
+            choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)
+        )
+        sides = [side for side, count in zip(size_crops, nmb_crops, strict=False) for _ in range(count)]
+        return max(sides), [i for i, side in enumerate(sides) if side == max(sides)]
 
     def choose_epsilon(relative: str) -> None:
         value, reason = (RELATIVE_EPSILON, "of the scores' spread") if relative == "on" else (0.05, "published")
@@ -73,7 +76,11 @@ def derive(
     elif small < LEAST_CROP and resolutions in (None, 1):
         crops = [4], [large], [0.4], [1.0]
         why += f", and none of {small} pixels, too few to tell the image by"
-    side = choose_crops(*crops, reason=why)
+    side, largest = choose_crops(*crops, reason=why)
+    if images < LARGE_SET and len(largest) > 1:
+        choose("crops_for_assign", largest, "all large crops: more codes to learn from, at no cost")
+    else:
+        choose("crops_for_assign", [0, 1], "published")
     if images <= SMALL_SET and side < PUBLISHED_SIDE:
         why = f"published 2 for {PUBLISHED_SIDE} pixels, in proportion for {side}, which else hides textures for long"
         choose("blur_sigma", round(2 * side / PUBLISHED_SIDE, 2), why)
@@ -92,7 +99,6 @@ def derive(
         )
         choose("sync_bn", "apex" if in_groups else "pytorch", why_groups)
         nmb_prototypes = choose("nmb_prototypes", 3000, why)
-        choose("temperature", 0.1, why)
         relative = choose("relative_epsilon", "off", why)
         choose_epsilon(relative)
         if global_batch >= nmb_prototypes:
@@ -120,7 +126,6 @@ def derive(
     global_batch = world_size * choose("batch_size", batch_size, why)
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
     choose("nmb_prototypes", nmb_prototypes, "2.65 x the root of the images, fewer below 5,000 of them, 30 or more")
-    choose("temperature", 0.2, "softer predictions draw embeddings together less")
     in_published_unit = given.get("epsilon") is not None
     why = "epsilon is given in the published unit" if in_published_unit else "so few images collapse with a fixed one"
     relative = choose("relative_epsilon", "off" if in_published_unit else "on", why)

@@ -34,7 +34,7 @@ from optim import LARS
 NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"
 PUBLISHED = (
     "--batch_size 64 --nmb_prototypes 3000 --temperature 0.1 --relative_epsilon off --epsilon 0.05 --queue_length 0 "
-    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --blur_sigma 2"
+    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --blur_sigma 2 --crops_for_assign 0 1"
 )
 # name: (options, change to the program)
 SETTINGS: dict[str, tuple[str, str]] = {
@@ -50,7 +50,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "epsilon 0.02": ("--epsilon 0.02", ""),
     "relative epsilon 0.1": ("--relative_epsilon on --epsilon 0.1", ""),
     "relative epsilon 0.2": ("--relative_epsilon on --epsilon 0.2", ""),
-    "temperature 0.1": ("--temperature 0.1", ""),
+    "temperature 0.2": ("--temperature 0.2", ""),
     "temperature 0.3": ("--temperature 0.3", ""),
     "rounds 10": ("--sinkhorn_iterations 10", ""),
     "lr 0.6": ("--base_lr 0.6", ""),
@@ -65,6 +65,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "published crop scales": ("--min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "crops from 0.6": ("--min_scale_crops 0.6", ""),
     "blur 2": ("--blur_sigma 2", ""),
+    "two crops assign": ("--crops_for_assign 0 1", ""),
     "linear head": ("--hidden_mlp 0", ""),
     "width 32": ("--width 32", ""),
     "two blocks": ("--blocks 2 2 2 2 --hidden_mlp 2048", ""),

@@ -121,8 +121,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("nmb_prototypes", None, number(int, 2), "clusters: several times the classes you expect")
 
     add = partial(option, parser.add_argument_group("loss"))
-    add("crops_for_assign", [0, 1], whole, "crops whose codes the others predict: the large ones", nargs="+")
-    add("temperature", None, positive, "of the predictions' softmax")
+    add("crops_for_assign", None, whole, "crops whose codes the others predict: the large ones", nargs="+")
+    add("temperature", 0.1, positive, "of the predictions' softmax")
     add("epsilon", None, positive, "softness of the codes; lower it if the loss stays at ln K")
     add("relative_epsilon", None, str, "epsilon in units of the scores' standard deviation: codes stay sharp when "
         "embeddings draw together; off: as published", choices=("on", "off"), nargs="?", const="on")  # fmt: skip

@@ -26,7 +26,7 @@ def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
         given["nmb_crops"] = [2]
     derived = values(**IMAGENET, world_size=world_size, epochs=args.epochs, given=given)
     expected = {name: getattr(args, name) for name in derived}
-    expected |= dict(blur_sigma=2.0, temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet")
+    expected |= dict(blur_sigma=2.0, crops_for_assign=[0, 1], epsilon=0.05, relative_epsilon="off", stem="imagenet")
     unset = {name for name, value in expected.items() if value is None}  # what the recipe leaves open does not matter
     assert unset <= {"epoch_queue_starts", "start_warmup"}
     assert {n: v for n, v in derived.items() if n not in unset} == {n: v for n, v in expected.items() if n not in unset}
@@ -144,3 +144,19 @@ def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
     assert short["queue_length"] == 3840 and short["epoch_queue_starts"] == 1
     assert values(**IMAGENET, world_size=4, epochs=1, given={})["freeze_prototypes_niters"] == 500
     assert values(**SMALL, given={"queue_length": 640})["epoch_queue_starts"] == 3
+
+
+@pytest.mark.parametrize(
+    "given, assigning",
+    [
+        ({}, [0, 1, 2, 3]),  # four of one size
+        ({"nmb_crops": [2, 4]}, [0, 1]),
+        ({"nmb_crops": [3, 2]}, [0, 1, 2]),
+        ({"nmb_crops": [2, 3], "size_crops": [32, 48]}, [2, 3, 4]),
+        ({"nmb_crops": [1, 5]}, [0, 1]),  # as published: each crop predicts another one's code
+    ],
+)
+def test_all_crops_of_the_largest_size_assign(given, assigning):
+    assert values(**SMALL, given=given)["crops_for_assign"] == assigning
+    large_set = values(**SMALL | {"images": 500_000}, given=given)
+    assert large_set["crops_for_assign"] == [0, 1]
