@@ -13,7 +13,6 @@ SMALL_SET = 8_000  # images up to which rates are as found on 5,000, and blurs t
 LARGE_BATCH = 2048  # images a step from which the published rows for batches in the thousands hold
 APEX_GROUP_SIZE = 8  # processes whose BatchNorm statistics these have in common
 PUBLISHED_SIDE = 224  # pixels of the images from which crops are the published ones there
-LEAST_CROP = 32  # pixels; smaller ones hide too much to predict another crop's code
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
@@ -68,19 +67,15 @@ def derive(
     a_tenth = min(10, epochs // 10), "a tenth of the run and 10 at most, as published for large batches"
 
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
-    small = max(16, 8 * round(large * 96 / 224 / 8))
-    why = f"{images:,} images of {image_side} pixels: milder crops than published"
-    crops = [2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]
+    crops = [4], [large], [0.4], [1.0]
+    why = f"{images:,} images of {image_side} pixels: larger and milder crops than published"
     if images >= LARGE_SET and image_side >= PUBLISHED_SIDE:
         crops, why = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "published, for a million images"
-    elif small < LEAST_CROP and resolutions in (None, 1):
-        crops = [4], [large], [0.4], [1.0]
-        why += f", and none of {small} pixels, too few to tell the image by"
+    elif resolutions not in (None, 1):
+        crops = [2, 4], [large, max(16, 8 * round(large * 96 / 224 / 8))], [0.4, 0.15], [1.0, 0.5]
     side, largest = choose_crops(*crops, reason=why)
-    if images < LARGE_SET and len(largest) > 1:
-        choose("crops_for_assign", largest, "all large crops: more codes to learn from, at no cost")
-    else:
-        choose("crops_for_assign", [0, 1], "published")
+    why = "all of the largest size, so that each predicts the others' codes; two at least"
+    choose("crops_for_assign", largest if len(largest) > 1 else [0, 1], why)
     if images <= SMALL_SET and side < PUBLISHED_SIDE:
         why = f"published 2 for {PUBLISHED_SIDE} pixels, in proportion for {side}, which else hides textures for long"
         choose("blur_sigma", round(2 * side / PUBLISHED_SIDE, 2), why)

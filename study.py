@@ -89,7 +89,15 @@ PHOTOS = (
 )  # fmt: skip
 PATCH, PATCHES = 32, {"train": 120, "val": 60}
 DIGITS = 1440
-SETS = ("shapes", "patches", "mnist_1440", "fashion_mnist_1500", "fashion_mnist_10000", "fashion_mnist_60000")
+SETS = (
+    "shapes",
+    "shapes_128",
+    "patches",
+    "mnist_1440",
+    "fashion_mnist_1500",
+    "fashion_mnist_10000",
+    "fashion_mnist_60000",
+)
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist has it
 WATCHED_STEPS, WATCHED_EVERY = 200, 10
 
@@ -148,7 +156,10 @@ def set_options(name: str, folder: Path) -> str:
         unfinished = root.with_name(name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         for split in ("train", "val"):
-            if name == "patches":
+            if name == "shapes_128":
+                drawn = data.draw_shapes(split, 128)
+                images = zip(drawn.pixels, drawn.labels, strict=True)
+            elif name == "patches":
                 images = patches(split)
             elif name == "mnist_1440":
                 images = digits(split)

@@ -105,7 +105,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = partial(option, parser.add_argument_group("images"))
     add("data_path", None, str, "folder of images at any depth, no labels needed; its train/ if it has train/ and val/")
     add("dataset", "folder", str, "folder: --data_path; naming neither runs the recipe shapes", choices=DATASETS)
-    add("nmb_crops", None, counted, "crops of each resolution; small ones cost time and help if not tiny", nargs="+")
+    add("nmb_crops", None, counted, "crops of each resolution; small ones are for large sets", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
     add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")

@@ -104,3 +104,12 @@ def test_a_slanted_digit_is_set_upright_and_fills_the_image():
     drift = [np.average(np.arange(32), weights=row) for row in rows]
     assert max(drift) - min(drift) < 1.5  # of 32 pixels; 16 as it was
     assert rows[0].max() > 100 and rows[-1].max() > 100
+
+
+def test_larger_shapes_are_written_as_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.data, "SHAPES_COUNTS", {"train": 20, "val": 10})
+    assert study.set_options("shapes_128", tmp_path) == f"--data_path {tmp_path / 'shapes_128'}"
+    for split, count in study.data.SHAPES_COUNTS.items():
+        images = study.data.open_images("folder", tmp_path / "shapes_128", split)
+        assert len(images) == count and images[0][0].shape == (3, 128, 128)
+    assert [label for _, label in images] == list(range(10))
