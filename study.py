@@ -287,7 +287,7 @@ def change_program(change: str, watched: list[dict[str, float]]) -> None:
         embeddings, scores, _ = inputs
         scores = scores.detach().unflatten(0, (swav_loss.nmb_crops, -1))
         codes = swav_loss.code_logits().softmax(2)
-        deviation = means_and_spread(scores[:2])[1].item()
+        deviation = means_and_spread(scores[list(swav_loss.crops_for_assign)])[1].item()
         watching["step"] = {
             "loss": loss.item(),
             "score_spread": deviation,

@@ -51,7 +51,7 @@ from data import (
     training_loader,
     typical_side,
 )
-from defaults import APEX_GROUP_SIZE, DERIVED, RELATIVE_EPSILON, derive
+from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, RELATIVE_EPSILON, derive
 from eval_linear import PATIENCE, Parser, choose_device, environment, number, run, say, setup_processes
 from guard import CollapseGuard, is_stuck
 from loss import SwAVLoss
@@ -105,7 +105,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = partial(option, parser.add_argument_group("images"))
     add("data_path", None, str, "folder of images at any depth, no labels needed; its train/ if it has train/ and val/")
     add("dataset", "folder", str, "folder: --data_path; naming neither runs the recipe shapes", choices=DATASETS)
-    add("nmb_crops", None, counted, "crops of each resolution; small ones are for large sets", nargs="+")
+    add("nmb_crops", None, counted, "crops of each resolution, large ones first; small are for large sets", nargs="+")
     add("size_crops", None, counted, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
     add("min_scale_crops", None, positive, "smallest share of the image's area in a crop", nargs="+")
     add("max_scale_crops", None, positive, "largest share of the image's area in a crop", nargs="+")
@@ -122,7 +122,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     add = partial(option, parser.add_argument_group("loss"))
     add("crops_for_assign", None, whole, "crops whose codes the others predict: the large ones", nargs="+")
-    add("temperature", 0.1, positive, "of the predictions' softmax")
+    add("temperature", None, positive, "of the predictions' softmax")
     add("epsilon", None, positive, "softness of the codes; lower it if the loss stays at ln K")
     add("relative_epsilon", None, str, "epsilon in units of the scores' standard deviation: codes stay sharp when "
         "embeddings draw together; off: as published", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
@@ -250,10 +250,12 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
     given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
     if path.exists():
         # Batch and BatchNorm's groups are derived anew: there may be more or fewer processes now. So is epsilon where
-        # its unit is given, or the unit where it is.
+        # its unit is given, or the unit where it is, and which crops assign where others are given.
         anew, epsilon_and_unit = {"batch_size", "sync_bn"}, {"epsilon", "relative_epsilon"}
         if epsilon_and_unit & given.keys():
             anew |= epsilon_and_unit
+        if any(name in given and given[name] != before.get(name) for name in CROP_LISTS):
+            anew.add("crops_for_assign")
         earlier = {n: before[n] for n in DERIVED if n not in given and n not in anew and before.get(n) is not None}
         chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
     given |= {name: value for name, (value, _) in chosen.items()}
@@ -785,11 +787,14 @@ def resume(
         say(
             f"steps an epoch: now {steps_per_epoch}, were {before}: schedule and prototype freeze follow the new number"
         )
-    queue_length = checkpoint["queue"]["embeddings"].shape[1]
-    if queue_length == args.queue_length and len(checkpoint["queue"]["embeddings"]) == len(args.crops_for_assign):
+    queues, queue_length, _ = checkpoint["queue"]["embeddings"].shape
+    if (queues, queue_length) == (len(args.crops_for_assign), args.queue_length):
         swav_loss.scatter_queue(checkpoint["queue"], args.batch_size)
     elif queue_length:
-        say(f"--queue_length: now {args.queue_length}, was {queue_length}: the queue starts empty")
+        say(
+            f"--queue_length: now {args.queue_length} for {len(args.crops_for_assign)} assigning crops, "
+            f"was {queue_length} for {queues}: the queue starts empty"
+        )
     return epochs_done
 
 

@@ -26,7 +26,9 @@ def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
         given["nmb_crops"] = [2]
     derived = values(**IMAGENET, world_size=world_size, epochs=args.epochs, given=given)
     expected = {name: getattr(args, name) for name in derived}
-    expected |= dict(blur_sigma=2.0, crops_for_assign=[0, 1], epsilon=0.05, relative_epsilon="off", stem="imagenet")
+    expected |= dict(
+        blur_sigma=2.0, crops_for_assign=[0, 1], temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet"
+    )
     unset = {name for name, value in expected.items() if value is None}  # what the recipe leaves open does not matter
     assert unset <= {"epoch_queue_starts", "start_warmup"}
     assert {n: v for n, v in derived.items() if n not in unset} == {n: v for n, v in expected.items() if n not in unset}
@@ -44,8 +46,9 @@ def test_what_the_user_sets_is_kept_and_the_rest_follows_it():
 
 @pytest.mark.parametrize("name, value", [*zip(CROP_LISTS, ([2], [32], [0.5], [0.9]), strict=True)])
 def test_one_resolution_asked_for_gives_one_throughout(name, value):
-    derived = values(**SMALL, given={name: value})
-    assert all(len(derived[other]) == 1 for other in CROP_LISTS if other != name)
+    for of_set in (SMALL, SMALL | IMAGENET):
+        derived = values(**of_set, given={name: value})
+        assert all(len(derived[other]) == 1 for other in CROP_LISTS if other != name)
 
 
 def test_small_sets_have_no_small_crops_unless_two_resolutions_are_given():
@@ -152,9 +155,9 @@ def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
         ({}, [0, 1, 2, 3]),  # four of one size
         ({"nmb_crops": [2, 4]}, [0, 1]),
         ({"nmb_crops": [3, 2]}, [0, 1, 2]),
-        ({"nmb_crops": [2, 3], "size_crops": [32, 48]}, [2, 3, 4]),
         ({"nmb_crops": [1, 5]}, [0, 1]),  # as published: each crop predicts another one's code
     ],
 )
-def test_all_crops_of_the_largest_size_assign(given, assigning):
+def test_all_large_crops_of_small_sets_assign(given, assigning):
     assert values(**SMALL, given=given)["crops_for_assign"] == assigning
+    assert values(**SMALL | {"images": 500_000}, given=given)["crops_for_assign"] == [0, 1]

@@ -827,7 +827,10 @@ def test_a_run_goes_on_with_what_is_asked_anew(images, tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "checkpoint.pth")
     assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.1]
     assert checkpoint["options"]["epsilon"] == 0.05  # not the 0.3 of the unit that was
+    assert checkpoint["options"]["crops_for_assign"] == [0, 1, 2, 3]
     assert "wd 1e-06 -> 0.1" in capsys.readouterr().out
+    train.main(train.parse_args([*run, "--epochs", "3", "--nmb_crops", "3"]))  # of which no fourth can assign
+    assert "crops_for_assign [0, 1, 2, 3] -> [0, 1, 2]" in capsys.readouterr().out
 
 
 def test_what_is_derived_is_printed_as_options_and_kept_when_the_run_goes_on(images, tmp_path, capsys):
