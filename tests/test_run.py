@@ -351,7 +351,8 @@ def test_changed_steps_an_epoch_are_said(images, tmp_path, capsys):
     run_training(images, tmp_path, "--epochs", "1")
     run_training(images, tmp_path, "--epochs", "2", "--batch_size", "2", "--queue_length", "0")
     out = capsys.readouterr().out
-    assert "steps an epoch: now 5, were 2" in out and "--queue_length: now 0, was 8" in out
+    assert "steps an epoch: now 5, were 2" in out
+    assert "--queue_length: now 0 for 2 assigning crops, was 8 for 2: the queue starts empty" in out
 
 
 @pytest.mark.parametrize(
