@@ -115,13 +115,19 @@ class CollapseGuard:
         row: of `measure`. share_done: of the run's steps. step: steps done. True once a streak.
         """
         self.spreads.append(row["embedding_std"])
-        lowest = min(self.spreads)  # as in a batch now and then one image differs from all others, which are alike
-        if not is_stuck(row | {"embedding_std": lowest}) or share_done < GRACE:
+        if not is_stuck(self.with_lowest_spread(row)) or share_done < GRACE:
             self.streak = []
             return False
         self.streak.append((share_done, step))
         was, now = (self._is_long(streak) for streak in (self.streak[:-1], self.streak))
         return now and not was
+
+    def with_lowest_spread(self, row: dict[str, float]) -> dict[str, float]:
+        """The row with the lowest embedding_std of the latest lines that `is_collapsing` has seen.
+
+        One line is not enough: where all images get alike, now and then a batch has one that differs from the rest.
+        """
+        return row | {"embedding_std": min(self.spreads)}
 
     @staticmethod
     def _is_long(streak: list[tuple[float, int]]) -> bool:

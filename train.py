@@ -617,7 +617,7 @@ def train(
             next_batches = batches_of(epoch + 1)
         seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
         images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
-        ends_well = not is_stuck(row | {"loss_per_ln_k": epoch_loss / ln_k, "embedding_std": min(guard.spreads)})
+        ends_well = not is_stuck(guard.with_lowest_spread(row) | {"loss_per_ln_k": epoch_loss / ln_k})
         row = {"epoch": epoch + 1, "step": step, "epoch_loss": epoch_loss, "ln_k": ln_k}
         row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
         row["codes_changed"] = guard.share_changed(probe_codes(model, swav_loss, probe, args.batch_size))
