@@ -266,6 +266,7 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
         setattr(args, name, value)
         say(f"  {spelled({name: value})}  ({reason})")
     check_args(args, world_size)
+    args.images_per_step = args.batch_size * world_size
     if args.queue_length and args.epoch_queue_starts >= args.epochs:
         say(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
     largest = len(images) // world_size
@@ -404,6 +405,7 @@ def load_checkpoint(path: Path) -> dict:
 def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
     """name: (before, now), where both know the option and it matters to what is learned."""
     ignored = ("dump_path", "device", "workers", "augment", "cache", "compile", "log_freq", "checkpoint_freq")
+    ignored += ("batch_size",)  # as with more or fewer processes: images_per_step is what counts
     ignored += ("on_collapse", "recovered", "asked", "tensorboard")
     before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
     return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}

@@ -334,8 +334,11 @@ def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, caps
     assert_same(resumed, whole)
 
     alone = run_training(images, once, "--epochs", "3", "--queue_length", "16")
-    assert "batch_size 2 -> 4" in capsys.readouterr().out
+    assert "options changed: epochs 4 -> 3\n" in capsys.readouterr().out, "a batch over both is as large as before"
     assert alone["step"] == 6 and alone["queue"]["filled"] == 16
+    assert_same(run_training(images, twice, "--queue_length", "16")["state_dict"], resumed["state_dict"])
+    with pytest.raises(ValueError, match="finished run with other options .images_per_step 4 -> 2"):
+        run_training(images, twice, "--queue_length", "16", "--batch_size", "2")
     # Two learn what one does: their BatchNorms see as many images.
     run_training(images, tmp_path / "one", "--queue_length", "16")
     losses, expected = (
