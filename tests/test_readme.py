@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model import SwAV
+import hubconf
+from model import ARCHS, SwAV
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,7 +17,7 @@ PAGES = "README.md", "MEASURED.md"
 
 
 def test_features_of_a_checkpoint(tmp_path, monkeypatch):
-    (code,) = (block for block in README.split("```")[1::2] if "backbone_weights(" in block)
+    (code,) = (block for block in README.split("```")[1::2] if "from_checkpoint" in block)
     monkeypatch.chdir(tmp_path)
     model = SwAV("resnet18", width=8, blocks=[1, 1, 1, 1], hidden_mlp=16, nmb_prototypes=10).eval()
     Path("runs/swav").mkdir(parents=True)
@@ -24,10 +25,18 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
     names = {}
-    exec(code, names)
-    assert names["features"].shape == (1, 64)
+    exec(code.replace('"."', f'"{ROOT}"'), names)
+    assert names["features"].shape == (1, 64) and not names["backbone"].training
     with torch.no_grad():
         torch.testing.assert_close(names["features"], model.features(names["image"][None]))
+
+
+def test_torch_hub_has_backbones_and_makes_them():
+    # What torch.hub.list takes for entry points, where a repository is on GitHub.
+    assert {name for name, value in vars(hubconf).items() if callable(value)} == {*ARCHS, "from_checkpoint"}
+    with torch.device("meta"):
+        backbone = torch.hub.load(str(ROOT), "resnet50w2", source="local")
+    assert backbone.num_features == 4096
 
 
 def headings(text):
