@@ -7,20 +7,26 @@
 They need torch and model.py alone.
 """
 
+import importlib.util
 import os
+import sys
 
 import torch
 
-import model
-from model import resnet18, resnet50, resnet50w2, resnet50w4, resnet50w5  # noqa: F401 (entry points)
+# By its path, as the program that asks may have a model.py of its own.
+spec = importlib.util.spec_from_file_location("swav_model", os.path.join(os.path.dirname(__file__), "model.py"))
+sys.modules["swav_model"] = model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(model)
 
 dependencies = ["torch"]
+resnet18, resnet50 = model.resnet18, model.resnet50
+resnet50w2, resnet50w4, resnet50w5 = model.resnet50w2, model.resnet50w4, model.resnet50w5
 
 
 def from_checkpoint(path: str | os.PathLike) -> model.ResNet:
     """The backbone in a file, in evaluation mode: of train.py, a published SwAV one or torchvision's ResNet.
 
-    Architecture and size are read off the weights. Raises ValueError where the file holds no ResNet.
+    Architecture and size are read off the weights. Raises ValueError where they are no ResNet's.
     """
     weights = model.backbone_weights(torch.load(path, map_location="cpu", weights_only=True))
     backbone = model.ResNet(**model.architecture_of(weights))

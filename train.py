@@ -123,12 +123,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add = partial(option, parser.add_argument_group("loss"))
     add("crops_for_assign", None, whole, "crops whose codes the others predict: the large ones", nargs="+")
     add("temperature", None, positive, "of the predictions' softmax")
-    add("epsilon", None, positive, "softness of the codes; lower it if the loss stays at ln K")
+    add("epsilon", None, positive, "softness of the codes; alone it is in the published unit: small sets collapse")
     add("relative_epsilon", None, str, "epsilon in units of the scores' standard deviation: codes stay sharp when "
         "embeddings draw together; off: as published", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("sinkhorn_iterations", 3, counted, "rounds of balancing the codes")
-    add("queue_length", None, whole, "past images that help to balance the codes, over all processes; needed when the "
-        "global batch is smaller than nmb_prototypes; rounded down to a multiple of that batch")  # fmt: skip
+    add("queue_length", None, whole, "past images that help to balance the codes, over all processes, for large sets "
+        "where the global batch is smaller than nmb_prototypes; rounded down to a multiple of that batch")  # fmt: skip
     add("epoch_queue_starts", None, whole, "epoch from which the queue fills: when embeddings have settled")
 
     add = partial(option, parser.add_argument_group("optimisation"))
@@ -249,8 +249,9 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
                 say(f"after a collapse the run goes on with {spelled(kept)}")
     given = {name: getattr(args, name) for name in DERIVED if getattr(args, name) is not None}
     if path.exists():
-        # Batch and BatchNorm's groups are derived anew: there may be more or fewer processes now. So is epsilon where
-        # its unit is given, or the unit where it is, and which crops assign where others are given.
+        # There may be more or fewer processes now: each gets its share of the batch, where that can be, and BatchNorm's
+        # groups are derived anew. So is epsilon where its unit is given, or the unit where it is, and which crops
+        # assign where others are given.
         anew, epsilon_and_unit = {"batch_size", "sync_bn"}, {"epsilon", "relative_epsilon"}
         if epsilon_and_unit & given.keys():
             anew |= epsilon_and_unit
@@ -258,6 +259,9 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
             anew.add("crops_for_assign")
         earlier = {n: before[n] for n in DERIVED if n not in given and n not in anew and before.get(n) is not None}
         chosen = {name: (value, "as the run so far") for name, value in earlier.items()}
+        batch_size, left_over = divmod(before.get("global_batch_size", 0), world_size)
+        if batch_size > 1 and not left_over and "batch_size" not in given:
+            chosen["batch_size"] = (batch_size, "as many over all processes as in the run so far")
     given |= {name: value for name, (value, _) in chosen.items()}
     chosen |= derive(
         images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs, given=given
@@ -266,7 +270,7 @@ def settle(args: argparse.Namespace, images: Dataset, world_size: int) -> None:
         setattr(args, name, value)
         say(f"  {spelled({name: value})}  ({reason})")
     check_args(args, world_size)
-    args.images_per_step = args.batch_size * world_size
+    args.global_batch_size = args.batch_size * world_size
     if args.queue_length and args.epoch_queue_starts >= args.epochs:
         say(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
     largest = len(images) // world_size
@@ -405,9 +409,10 @@ def load_checkpoint(path: Path) -> dict:
 def changed_options(args: argparse.Namespace, checkpoint: dict) -> dict[str, tuple]:
     """name: (before, now), where both know the option and it matters to what is learned."""
     ignored = ("dump_path", "device", "workers", "augment", "cache", "compile", "log_freq", "checkpoint_freq")
-    ignored += ("batch_size",)  # as with more or fewer processes: images_per_step is what counts
     ignored += ("on_collapse", "recovered", "asked", "tensorboard")
     before = {name: value for name, value in checkpoint["options"].items() if name not in ignored}
+    if "global_batch_size" in before:  # which is what counts, whatever the number of processes
+        del before["batch_size"]
     return {name: (value, vars(args)[name]) for name, value in before.items() if vars(args).get(name, value) != value}
 
 

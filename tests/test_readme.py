@@ -1,6 +1,8 @@
 """The README's code does what the README says, and links lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +27,25 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
     names = {}
-    exec(code.replace('"."', f'"{ROOT}"'), names)
+    assert 'load("."' in code
+    exec(code.replace('load("."', f'load("{ROOT}"'), names)
     assert names["features"].shape == (1, 64) and not names["backbone"].training
     with torch.no_grad():
         torch.testing.assert_close(names["features"], model.features(names["image"][None]))
 
 
-def test_torch_hub_has_backbones_and_makes_them():
+def test_torch_hub_has_backbones_and_makes_them_beside_another_model_file(tmp_path):
     # What torch.hub.list takes for entry points, where a repository is on GitHub.
     assert {name for name, value in vars(hubconf).items() if callable(value)} == {*ARCHS, "from_checkpoint"}
-    with torch.device("meta"):
-        backbone = torch.hub.load(str(ROOT), "resnet50w2", source="local")
-    assert backbone.num_features == 4096
+    (tmp_path / "model.py").write_text("")  # of the program that asks
+    program = f"""
+import torch, model
+with torch.device("meta"):
+    backbone = torch.hub.load({str(ROOT)!r}, "resnet50w2", source="local")
+assert backbone.num_features == 4096 and not hasattr(model, "ResNet")
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
 def headings(text):

@@ -337,7 +337,7 @@ def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, caps
     assert "options changed: epochs 4 -> 3\n" in capsys.readouterr().out, "a batch over both is as large as before"
     assert alone["step"] == 6 and alone["queue"]["filled"] == 16
     assert_same(run_training(images, twice, "--queue_length", "16")["state_dict"], resumed["state_dict"])
-    with pytest.raises(ValueError, match="finished run with other options .images_per_step 4 -> 2"):
+    with pytest.raises(ValueError, match="finished run with other options .global_batch_size 4 -> 2"):
         run_training(images, twice, "--queue_length", "16", "--batch_size", "2")
     # Two learn what one does: their BatchNorms see as many images.
     run_training(images, tmp_path / "one", "--queue_length", "16")
@@ -835,6 +835,16 @@ def test_a_run_goes_on_with_what_is_asked_anew(images, tmp_path, capsys):
     assert "wd 1e-06 -> 0.1" in capsys.readouterr().out
     train.main(train.parse_args([*run, "--epochs", "3", "--nmb_crops", "3"]))  # of which no fourth can assign
     assert "crops_for_assign [0, 1, 2, 3] -> [0, 1, 2]" in capsys.readouterr().out
+
+
+def test_a_batch_that_is_not_given_stays_as_large_over_all_processes(images, tmp_path):
+    run_training(images, tmp_path, "--batch_size", "8", "--epochs", "1")
+    place = TINY.index("--batch_size")
+    asked = TINY[:place] + TINY[place + 2 :]
+    for world_size, batch_size in ((1, 8), (2, 4), (4, 2), (3, 4)):  # to 3 the 8 cannot be dealt out
+        args = train.parse_args([*asked, "--epochs", "2", f"--data_path={images}", f"--dump_path={tmp_path}"])
+        train.settle(args, ImageArrays(np.zeros((24, 20, 24, 3), np.uint8), np.zeros(24)), world_size)
+        assert args.batch_size == batch_size
 
 
 def test_what_is_derived_is_printed_as_options_and_kept_when_the_run_goes_on(images, tmp_path, capsys):
