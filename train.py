@@ -608,7 +608,7 @@ def train(
                     "ln_k": ln_k,
                     **guard.measure(interval_loss, code_logits, of_first),
                     "lr": learning_rates[step - 1],
-                    "images_per_s": args.batch_size * world_size / seconds_per_step,
+                    "images_per_s": args.global_batch_size / seconds_per_step,
                     "data_wait_percent": 100 * waited / (now - interval_start),
                     "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
                     "eta_s": (args.epochs * steps_per_epoch - step) * seconds_per_step,
@@ -623,7 +623,7 @@ def train(
         if epoch + 1 < args.epochs:  # workers go on while codes are compared and the checkpoint is written
             next_batches = batches_of(epoch + 1)
         seconds, epoch_loss = time.perf_counter() - epoch_start, sum(epoch_losses) / steps_per_epoch
-        images_per_s = steps_per_epoch * args.batch_size * world_size / seconds
+        images_per_s = steps_per_epoch * args.global_batch_size / seconds
         ends_well = not is_stuck(guard.with_lowest_spread(row) | {"loss_per_ln_k": epoch_loss / ln_k})
         row = {"epoch": epoch + 1, "step": step, "epoch_loss": epoch_loss, "ln_k": ln_k}
         row |= {"epoch_seconds": seconds, "epoch_images_per_s": images_per_s}
@@ -851,7 +851,7 @@ def describe(
         source = f"{source}, kept in memory, {images.ends[-1] / 2**20:.0f} MiB"
     say(
         f"data: {len(images)} images ({args.dataset}, {source}); {len(loader)} steps an epoch of "
-        f"{args.batch_size * world_size} images; {args.epochs} epochs"
+        f"{args.global_batch_size} images; {args.epochs} epochs"
     )
     parameters = sum(p.numel() for p in model.parameters())
     say(
