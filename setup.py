@@ -1,13 +1,14 @@
-"""Builds the compiled kernels of sinkhorn_ext, and only those; everything else runs from its folder as it is.
+"""Build the compiled kernels of sinkhorn_ext. Everything else runs from its folder without a build.
 
     pip install -v --no-build-isolation -e .    # -v shows what was built, and why something was not
 
-Builds CUDA kernels where nvcc and a CUDA build of torch are, CPU kernels where a C++ compiler is, and carries on
-with what is left otherwise: sinkhorn_ext then runs in plain torch. In the environment:
-    SINKHORN_EXT_BUILD=strict      fail instead of carrying on
-    TORCH_CUDA_ARCH_LIST="9.0"     which GPUs to compile for (default: 8.0, 9.0 and this machine's, later ones by PTX)
-    CC, CXX, CUDA_HOME, MAX_JOBS   compilers, and how many run at once
-Copy this file with the folder sinkhorn_ext/ to build it in another project.
+CUDA kernels need nvcc and a CUDA build of torch. CPU kernels need a C++ compiler. If something is missing or does not
+compile, the build continues without it, and sinkhorn_ext then runs in plain torch. Environment variables:
+    SINKHORN_EXT_BUILD=strict      fail instead
+    TORCH_CUDA_ARCH_LIST="9.0"     the GPU architectures to compile for (default: 8.0, 9.0 and those of the GPUs in
+                                   this machine; later ones are compiled from PTX when first used)
+    CC, CXX, CUDA_HOME, MAX_JOBS   the compilers, and how many run at the same time
+Copy this file together with the folder sinkhorn_ext/ to build it in another project.
 """
 
 import os
@@ -23,13 +24,15 @@ except ImportError as error:
     sys.exit(f"setup.py needs the torch that you will run with ({error}): pip install --no-build-isolation -e .")
 
 STRICT = os.environ.get("SINKHORN_EXT_BUILD") == "strict"
+WITH_CUDA = bool(CUDA_HOME and torch.version.cuda)
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]  # results depend on neither errno nor traps
 LINK_FLAGS = []
 if sys.platform == "linux":
-    # GCC's OpenMP comes with torch, and a second one would fight it for cores; clang needs its own.
+    # torch ships GCC's OpenMP, and a second copy would compete with it for cores. Clang needs its own.
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS += ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
-    # Where a compiler links its own static C++ library, errors with numbers in them crash beside torch's shared one.
+    # Some compilers link a static C++ library. Error messages that contain numbers then crash, as torch uses the shared
+    # one.
     LINK_FLAGS.append("-l:libstdc++.so.6")
 elif sys.platform == "darwin":
     CXX_FLAGS.append("-fopenmp-simd")
@@ -38,36 +41,44 @@ elif sys.platform == "win32":
 
 
 def extension(with_cuda: bool) -> Extension:
-    sources, flags, kind = ["sinkhorn_ext/csrc/sinkhorn_cpu.cpp"], {"cxx": CXX_FLAGS}, CppExtension
+    """Describe the extension module, with or without CUDA kernels."""
+    sources, flags, kind = ["module.cpp", "sinkhorn_cpu.cpp"], {"cxx": CXX_FLAGS}, CppExtension
     if with_cuda:
-        # Without a list, torch asks the GPU, and builders often have none.
-        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            here = set()
-            with suppress(RuntimeError):  # of a driver too old for this torch
-                here = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
-            names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | here)]
-            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
-        sources, kind = [*sources, "sinkhorn_ext/csrc/sinkhorn_cuda.cu"], CUDAExtension
-        flags = {"cxx": [*CXX_FLAGS, "-DWITH_CUDA"], "nvcc": ["-O3"]}
-    made = kind(
+        sources, kind = [*sources, "sinkhorn_cuda.cu"], CUDAExtension
+        # `python -m sinkhorn_ext` prints the architectures: what runs on a GPU depends on them.
+        defines = ["-DWITH_CUDA", f"-DCUDA_ARCHITECTURES={set_cuda_architectures()}"]
+        flags = {"cxx": [*CXX_FLAGS, *defines], "nvcc": ["-O3"]}
+    result = kind(
         "sinkhorn_ext._C",
-        sources,
+        [f"sinkhorn_ext/csrc/{source}" for source in sources],
         depends=["sinkhorn_ext/csrc/rows.h"],
         extra_compile_args=flags,
         extra_link_args=LINK_FLAGS,
     )
-    if sys.platform == "linux":  # torch brings the CUDA runtime too; a toolkit may have nvcc without it
-        made.libraries = [library for library in made.libraries if library != "cudart"]
-    return made
+    if sys.platform == "linux":  # torch loads the CUDA runtime; a toolkit with nvcc may not contain it
+        result.libraries = [library for library in result.libraries if library != "cudart"]
+    return result
 
 
-class BuildWhatCanBeBuilt(BuildExtension):
+def set_cuda_architectures() -> str:
+    """Set TORCH_CUDA_ARCH_LIST if it is not set, and return it: without it, torch needs a GPU to build."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        local = set()
+        with suppress(RuntimeError):  # raised if the driver is too old for this torch
+            local = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+        names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | local)]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
+
+
+class BuildWithFallback(BuildExtension):
+    """Build C++ and CUDA kernels; if that fails, only C++ kernels; if that fails too, nothing."""
+
     def build_extensions(self) -> None:
-        self.force = True  # a library that is newer than its sources may still lack what can be built now
-        with_cuda = bool(CUDA_HOME and torch.version.cuda)
-        if not with_cuda:
+        self.force = True  # an up-to-date library may still lack kernels that can be built now
+        if not WITH_CUDA:
             print("sinkhorn_ext: no CUDA kernels:", "torch was built without CUDA" if CUDA_HOME else "no nvcc found")
-        built = self._build("C++ and CUDA kernels") if with_cuda else None
+        built = self._build("C++ and CUDA kernels") if WITH_CUDA else None
         if not built:
             fields = ("sources", "include_dirs", "library_dirs", "libraries", "extra_compile_args", "extra_link_args")
             vars(self.extensions[0]).update({name: vars(extension(with_cuda=False))[name] for name in fields})
@@ -76,14 +87,15 @@ class BuildWhatCanBeBuilt(BuildExtension):
             self.extensions.clear()
         print("sinkhorn_ext: built", built or "nothing, it will run in plain torch", flush=True)
 
-    def _build(self, what: str) -> str | None:
+    def _build(self, kernels: str) -> str | None:
+        """Return what was built, or None after a failure."""
         try:
             super().build_extensions()
-            return what
+            return kernels
         except Exception as error:
             if STRICT:
                 raise
-            print(f"sinkhorn_ext: could not build {what}: {error}", flush=True)
+            print(f"sinkhorn_ext: could not build {kernels}: {error}", flush=True)
             return None
 
 
@@ -92,8 +104,8 @@ setup(
     version="1.0",
     description="Sinkhorn-Knopp codes and the swapped-prediction loss of SwAV",
     packages=["sinkhorn_ext"],
-    ext_modules=[extension(with_cuda=bool(CUDA_HOME and torch.version.cuda))],
-    cmdclass={"build_ext": BuildWhatCanBeBuilt},
+    ext_modules=[extension(WITH_CUDA)],
+    cmdclass={"build_ext": BuildWithFallback},
     install_requires=["torch>=2.6"],
     python_requires=">=3.10",
 )

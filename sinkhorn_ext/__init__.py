@@ -1,23 +1,24 @@
-"""Sinkhorn-Knopp codes and the swapped-prediction loss (SwAV, Caron et al. 2020, sections 3.1-3.2 and appendix A.1).
+"""Compute Sinkhorn-Knopp codes and the swapped-prediction loss of SwAV (Caron et al. 2020, sections 3.1-3.2, A.1).
 
     from sinkhorn_ext import sinkhorn
     codes = sinkhorn(scores, epsilon=0.05, iterations=3)    # scores [B, K] -> codes [B, K], rows sum to 1
 
 The matrix form alternates between scaling the columns (prototypes) and the rows (images) of exp(scores / epsilon).
-Row scales never have to be stored, and K, B and the overall total cancel, so all that the iterations carry is one
-number per prototype, its *potential* g: codes = softmax(scores / epsilon + g). It is kept as a logarithm, which makes
-any epsilon and any scores within 1e6 epsilon safe (float32 tells larger ones hardly apart by an epsilon). Across
-processes only these K numbers travel, once an iteration.
+Row scales never have to be stored, and K, B and the overall total cancel. So the iterations carry only one number per
+prototype, its *potential* g: codes = softmax(scores / epsilon + g). It is stored as a logarithm, so every epsilon is
+safe, and so are scores up to 1e6 * epsilon (in larger ones, float32 hardly resolves a difference of epsilon).
+Processes exchange only these K numbers, once per iteration.
 
-A score of -inf masks: a prototype of which every score is -inf takes no part, its codes are 0; an image of which every
-score is -inf takes no part either and gets codes of 0, but its loss is NaN. NaN anywhere gives NaN.
+A score of -inf masks. A prototype whose scores are all -inf takes no part, and its codes are 0. An image whose scores
+are all -inf takes no part either: its codes are 0, but its loss is NaN. One NaN score makes every result NaN.
 
-Copy this folder to use it elsewhere: it needs torch alone, and serves any device as it stands here. With setup.py
-beside it, `pip install --no-build-isolation .` compiles faster kernels for the operators below.
+Copy this folder to use it elsewhere. It needs only torch, and runs on every device. With setup.py next to the folder,
+`pip install --no-build-isolation .` compiles faster kernels for the operators below. `python -m sinkhorn_ext` prints
+which kernels run and how they were built; put its output into a bug report.
 """
 
+import importlib
 import importlib.machinery
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -37,15 +38,15 @@ def sinkhorn(
     group: dist.ProcessGroup | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Codes of a batch: soft assignments to prototypes that are balanced over all images (section 3.1, eq. 3-5).
+    """Compute the codes of a batch: soft assignments to prototypes, balanced over all images (section 3.1, eq. 3-5).
 
-    scores [B, K]: float32, bfloat16, float16 or float64, any stride, within 1e6 epsilon; never modified, without
-    gradient.
-    epsilon: entropy weight, > 0. iterations: rounds of scaling prototypes, then images, >= 1.
-    extra [Q, K]: scores of further images of this process (the queue's), balanced together with the batch, no codes.
-    group: the processes whose images are balanced together; None: the default group if one is initialised.
-    out [B, K]: receives the codes, if given; memory apart from that of scores.
-    Returns codes [B, K], float32 (float64 for float64 scores); each row sums to 1.
+    scores [B, K]: float32, bfloat16, float16 or float64; any stride; up to 1e6 * epsilon. Never modified.
+    epsilon: weight of the entropy, > 0. iterations: rounds of scaling prototypes, then images, >= 1.
+    extra [Q, K]: scores of more images of this process (those of the queue). They take part in the balance but get no
+    codes.
+    group: the processes whose images are balanced together. None: the default group, if one is initialised.
+    out [B, K]: if given, receives the codes. It must not share memory with scores.
+    Returns codes [B, K], float32 (float64 for float64 scores), without gradient. Each row sums to 1.
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 2)
@@ -75,18 +76,19 @@ def sinkhorn_potentials(
     extra: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Log-scales g of the prototypes, from which codes = softmax(scores / epsilon + g), for A problems at once.
+    """Compute the potentials g of the prototypes for A problems; codes = softmax(scores / epsilon + g) (eq. 3-5).
 
-    scores [A, B, K], extra [A, Q, K]: as in `sinkhorn`, one independent problem for each of the A assigning crops.
-    A process may hold any number of images, none included. Returns [A, K], float32 (float64 for float64 scores),
-    the same on every process of the group. Raises ValueError for wrong shapes or values.
+    scores [A, B, K], extra [A, Q, K]: as in `sinkhorn`, with one independent problem per assigning crop.
+    epsilon, iterations, group: as in `sinkhorn`. A process may hold any number of images, even none.
+    Returns potentials [A, K], float32 (float64 for float64 scores), the same on every process of the group.
+    Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
     scores, extra = _check_problem(scores, epsilon, iterations, extra)
     if not _has_peers(group):
         return _without_autograd(_potentials, scores, extra, epsilon, iterations)
 
-    # Each process's own maximum is inside its logsumexp, so combining the K numbers of all processes is exact.
+    # logsumexp shifts by the maximum of its own process and undoes that shift, so combining the processes is exact.
     own_logsumexp = _without_autograd(_prototype_logsumexp, scores, extra, epsilon)  # [A, K]
     gathered = [torch.empty_like(own_logsumexp) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own_logsumexp, group=group)
@@ -106,13 +108,16 @@ def swav_loss(
     temperature: float = 0.1,
     epsilon: float = 0.05,
 ) -> torch.Tensor:
-    """Swapped prediction (section 3.1, eq. 1-2, over multi-crop as in section 3.2): every crop predicts others' codes.
+    """Compute the swapped-prediction loss: every crop predicts the codes of the others (sections 3.1-3.2, eq. 1-2).
 
-    scores [V, B, K] of all crops, with gradient; potentials [A, K] of the assigning crops, from `sinkhorn_potentials`.
-    crops_for_assign: which crops these are, in that order; the CUDA kernels take 32 at most.
-    Returns a scalar: the mean over assigning crops i, over the other crops v != i and over images of
-    -sum_k codes_i[k] log softmax(scores_v / temperature)[k]. No gradient flows through the codes, none through the
-    gradient. No code is ever stored: the compiled kernels hold, beside scores and gradient, a row at a time.
+    scores [V, B, K]: of all crops, dtypes as in `sinkhorn`, with gradient.
+    potentials [A, K]: of the assigning crops, from `sinkhorn_potentials`.
+    crops_for_assign: the A assigning crops, in the order of potentials. The CUDA kernels take at most 32.
+    temperature: divides the scores of the predictions, > 0. epsilon: as given to `sinkhorn_potentials`.
+    Returns a scalar, float32 (float64 for float64 scores): the mean over assigning crops i, over the other crops v != i
+    and over images of -sum_k codes_i[k] log softmax(scores_v / temperature)[k].
+    No gradient flows through the codes, and there is no second derivative. The compiled kernels never store the codes:
+    besides scores and gradient, they need memory for one row at a time.
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
@@ -123,10 +128,10 @@ def swav_loss(
             f"potentials: expected [{len(crops_for_assign)}, {scores.shape[2]}], got {list(potentials.shape)}"
         )
     if nmb_crops < 2 or batch_size < 1:
-        raise ValueError(f"scores: expected two crops of one image or more, got {list(scores.shape)}")
+        raise ValueError(f"scores: expected at least two crops and one image, got {list(scores.shape)}")
     are_crops = all(0 <= crop < nmb_crops for crop in crops_for_assign)
     if not crops_for_assign or not are_crops or len(set(crops_for_assign)) < len(crops_for_assign):
-        raise ValueError(f"crops_for_assign: expected crops of 0..{nmb_crops - 1}, each once, got {crops_for_assign}")
+        raise ValueError(f"crops_for_assign: expected different crops in 0..{nmb_crops - 1}, got {crops_for_assign}")
     _check_positive("temperature", temperature)
     _check_positive("epsilon", epsilon)
     potentials = potentials.detach().to(_accumulation_dtype(scores))
@@ -134,21 +139,21 @@ def swav_loss(
 
 
 def backend(device: torch.device | str) -> str:
-    """Which implementation serves tensors of this device: "cuda" or "cpp" (compiled), or "torch", which serves all.
+    """Name the implementation for tensors on a device: "cuda" or "cpp" (compiled kernels), or "torch" (any device).
 
-    SINKHORN_EXT=torch in the environment leaves the compiled ones out.
+    With SINKHORN_EXT=torch in the environment it is always "torch".
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)
     return {"CPU": "cpp", "CUDA": "cuda"}[key] if is_compiled else "torch"
 
 
-# The operators. Their bodies are the implementation in plain torch; csrc/ registers faster ones for CPU and CUDA under
-# the same names. A problem is scores [A, N, K] and extra [A, Q, K] of one dtype, potentials [A, K] float32 or float64.
+# The operators. Each body is the implementation in plain torch. csrc/ registers faster kernels for CPU and CUDA under
+# the same names. scores [A, N, K] and extra [A, Q, K] have one dtype; potentials [A, K] are float32 or float64.
 
 
 def _operator(schema: str, mutates_args: Sequence[str] = ()):
-    """Makes a function the operator of that schema; the function itself stays at hand as `in_torch`."""
+    """Turn a function into the operator with this schema. Its attribute `in_torch` is the function itself."""
     name = schema.split("(")[0]
 
     def define(function):
@@ -162,7 +167,7 @@ def _operator(schema: str, mutates_args: Sequence[str] = ()):
 
 
 def _without_autograd(operator, *arguments):
-    """Calls an operator that no gradient flows through. Autograd's wrappers cost more than small problems take."""
+    """Call an operator that has no gradient without autograd's wrappers, which take longer than a small problem."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -205,7 +210,7 @@ def _sinkhorn(
     _codes(scores, _potentials(scores.unsqueeze(0), extra, epsilon, iterations)[0], epsilon, out)
 
 
-# logsumexps [V + A, B], of predictions and codes per image, is what backward needs to rebuild both.
+# logsumexps [V + A, B] are those of each image's predictions and codes. From them, backward computes both again.
 @_operator(
     "swapped_loss(Tensor scores, Tensor potentials, int[] crops_for_assign, float temperature, float epsilon)"
     " -> (Tensor loss, Tensor logsumexps)"
@@ -213,14 +218,14 @@ def _sinkhorn(
 def _swapped_loss(
     scores: torch.Tensor, potentials: torch.Tensor, crops_for_assign: list[int], temperature: float, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = scores.to(potentials.dtype)
-    log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]
+    scores = scores.to(potentials.dtype)  # [V, B, K]
+    log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]  # V times [B]
     log_sums = [torch.where(log_sum == -torch.inf, torch.nan, log_sum) for log_sum in log_sums]
     all_crops = scores.sum(dim=0)  # [B, K]
     all_log_sums = torch.stack(log_sums).sum()
     loss = scores.new_zeros(())
     for i, potential in zip(crops_for_assign, potentials, strict=True):
-        logits = scores[i] / epsilon + potential
+        logits = scores[i] / epsilon + potential  # [B, K]
         log_sums.append(torch.logsumexp(logits, dim=1))
         codes = _softmax(logits)
         agreement = torch.where(codes == 0, 0, codes * (all_crops - scores[i])).sum() / temperature
@@ -249,10 +254,10 @@ def _swapped_loss_backward(
         for i, potential, log_sum in zip(crops_for_assign, potentials, log_sums[nmb_crops:], strict=True)
     }
     all_codes = sum(codes.values())  # [B, K]
-    result = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    result = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)  # [V, B, K]
     for v in range(nmb_crops):
         others = all_codes - codes[v] if v in codes else all_codes
-        predictions = torch.exp(scores[v].to(grad.dtype) / temperature - log_sums[v])
+        predictions = torch.exp(scores[v].to(grad.dtype) / temperature - log_sums[v])  # [B, K]
         result[v] = grad * ((len(potentials) - (v in codes)) * predictions - others)
     return result
 
@@ -295,7 +300,7 @@ _swapped_loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _first_potentials(logsumexp: torch.Tensor) -> torch.Tensor:
-    # A prototype without a finite score takes no part, whatever its potential is: it stays at 0.
+    # A prototype without a finite score takes no part, whatever its potential is. Its potential stays 0.
     return torch.where(logsumexp == -torch.inf, 0, -logsumexp)
 
 
@@ -309,7 +314,7 @@ def _logits(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float) ->
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, with zeros where every logit is -inf."""
+    """Compute the softmax over the last dimension, with zeros where every logit is -inf."""
     codes = torch.softmax(logits, dim=-1)
     return codes.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
 
@@ -330,7 +335,7 @@ def _check_positive(name: str, value: float) -> None:
 def _check_problem(
     scores: torch.Tensor, epsilon: float, iterations: int, extra: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores and extra, checked, without gradient and in one dtype."""
+    """Check the arguments of a problem. Return scores and extra, without gradient and with one dtype."""
     _check_positive("epsilon", epsilon)
     if iterations < 1:
         raise ValueError(f"iterations: expected 1 or more, got {iterations}")
@@ -340,7 +345,9 @@ def _check_problem(
     extra = extra.detach()
     _check_scores("extra", extra, scores.dim())
     if extra.shape[:-2] != scores.shape[:-2] or extra.shape[-1] != scores.shape[-1]:
-        raise ValueError(f"extra: expected the shape of scores {list(scores.shape)} but for B, got {list(extra.shape)}")
+        raise ValueError(
+            f"extra: expected the shape of scores {list(scores.shape)} except for B, got {list(extra.shape)}"
+        )
     if extra.dtype != scores.dtype:
         scores, extra = scores.to(_accumulation_dtype(scores)), extra.to(_accumulation_dtype(scores))
     return scores, extra
@@ -356,22 +363,26 @@ def _check_scores(name: str, scores: torch.Tensor, dimensions: int) -> None:
         raise ValueError(f"{name}: expected at least one prototype, got {list(scores.shape)}")
 
 
-def _load_kernels() -> None:
+def _load_kernels() -> str:
+    """Import _C, which registers the compiled kernels. Return "loaded", or why they are not."""
     choice = os.environ.get("SINKHORN_EXT", "")
     if choice not in ("", "torch"):
         raise ValueError(f"SINKHORN_EXT: expected torch or nothing in the environment, got {choice}")
-    beside_this_file = globals().get("__path__", [])
-    kernels = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", beside_this_file)
-    if choice == "torch" or kernels is None:
-        return
+    if choice == "torch":
+        return "not loaded, because of SINKHORN_EXT=torch in the environment"
+    this_folder = globals().get("__path__", [])
+    if importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder) is None:
+        return "not built"
     try:
-        importlib.util.module_from_spec(kernels)  # loading the library is what registers its kernels
+        importlib.import_module(f"{__name__}._C")
     except ImportError as error:
         warnings.warn(
-            f"sinkhorn_ext runs in plain torch: its compiled kernels do not load ({error}); "
-            "rebuild them with: pip install --no-build-isolation -e .",
+            "sinkhorn_ext runs in plain torch, because its compiled kernels do not load. "
+            f"To rebuild them: pip install --no-build-isolation -e . The reason: {error}",
             stacklevel=3,
         )
+        return f"built, but does not load: {error}"
+    return "loaded"
 
 
-_load_kernels()
+_kernels_state = _load_kernels()

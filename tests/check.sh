@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that must hold, for people and CI alike: installs what is missing, then lint, format and all tests with the
-# compiled kernels (CUDA's too where nvcc is: their compilation is checked without a GPU), and once more, in plain torch,
-# those tests that meet them.
-#   bash tests/check.sh            whole
-#   bash tests/check.sh -k queue   words after it go to pytest
+# Check everything, for people and CI alike: install what is missing, lint, check the format, and run all tests with the
+# compiled kernels. Then run the tests that use the kernels once more, in plain torch. Where nvcc is installed, the CUDA
+# kernels are compiled too, even without a GPU.
+#   bash tests/check.sh            all of it
+#   bash tests/check.sh -k queue   pass arguments to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# A virtual environment of one's own is used as it is; otherwise one is made here.
+# An active virtual environment is used; otherwise, one is created here.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -c 'import torch, torchvision, setuptools, ninja, pytest, ruff' 2>/dev/null || {
-  echo "installing requirements.txt (some gigabytes, minutes) ..."
+python -c 'import torch, torchvision, setuptools, pybind11, ninja, pytest, ruff' 2>/dev/null || {
+  echo "installing requirements.txt (several gigabytes, some minutes) ..."
   python -m pip install -q -r requirements.txt
 }
 echo "python $(python -V | cut -d' ' -f2), torch $(python -c 'import torch; print(torch.__version__)')"
@@ -23,7 +23,7 @@ ruff format --check .
 
 echo "compiling sinkhorn_ext (minutes, the first time) ..."
 SINKHORN_EXT_BUILD=strict python -m pip install -q --no-build-isolation --no-deps -e .
-python -c 'import sinkhorn_ext as s; print("sinkhorn_ext:", s.backend("cpu"), "on CPUs,", s.backend("cuda"), "on GPUs")'
+python -m sinkhorn_ext
 python -m pytest -q "$@"
 
 [ $# -gt 0 ] || set -- tests/test_{bench,loss,parity,sinkhorn}.py \

@@ -1,6 +1,7 @@
-"""setup.py builds what can be built, says what, and carries on without the rest."""
+"""setup.py builds what can be built, reports it, and continues without the rest."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 BUILD_HERE = [sys.executable, "setup.py", "build_ext", "--inplace"]
 INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--target", "site", "."]
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with copies of setup.py and sinkhorn_ext/ alone, in which to run a command."""
-    shutil.copy(HOUSE / "setup.py", tmp_path)
+    """Run commands in a project that has only copies of setup.py and sinkhorn_ext/."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
     ignored = shutil.ignore_patterns("_C.*", "__pycache__")
-    shutil.copytree(HOUSE / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=ignored)
+    shutil.copytree(ROOT / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=ignored)
 
-    def run(command, where=".", **variables):
+    def run(command, folder=".", **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SINKHORN_EXT")}
         process = subprocess.run(
-            command, cwd=tmp_path / where, env=environment | variables, capture_output=True, text=True
+            command, cwd=tmp_path / folder, env=environment | variables, capture_output=True, text=True
         )
         return process.returncode, process.stdout + process.stderr
 
@@ -31,34 +32,39 @@ def project(tmp_path):
     return run
 
 
-def test_without_a_compiler_it_installs_plain_torch_and_says_so(project):
+def break_sources(folder):
+    """Make the compiler fail at once."""
+    for source in folder.glob("sinkhorn_ext/csrc/*.cpp"):
+        source.write_text("#error made by this test\n")
+
+
+def test_without_a_compiler_it_installs_the_plain_torch_form_and_reports_that(project):
     status, output = project(INSTALL, CXX="/nonexistent/c++", CC="/nonexistent/cc", CUDA_HOME="/nonexistent")
     assert status == 0, output
     assert "sinkhorn_ext: could not build C++ kernels: " in output
     assert "sinkhorn_ext: built nothing, it will run in plain torch" in output
     use = "import sinkhorn_ext as s; print(s.__file__, s.backend('cpu'))"
-    status, output = project([sys.executable, "-c", use], where="site")
+    status, output = project([sys.executable, "-c", use], folder="site")
     assert (status, output.split()) == (0, [str(project.folder / "site/sinkhorn_ext/__init__.py"), "torch"])
 
 
-def test_strict_fails_without_a_compiler(project):
+def test_a_strict_build_fails_without_a_compiler(project):
     variables = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc", "CUDA_HOME": ""}
     status, output = project(BUILD_HERE, SINKHORN_EXT_BUILD="strict", **variables)
     assert status != 0 and "sinkhorn_ext: built" not in output
 
 
-def test_the_compilers_reason_is_printed(project):
-    source = project.folder / "sinkhorn_ext" / "csrc" / "sinkhorn_cpu.cpp"
-    source.write_text("#error the sky is falling\n")
+def test_the_message_of_the_compiler_is_printed(project):
+    break_sources(project.folder)
     status, output = project(BUILD_HERE, CUDA_HOME="/nonexistent")
     assert status == 0, output
-    assert "the sky is falling" in output
+    assert "made by this test" in output
     assert "sinkhorn_ext: built nothing" in output and not list(project.folder.glob("sinkhorn_ext/_C.*"))
 
 
 @pytest.mark.parametrize("cuda_home, version", [("/nonexistent", None), (None, "13.0")])
-def test_what_cuda_kernels_lack_is_named(project, cuda_home, version):
-    (project.folder / "sinkhorn_ext" / "csrc" / "sinkhorn_cpu.cpp").write_text("#error not in this test\n")
+def test_it_reports_why_it_builds_no_cuda_kernels(project, cuda_home, version):
+    break_sources(project.folder)
     program = f"""
 import runpy, sys, torch, torch.utils.cpp_extension as e
 e.CUDA_HOME, torch.version.cuda = {cuda_home!r}, {version!r}
@@ -67,21 +73,36 @@ runpy.run_path("setup.py", run_name="__main__")
 """
     status, output = project([sys.executable, "-c", program])
     assert status == 0, output
-    lacking = "torch was built without CUDA" if cuda_home else "no nvcc found"
-    assert f"sinkhorn_ext: no CUDA kernels: {lacking}" in output
+    reason = "torch was built without CUDA" if cuda_home else "no nvcc found"
+    assert f"sinkhorn_ext: no CUDA kernels: {reason}" in output
+
+
+@pytest.mark.parametrize("variable, names", [("", ["8.0", "9.0", "+PTX"]), ("7.5 8.6", ["7.5;8.6"])])
+def test_cuda_sources_are_told_the_architectures_that_torch_compiles_for(project, variable, names):
+    program = """
+import os, runpy, setuptools, torch, torch.utils.cpp_extension as e
+e.CUDA_HOME, torch.version.cuda = "/nonexistent", "13.0"
+setuptools.setup = lambda ext_modules, **_: print(os.environ["TORCH_CUDA_ARCH_LIST"], ext_modules[0].extra_compile_args)
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    status, output = project([sys.executable, "-c", program], TORCH_CUDA_ARCH_LIST=variable, CUDA_HOME="/nonexistent")
+    assert status == 0, output
+    (define,) = re.findall("-DCUDA_ARCHITECTURES=([^']*)", output)
+    assert all(name in define for name in names)
+    assert output.startswith(variable or define)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
-def test_with_a_broken_nvcc_the_copied_folder_still_gets_its_cpu_kernels(project):
-    """With a compiler, too, whose default is a C++ library of its own: errors are told in whole nonetheless."""
+def test_with_a_broken_nvcc_the_copied_folder_still_gets_cpu_kernels(project):
+    """It does so even if the compiler links a static C++ library: error messages are complete nonetheless."""
     flags = "-static-libstdc++" if sys.platform == "linux" else ""
     status, output = project(INSTALL, CUDA_HOME="/nonexistent", LDFLAGS=flags)
     assert status == 0, output
     assert "sinkhorn_ext: built C++ kernels" in output
     use = """
 import torch
-from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
-assert backend("cpu") == "cpp"
+from sinkhorn_ext import _C, backend, sinkhorn, sinkhorn_potentials, swav_loss
+assert backend("cpu") == "cpp" and _C.build_info()["cuda"] is None
 scores = torch.rand(3, 8, 50, requires_grad=True)
 assert torch.allclose(sinkhorn(scores[0]).sum(dim=1), torch.ones(8))
 swav_loss(scores, sinkhorn_potentials(scores[:2])).backward()
@@ -93,11 +114,13 @@ except RuntimeError as error:
 else:
     assert False
 """
-    status, output = project([sys.executable, "-W", "error", "-c", use], where="site")
+    status, output = project([sys.executable, "-W", "error", "-c", use], folder="site")
     assert (status, output) == (0, "")
+    status, output = project([sys.executable, "-m", "sinkhorn_ext"], folder="site")
+    assert status == 0 and "backend on cpu        cpp\n" in output
 
 
-def test_without_torch_it_says_how_to_install(project):
+def test_without_torch_the_error_tells_how_to_install(project):
     program = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
     status, output = project([sys.executable, "-c", program])
     assert status != 0 and "pip install --no-build-isolation" in output

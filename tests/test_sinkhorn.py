@@ -1,10 +1,11 @@
-"""The codes and the swapped loss of sinkhorn_ext against the float64 reference, on every device at hand.
+"""Compare the codes and the swapped loss of sinkhorn_ext with the float64 reference, on every available device.
 
-check.sh runs this file twice: with the compiled kernels, and in plain torch (SINKHORN_EXT=torch).
+check.sh runs this file twice: with the compiled kernels and in plain torch (SINKHORN_EXT=torch).
 """
 
+import importlib.machinery
 import os
-import re
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,14 @@ from conftest import DEVICES, needs_gpu, run_processes
 import sinkhorn_ext
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
 
-HOUSE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 IS_COMPILED = backend("cpu") == "cpp"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 17, 129, 3000]
 
 
-def cosines(nmb_images, nmb_prototypes, *, crops=None, seed=0, dtype=torch.float32, device="cpu"):
-    """Scores as in training, products of unit vectors: [B, K], or [crops, B, K]."""
+def cosine_scores(nmb_images, nmb_prototypes, *, crops=None, seed=0, dtype=torch.float32, device="cpu"):
+    """Make scores as in training, products of unit vectors: [B, K], or [crops, B, K]."""
     generator = torch.Generator().manual_seed(seed)
     lead = () if crops is None else (crops,)
     images = torch.randn(*lead, nmb_images, 16, generator=generator, dtype=torch.float64)
@@ -36,14 +37,14 @@ def cosines(nmb_images, nmb_prototypes, *, crops=None, seed=0, dtype=torch.float
     return (F.normalize(images, dim=-1) @ F.normalize(prototypes, dim=-1).T).to(device, dtype)
 
 
-def unnormalised(nmb_images, nmb_prototypes, *, dtype=torch.float32, device="cpu"):
-    """Scores [B, K] as of vectors that nobody scaled: N(0, 100^2)."""
+def unnormalised_scores(nmb_images, nmb_prototypes, *, dtype=torch.float32, device="cpu"):
+    """Make scores [B, K] as of vectors that were not normalised: N(0, 100^2)."""
     generator = torch.Generator().manual_seed(1)
     return (100 * torch.randn(nmb_images, nmb_prototypes, generator=generator)).to(device, dtype)
 
 
 def naive_sinkhorn(scores, epsilon=0.05, iterations=3):
-    """The matrix form as one writes it first, in the dtype of the scores, shifted so that exp cannot overflow."""
+    """Compute codes by the plain matrix form, in the dtype of the scores, shifted so that exp cannot overflow."""
     q = torch.exp(scores / epsilon - (scores / epsilon).max())
     q = q / q.sum()
     for _ in range(iterations):
@@ -53,12 +54,12 @@ def naive_sinkhorn(scores, epsilon=0.05, iterations=3):
 
 
 def logit_rounding(scores, epsilon, dtype):
-    """Relative error of exp(scores / epsilon) that the rounding of one logit brings in."""
+    """Bound the relative error of exp(scores / epsilon) that the rounding of one logit causes."""
     return (scores.double().abs().max() / epsilon).item() * torch.finfo(dtype).eps
 
 
 def max_error(codes, expected):
-    """Largest absolute error; infinite where the codes are not numbers."""
+    """Return the largest absolute error, which is infinite if a code is NaN."""
     return (codes.double() - expected).abs().nan_to_num(nan=torch.inf).max().item()
 
 
@@ -71,7 +72,7 @@ def max_error(codes, expected):
 def test_error_is_at_most_twice_that_of_naive_torch(dtype, nmb_images, nmb_prototypes, device):
     if nmb_images == nmb_prototypes == 3000 and dtype != torch.float32:
         pytest.skip("one dtype is enough at this size")
-    scores = cosines(nmb_images, nmb_prototypes, dtype=dtype, device=device)
+    scores = cosine_scores(nmb_images, nmb_prototypes, dtype=dtype, device=device)
     expected = reference.sinkhorn(scores)
     codes = sinkhorn(scores)
     floor = 4 * logit_rounding(scores, 0.05, codes.dtype) * expected.max().item()
@@ -81,18 +82,18 @@ def test_error_is_at_most_twice_that_of_naive_torch(dtype, nmb_images, nmb_proto
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread, epsilon", [(None, 0.01), (100, 0.05), (100, 0.01)])
-def test_small_epsilon_and_unnormalised_scores_give_finite_and_right_codes(spread, epsilon, dtype, device):
-    scores = cosines(129, 300, dtype=dtype, device=device)
+def test_codes_are_finite_and_correct_for_small_epsilon_and_unnormalised_scores(spread, epsilon, dtype, device):
+    scores = cosine_scores(129, 300, dtype=dtype, device=device)
     if spread:
-        scores = unnormalised(129, 300, dtype=dtype, device=device)
+        scores = unnormalised_scores(129, 300, dtype=dtype, device=device)
     codes = sinkhorn(scores, epsilon)
     assert codes.isfinite().all()
     assert max_error(codes, reference.sinkhorn_log(scores, epsilon)) <= logit_rounding(scores, epsilon, codes.dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_scores_up_to_1e6_epsilon_give_finite_codes_loss_and_gradient(device):
-    scores = torch.stack([unnormalised(65, 300, device=device), -unnormalised(65, 300, device=device)])
+def test_codes_loss_and_gradient_are_finite_for_scores_up_to_1e6_epsilon(device):
+    scores = torch.stack([unnormalised_scores(65, 300, device=device), -unnormalised_scores(65, 300, device=device)])
     scores *= 0.05e6 / scores.abs().max()
     scores.requires_grad_()
     potentials = sinkhorn_potentials(scores.detach())
@@ -105,21 +106,21 @@ def test_scores_up_to_1e6_epsilon_give_finite_codes_loss_and_gradient(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("iterations", [1, 3, 100])
-def test_rows_far_apart_give_finite_and_right_codes(iterations, device):
+def test_codes_are_finite_and_correct_for_rows_with_distant_means(iterations, device):
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         nmb_images, nmb_prototypes = torch.randint(1, 20, (2,), generator=generator).tolist()
         scores = 1.5 * torch.randn(nmb_images, 1, generator=generator)
         scores = (scores + 0.1 * torch.randn(nmb_images, nmb_prototypes, generator=generator)).to(device)
         expected = reference.sinkhorn_log(scores, 0.05, iterations)
-        potentials = sinkhorn_potentials(scores.unsqueeze(0), 0.05, iterations)  # which drift by log(B / K) a round
+        potentials = sinkhorn_potentials(scores.unsqueeze(0), 0.05, iterations)  # they drift by log(B / K) per round
         rounding = logit_rounding(scores, 0.05, torch.float32) + logit_rounding(potentials, 1, torch.float32)
         assert max_error(sinkhorn(scores, 0.05, iterations), expected) <= rounding
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_out_that_is_scores_is_refused_or_served_right(device):
-    scores = unnormalised(12, 9, device=device)
+def test_out_that_is_scores_is_refused_or_gives_correct_codes(device):
+    scores = unnormalised_scores(12, 9, device=device)
     expected = sinkhorn(scores)
     if backend(device) == "torch":
         assert torch.equal(sinkhorn(scores, out=scores), expected)
@@ -131,7 +132,7 @@ def test_out_that_is_scores_is_refused_or_served_right(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_are_float32_or_float64_and_rows_sum_to_one(dtype, device):
-    codes = sinkhorn(cosines(129, 3000, dtype=dtype, device=device))
+    codes = sinkhorn(cosine_scores(129, 3000, dtype=dtype, device=device))
     assert codes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert codes.shape == (129, 3000) and codes.device.type == device and (codes >= 0).all()
     torch.testing.assert_close(codes.double().sum(dim=1).cpu(), torch.ones(129).double(), rtol=0, atol=1e-6)
@@ -139,43 +140,43 @@ def test_codes_are_float32_or_float64_and_rows_sum_to_one(dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_scores_are_only_read_not_computed_with(dtype, device):
-    scores = cosines(129, 17, dtype=dtype, device=device)
+def test_half_precision_scores_are_computed_with_in_float32(dtype, device):
+    scores = cosine_scores(129, 17, dtype=dtype, device=device)
     torch.testing.assert_close(sinkhorn(scores), sinkhorn(scores.float()), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_any_number_of_iterations_follows_the_reference(iterations, device):
-    scores = cosines(40, 25, dtype=torch.float64, device=device)
+def test_codes_match_the_reference_for_any_number_of_iterations(iterations, device):
+    scores = cosine_scores(40, 25, dtype=torch.float64, device=device)
     torch.testing.assert_close(sinkhorn(scores, 0.1, iterations), reference.sinkhorn(scores, 0.1, iterations))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_prototype_totals_are_those_of_the_reference_not_uniform(device):
-    scores = cosines(300, 40, dtype=torch.float64, device=device)
+def test_prototype_totals_match_the_reference_and_are_not_uniform(device):
+    scores = cosine_scores(300, 40, dtype=torch.float64, device=device)
     totals, expected = sinkhorn(scores).sum(dim=0), reference.sinkhorn(scores).sum(dim=0)
     torch.testing.assert_close(totals, expected)
-    assert (expected * 40 / 300 - 1).abs().max() > 0.02  # three rounds are short of balance, and have to be
+    assert (expected * 40 / 300 - 1).abs().max() > 0.02  # three rounds must not balance them fully
 
 
 LAYOUTS = {
     "transposed": lambda x: x.T,
-    "rows apart": lambda x: x[::3],
-    "columns apart": lambda x: x[:, 1::2],
+    "every third row": lambda x: x[::3],
+    "every second column": lambda x: x[:, 1::2],
     "one row repeated": lambda x: x[:1].expand(9, -1),
 }
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_stride_is_read_right_and_never_written(layout, device):
-    whole = cosines(60, 44, device=device)
-    before = whole.clone()
-    scores = LAYOUTS[layout](whole)
+def test_scores_may_have_any_stride_and_are_not_modified(layout, device):
+    memory = cosine_scores(60, 44, device=device)
+    before = memory.clone()
+    scores = LAYOUTS[layout](memory)
     codes = sinkhorn(scores, extra=scores)
     torch.testing.assert_close(codes.double(), reference.sinkhorn(scores, extra=scores), rtol=1e-5, atol=1e-7)
-    assert torch.equal(whole, before)
+    assert torch.equal(memory, before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -187,19 +188,19 @@ def test_equal_scores_give_uniform_codes(nmb_images, nmb_prototypes, value, devi
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("where", [(0, 0), (7, 5), (39, 24)])
-def test_one_nan_makes_all_codes_nan(where, device):
-    scores = cosines(40, 25, device=device)
-    scores[where] = torch.nan
+@pytest.mark.parametrize("position", [(0, 0), (7, 5), (39, 24)])
+def test_one_nan_makes_all_codes_nan(position, device):
+    scores = cosine_scores(40, 25, device=device)
+    scores[position] = torch.nan
     assert sinkhorn(scores).isnan().all()
-    assert sinkhorn(cosines(40, 25, device=device), extra=scores).isnan().all()
+    assert sinkhorn(cosine_scores(40, 25, device=device), extra=scores).isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("epsilon", [0.05, 0.01])
 @pytest.mark.parametrize("with_extra", [False, True])
 def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, device):
-    scores = cosines(40, 25, dtype=torch.float64, device=device)
+    scores = cosine_scores(40, 25, dtype=torch.float64, device=device)
     scores[:, [3, 24]] = -torch.inf
     scores[[0, 17], :] = -torch.inf
     prototypes = [k for k in range(25) if k not in (3, 24)]
@@ -215,20 +216,20 @@ def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("nmb_images, nmb_prototypes", [(3, 65_536), (2, 10_000), (5000, 3)])
-def test_extreme_sizes_follow_the_reference(nmb_images, nmb_prototypes, device):
-    scores = cosines(nmb_images, nmb_prototypes, device=device)
+def test_codes_loss_and_gradient_match_the_reference_for_extreme_sizes(nmb_images, nmb_prototypes, device):
+    scores = cosine_scores(nmb_images, nmb_prototypes, device=device)
     expected = reference.sinkhorn(scores)
     floor = 4 * logit_rounding(scores, 0.05, torch.float32) * expected.max().item()
     assert max_error(sinkhorn(scores), expected) <= 2 * max_error(naive_sinkhorn(scores), expected) + floor
-    batch = cosines(nmb_images, nmb_prototypes, crops=3, device=device)
+    batch = cosine_scores(nmb_images, nmb_prototypes, crops=3, device=device)
     assert_loss_and_gradient(batch, (0, 1), 2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_number_of_threads_does_not_change_a_bit(dtype):
+def test_the_number_of_threads_does_not_change_the_results(dtype):
     if not IS_COMPILED:
-        pytest.skip("torch itself makes no such promise")
-    scores, batch = cosines(300, 301, dtype=dtype), cosines(40, 3001, crops=4, dtype=dtype)
+        pytest.skip("torch does not guarantee it")
+    scores, batch = cosine_scores(300, 301, dtype=dtype), cosine_scores(40, 3001, crops=4, dtype=dtype)
     results, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -243,10 +244,13 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_calls_agree_bit_for_bit(dtype, device):
-    scores, extra = cosines(129, 301, dtype=dtype, device=device), cosines(33, 301, seed=1, dtype=dtype, device=device)
+def test_two_calls_give_the_same_bits(dtype, device):
+    scores, extra = (
+        cosine_scores(129, 301, dtype=dtype, device=device),
+        cosine_scores(33, 301, seed=1, dtype=dtype, device=device),
+    )
     assert torch.equal(sinkhorn(scores, extra=extra), sinkhorn(scores, extra=extra))
-    batch = cosines(17, 301, crops=4, dtype=dtype, device=device)
+    batch = cosine_scores(17, 301, crops=4, dtype=dtype, device=device)
     potentials = sinkhorn_potentials(batch[:2])
     assert torch.equal(potentials, sinkhorn_potentials(batch[:2]))
     assert torch.equal(swav_loss(batch, potentials), swav_loss(batch, potentials))
@@ -254,9 +258,9 @@ def test_two_calls_agree_bit_for_bit(dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("nmb_extra", [0, 1, 50])
-def test_extra_rows_join_the_balance_and_get_no_codes(nmb_extra, device):
-    scores = cosines(20, 30, dtype=torch.float64, device=device)
-    extra = cosines(nmb_extra, 30, seed=1, dtype=torch.float64, device=device)
+def test_extra_rows_take_part_in_the_balance_and_get_no_codes(nmb_extra, device):
+    scores = cosine_scores(20, 30, dtype=torch.float64, device=device)
+    extra = cosine_scores(nmb_extra, 30, seed=1, dtype=torch.float64, device=device)
     codes = sinkhorn(scores, extra=extra)
     torch.testing.assert_close(codes, reference.sinkhorn(scores, extra=extra))
     torch.testing.assert_close(codes, sinkhorn(torch.cat([scores, extra]))[:20])
@@ -271,7 +275,7 @@ def test_an_empty_batch_gives_empty_codes(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_out_receives_the_codes_and_is_returned(layout, device):
-    scores = cosines(12, 9, device=device)
+    scores = cosine_scores(12, 9, device=device)
     out = torch.full((9, 12), torch.nan, device=device).T
     out = out.contiguous() if layout == "contiguous" else out
     assert sinkhorn(scores, out=out) is out
@@ -280,8 +284,8 @@ def test_out_receives_the_codes_and_is_returned(layout, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_several_problems_at_once_are_independent(device):
-    scores = cosines(12, 9, crops=3, dtype=torch.float64, device=device)
-    extra = cosines(7, 9, crops=3, seed=1, dtype=torch.float64, device=device)
+    scores = cosine_scores(12, 9, crops=3, dtype=torch.float64, device=device)
+    extra = cosine_scores(7, 9, crops=3, seed=1, dtype=torch.float64, device=device)
     potentials = sinkhorn_potentials(scores, 0.1, 2, extra=extra)
     assert potentials.shape == (3, 9) and potentials.dtype == torch.float64
     for a in range(3):
@@ -293,23 +297,23 @@ X = torch.zeros(4, 6)
 REFUSED = {
     "one dimension": lambda: sinkhorn(X[0]),
     "three dimensions": lambda: sinkhorn(X[None]),
-    "whole numbers": lambda: sinkhorn(X.long()),
+    "integers": lambda: sinkhorn(X.long()),
     "no prototypes": lambda: sinkhorn(X[:, :0]),
     "epsilon 0": lambda: sinkhorn(X, epsilon=0),
     "epsilon below 0": lambda: sinkhorn(X, epsilon=-0.05),
     "no iterations": lambda: sinkhorn(X, iterations=0),
-    "extra with other prototypes": lambda: sinkhorn(X, extra=X[:, :5]),
+    "extra with fewer prototypes": lambda: sinkhorn(X, extra=X[:, :5]),
     "extra of one dimension": lambda: sinkhorn(X, extra=X[0]),
-    "extra of whole numbers": lambda: sinkhorn(X, extra=X.long()),
-    "out of other shape": lambda: sinkhorn(X, out=torch.empty(6, 4)),
-    "out of other dtype": lambda: sinkhorn(X, out=torch.empty(4, 6, dtype=torch.float64)),
+    "extra of integers": lambda: sinkhorn(X, extra=X.long()),
+    "out of another shape": lambda: sinkhorn(X, out=torch.empty(6, 4)),
+    "out of another dtype": lambda: sinkhorn(X, out=torch.empty(4, 6, dtype=torch.float64)),
     "out with gradient": lambda: sinkhorn(X, out=torch.empty(4, 6, requires_grad=True)),
     "potentials of two dimensions": lambda: sinkhorn_potentials(X),
-    "potentials with other extra crops": lambda: sinkhorn_potentials(X[None], extra=torch.zeros(2, 3, 6)),
+    "potentials with extra of more crops": lambda: sinkhorn_potentials(X[None], extra=torch.zeros(2, 3, 6)),
     "loss of two dimensions": lambda: swav_loss(X, X[:2]),
-    "loss of whole numbers": lambda: swav_loss(X.expand(3, 4, 6).long(), X[:2]),
+    "loss of integers": lambda: swav_loss(X.expand(3, 4, 6).long(), X[:2]),
     "loss with too few potentials": lambda: swav_loss(X.expand(3, 4, 6), X[:1]),
-    "loss with other prototypes": lambda: swav_loss(X.expand(3, 4, 6), X[:2, :5]),
+    "loss with potentials of fewer prototypes": lambda: swav_loss(X.expand(3, 4, 6), X[:2, :5]),
     "loss with a crop too high": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, 3)),
     "loss with a crop below 0": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, -1)),
     "loss with a crop twice": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(1, 1)),
@@ -326,14 +330,14 @@ def test_wrong_arguments_are_refused(case):
 
 # Codes over several processes
 
-# Per process: images, extra rows.
+# For each case, two lists with one number per process: of images and of extra rows.
 TWO_PROCESSES = [([12, 12], [0, 0]), ([20, 4], [3, 8]), ([24, 0], [0, 5]), ([0, 9], [0, 0])]
 THREE_PROCESSES = [([8, 8, 8], [8, 8, 8]), ([1, 0, 16], [0, 7, 2]), ([0, 0, 5], [0, 0, 0])]
 
 
 def shards(sizes, extra_sizes):
-    scores = cosines(sum(sizes), 30, dtype=torch.float64).split(sizes)
-    extra = cosines(sum(extra_sizes), 30, seed=1, dtype=torch.float64).split(extra_sizes)
+    scores = cosine_scores(sum(sizes), 30, dtype=torch.float64).split(sizes)
+    extra = cosine_scores(sum(extra_sizes), 30, seed=1, dtype=torch.float64).split(extra_sizes)
     return scores, extra
 
 
@@ -352,23 +356,23 @@ def codes_of_two_of_three(rank, world_size, sizes):
     return [codes_of_shards(rank, world_size, THREE_PROCESSES), sinkhorn(scores[rank], group=group) if rank != 1 else 0]
 
 
-def assert_rows_of_one_process(results, cases):
+def assert_equal_to_one_process(results, cases):
     for case, (sizes, extra_sizes) in enumerate(cases):
         scores, extra = (torch.cat(parts) for parts in shards(sizes, extra_sizes))
-        codes = torch.cat([of_rank[case][0] for of_rank in results])
+        codes = torch.cat([result[case][0] for result in results])
         torch.testing.assert_close(codes, reference.sinkhorn(scores, extra=extra))
         torch.testing.assert_close(codes, sinkhorn(scores, extra=extra), rtol=1e-12, atol=1e-15)
-        assert all(torch.equal(of_rank[case][1], results[0][case][1]) for of_rank in results)
+        assert all(torch.equal(result[case][1], results[0][case][1]) for result in results)
 
 
-def test_two_processes_give_the_rows_of_one():
-    assert_rows_of_one_process(run_processes(codes_of_shards, 2, TWO_PROCESSES), TWO_PROCESSES)
+def test_two_processes_give_the_same_codes_as_one():
+    assert_equal_to_one_process(run_processes(codes_of_shards, 2, TWO_PROCESSES), TWO_PROCESSES)
 
 
-def test_three_processes_give_the_rows_of_one_and_a_group_balances_its_own():
+def test_three_processes_give_the_same_codes_as_one_and_a_group_balances_only_its_images():
     sizes = [6, 7, 8]
     results = run_processes(codes_of_two_of_three, 3, sizes)
-    assert_rows_of_one_process([of_all for of_all, _ in results], THREE_PROCESSES)
+    assert_equal_to_one_process([codes for codes, _ in results], THREE_PROCESSES)
     scores, _ = shards(sizes, [0, 0, 0])
     in_group = torch.cat([results[0][1], results[2][1]])
     torch.testing.assert_close(in_group, reference.sinkhorn(torch.cat([scores[0], scores[2]])))
@@ -403,29 +407,29 @@ def assert_loss_and_gradient(scores, crops_for_assign, tolerance, **options):
     "nmb_crops, crops_for_assign",
     [(2, (0, 1)), (3, (0, 1, 2)), (4, (2,)), (5, (1, 0)), (6, (0, 1)), (7, (4, 5)), (8, (0, 1)), (8, (6, 0, 3))],
 )
-def test_loss_and_gradient_follow_the_reference(nmb_crops, crops_for_assign, dtype, device):
+def test_loss_and_gradient_match_the_reference(nmb_crops, crops_for_assign, dtype, device):
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, torch.finfo(dtype).eps)
-    scores = cosines(17, 129, crops=nmb_crops, dtype=dtype, device=device)
+    scores = cosine_scores(17, 129, crops=nmb_crops, dtype=dtype, device=device)
     assert_loss_and_gradient(scores, crops_for_assign, tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature, epsilon", [(0.3, 0.05), (0.1, 0.02), (1.0, 1.0)])
-def test_loss_follows_temperature_and_epsilon(temperature, epsilon, device):
-    scores = cosines(9, 20, crops=3, dtype=torch.float64, device=device)
+def test_loss_and_gradient_match_the_reference_for_any_temperature_and_epsilon(temperature, epsilon, device):
+    scores = cosine_scores(9, 20, crops=3, dtype=torch.float64, device=device)
     assert_loss_and_gradient(scores, (0, 1), 1e-10, temperature=temperature, epsilon=epsilon)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_loss_of_strided_scores_follows_the_reference_and_leaves_them(device):
-    whole = cosines(20, 17, crops=8, device=device)
-    before = whole.clone()
-    assert_loss_and_gradient(whole[::2].transpose(1, 2), (0, 1), 2e-5)
-    assert torch.equal(whole, before)
+def test_loss_of_strided_scores_matches_the_reference_and_does_not_modify_them(device):
+    memory = cosine_scores(20, 17, crops=8, device=device)
+    before = memory.clone()
+    assert_loss_and_gradient(memory[::2].transpose(1, 2), (0, 1), 2e-5)
+    assert torch.equal(memory, before)
 
 
 def naive_loss(scores, potentials, crops_for_assign):
-    """The loss as one writes it first, in the dtype of the scores."""
+    """Compute the loss by its plain formula, in the dtype of the scores."""
     loss = 0
     for i, potential in zip(crops_for_assign, potentials.to(scores.dtype), strict=True):
         codes = torch.softmax(scores[i].detach() / 0.05 + potential, dim=1)
@@ -439,13 +443,13 @@ def naive_loss(scores, potentials, crops_for_assign):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nmb_images, nmb_prototypes", [(1, 3000), (17, 129), (64, 3000)])
 def test_error_of_loss_and_gradient_is_at_most_twice_that_of_naive_torch(nmb_images, nmb_prototypes, dtype, device):
-    scores = cosines(nmb_images, nmb_prototypes, crops=4, dtype=dtype, device=device).requires_grad_()
+    scores = cosine_scores(nmb_images, nmb_prototypes, crops=4, dtype=dtype, device=device).requires_grad_()
     exact = scores.detach().double().requires_grad_()
     potentials = sinkhorn_potentials(exact.detach()[:2])
     losses = [naive_loss(exact, potentials, (0, 1)), naive_loss(scores, potentials, (0, 1))]
     losses.append(swav_loss(scores, potentials))
     grads = [torch.autograd.grad(losses[0], exact)[0]] + [torch.autograd.grad(loss, scores)[0] for loss in losses[1:]]
-    # Both potentials in float32 and a gradient in half precision are rounded once, whatever computes them.
+    # Potentials in float32, and a gradient in half precision, are rounded once in every implementation.
     rounding = logit_rounding(scores, 0.05, potentials.float().dtype if dtype != torch.float64 else dtype)
     rounding += torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0
     for exact_value, naive, ours in (losses, grads):
@@ -454,8 +458,8 @@ def test_error_of_loss_and_gradient_is_at_most_twice_that_of_naive_torch(nmb_ima
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_masked_prototypes_get_no_gradient_and_leave_the_loss_as_without_them(device):
-    scores = cosines(9, 20, crops=4, dtype=torch.float64, device=device)
+def test_masked_prototypes_get_no_gradient_and_do_not_change_the_loss(device):
+    scores = cosine_scores(9, 20, crops=4, dtype=torch.float64, device=device)
     masked = scores.clone()
     masked[:, :, 5] = -torch.inf
     others = [k for k in range(20) if k != 5]
@@ -471,8 +475,8 @@ def test_masked_prototypes_get_no_gradient_and_leave_the_loss_as_without_them(de
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("crop, crops_for_assign", [(3, (0, 1)), (0, (0, 1)), (0, (0,))])
-def test_loss_and_gradient_of_a_nan_or_of_a_masked_image_are_nan(crop, crops_for_assign, value, device):
-    scores = cosines(9, 20, crops=4, device=device)
+def test_a_nan_or_a_masked_image_makes_the_loss_and_its_gradient_nan(crop, crops_for_assign, value, device):
+    scores = cosine_scores(9, 20, crops=4, device=device)
     potentials = sinkhorn_potentials(scores[list(crops_for_assign)])
     scores[crop, 4] = value
     loss = swav_loss(scores.requires_grad_(), potentials, crops_for_assign=crops_for_assign)
@@ -482,16 +486,16 @@ def test_loss_and_gradient_of_a_nan_or_of_a_masked_image_are_nan(crop, crops_for
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_loss_of_unnormalised_scores_is_finite_and_right(device):
-    assert_loss_and_gradient(unnormalised(51, 20, device=device).unflatten(0, (3, 17)), (0, 1), 5e-3)
+def test_loss_and_gradient_match_the_reference_for_unnormalised_scores(device):
+    assert_loss_and_gradient(unnormalised_scores(51, 20, device=device).unflatten(0, (3, 17)), (0, 1), 5e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck_in_float64(device):
-    scores = cosines(3, 4, crops=4, dtype=torch.float64, device=device).requires_grad_()
+    scores = cosine_scores(3, 4, crops=4, dtype=torch.float64, device=device).requires_grad_()
     potentials = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 
-    # The codes count as constants: with a vast epsilon they are, so that finite differences see what backward sees.
+    # backward treats codes as constants. With a huge epsilon they are constant, so finite differences agree with it.
     def loss(scores):
         return swav_loss(scores, potentials, crops_for_assign=(2, 0), epsilon=1e9)
 
@@ -499,15 +503,15 @@ def test_gradcheck_in_float64(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_codes_and_potentials_carry_no_gradient(device):
-    scores = cosines(5, 7, crops=3, device=device).requires_grad_()
+def test_codes_and_potentials_have_no_gradient(device):
+    scores = cosine_scores(5, 7, crops=3, device=device).requires_grad_()
     assert not sinkhorn(scores[0], extra=scores[1]).requires_grad
     assert not sinkhorn_potentials(scores[:2], extra=scores[1:]).requires_grad
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loss_sends_no_gradient_into_potentials(device):
-    scores = cosines(5, 7, crops=3, device=device).requires_grad_()
+def test_the_loss_has_no_gradient_for_potentials(device):
+    scores = cosine_scores(5, 7, crops=3, device=device).requires_grad_()
     potentials = sinkhorn_potentials(scores[:2]).requires_grad_()
     swav_loss(scores, potentials).backward()
     assert potentials.grad is None
@@ -517,23 +521,23 @@ def test_the_loss_sends_no_gradient_into_potentials(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("nmb_queued", [0, 6])
+@pytest.mark.parametrize("nmb_extra", [0, 6])
 @pytest.mark.parametrize("nmb_images", [0, 9])
 @pytest.mark.parametrize("nmb_prototypes", [17, 1500, 3000, 4096, 5000])
-def test_what_processes_exchange_is_that_of_plain_torch(nmb_prototypes, nmb_images, nmb_queued, device):
-    """Kernels that a run of one process does not meet; in float64, beside float32."""
-    rows, queued = (cosines(n + 1, nmb_prototypes, crops=2, device=device)[:, 1:] for n in (nmb_images, nmb_queued))
-    extra = queued if nmb_queued else None
+def test_operators_for_several_processes_match_plain_torch_in_float64(nmb_prototypes, nmb_images, nmb_extra, device):
+    """Test the kernels that a run with a single process does not use."""
+    rows, extra = (cosine_scores(n + 1, nmb_prototypes, crops=2, device=device)[:, 1:] for n in (nmb_images, nmb_extra))
+    extra = extra if nmb_extra else None
     potentials = torch.randn(2, nmb_prototypes, generator=torch.Generator().manual_seed(0)).to(device)
-    for name, more in (("prototype_logsumexp", (0.05,)), ("prototype_totals", (potentials, 0.05))):
-        found = getattr(torch.ops.sinkhorn_ext, name)(rows, extra, *more)
-        exact = [value.double() if torch.is_tensor(value) else value for value in (rows, extra, *more)]
+    for name, options in (("prototype_logsumexp", (0.05,)), ("prototype_totals", (potentials, 0.05))):
+        result = getattr(torch.ops.sinkhorn_ext, name)(rows, extra, *options)
+        exact = [value.double() if torch.is_tensor(value) else value for value in (rows, extra, *options)]
         expected = getattr(sinkhorn_ext, f"_{name}").in_torch(*exact)
-        torch.testing.assert_close(found.double(), expected, rtol=5e-5, atol=1e-6)
+        torch.testing.assert_close(result.double(), expected, rtol=5e-5, atol=1e-6)
 
 
 def operator_arguments(dtype, device):
-    scores, extra = (cosines(n, 17, crops=4, dtype=dtype, device=device) for n in (5, 3))
+    scores, extra = (cosine_scores(n, 17, crops=4, dtype=dtype, device=device) for n in (5, 3))
     potentials = sinkhorn_potentials(scores[:2])
     out = torch.empty(5, 17, dtype=potentials.dtype, device=device)
     logsumexps = torch.randn(6, 5, device=device).to(potentials.dtype)
@@ -560,13 +564,13 @@ def test_opcheck(name, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_compiled_operators_refuse_what_does_not_fit(name, device):
+def test_compiled_operators_refuse_wrong_shapes(name, device):
     if backend(device) == "torch":
-        pytest.skip("plain torch has its own words")
+        pytest.skip("plain torch has its own messages")
     arguments = list(operator_arguments(torch.float32, device)[name])
     tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor) and argument.dim() > 1]
     for i in tensors:
-        wrong = [a.detach()[..., :-1] if j == i else a for j, a in enumerate(arguments)]
+        wrong = [argument.detach()[..., :-1] if j == i else argument for j, argument in enumerate(arguments)]
         if name != "prototype_logsumexp" or len(tensors) > 1:
             with pytest.raises(RuntimeError, match="expected .* got "):
                 getattr(torch.ops.sinkhorn_ext, name)(*wrong)
@@ -575,7 +579,7 @@ def test_compiled_operators_refuse_what_does_not_fit(name, device):
 @needs_gpu
 @pytest.mark.parametrize("nmb_prototypes", [300, 3000, 10_000])
 def test_replaying_a_cuda_graph_equals_eager(nmb_prototypes):
-    scores = cosines(64, nmb_prototypes, crops=4, device="cuda").requires_grad_()
+    scores = cosine_scores(64, nmb_prototypes, crops=4, device="cuda").requires_grad_()
 
     def step():
         potentials = sinkhorn_potentials(scores.detach()[:2])
@@ -591,16 +595,16 @@ def test_replaying_a_cuda_graph_equals_eager(nmb_prototypes):
         captured = step()
     for seed in (1, 2):
         with torch.no_grad():
-            scores.copy_(cosines(64, nmb_prototypes, crops=4, seed=seed))
+            scores.copy_(cosine_scores(64, nmb_prototypes, crops=4, seed=seed))
         graph.replay()
         replayed = [result.clone() for result in captured]
         assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_the_compiled_loss_holds_no_second_matrix():
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak memory is read from Linux's /proc")
+def test_the_compiled_loss_needs_no_memory_for_the_codes():
     if not IS_COMPILED:
-        pytest.skip("plain torch does")
+        pytest.skip("plain torch needs it")
     program = """
 import torch
 from sinkhorn_ext import sinkhorn_potentials, swav_loss
@@ -613,13 +617,13 @@ def step(scores):
 
 step(torch.rand(8, 2, 3000, requires_grad=True))
 scores = torch.rand(8, 256, 3000, requires_grad=True)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before = kib("VmRSS")
 step(scores)
 print((kib("VmHWM") - before) * 1024 / scores.nbytes)
 """
-    peak = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)
-    assert 0.9 < float(peak.stdout) < 1.4  # the gradient, and the totals of the slabs
+    peak = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.9 < float(peak.stdout) < 1.4  # for the gradient and the totals of the slabs
 
 
 # Which implementation runs
@@ -635,50 +639,85 @@ def test_backend_names_an_implementation_and_the_environment_can_force_torch(dev
 
 
 def test_built_kernels_are_used_unless_the_environment_says_torch():
-    is_built = any((HOUSE / "sinkhorn_ext").glob("_C.*"))
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    is_built = any((ROOT / "sinkhorn_ext" / f"_C{suffix}").exists() for suffix in suffixes)
     assert backend("cpu") == ("cpp" if is_built and os.environ.get("SINKHORN_EXT") != "torch" else "torch")
 
 
-@pytest.fixture
-def imported(tmp_path):
-    """Imports a copy of the folder without compiled kernels, in a fresh process: its backend, and what it warned."""
-    shutil.copytree(HOUSE / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=shutil.ignore_patterns("_C.*", "__pyc*"))
+@pytest.mark.skipif(not IS_COMPILED, reason="no compiled kernels")
+def test_build_info_describes_the_kernels():
+    info = sinkhorn_ext._C.build_info()
+    assert info["compiler"].startswith(("GCC ", "Clang ", "MSVC ")) and info["cxx_standard"].startswith("C++")
+    assert torch.__version__.startswith(info["torch"])
+    if backend("cuda") == "cuda":
+        assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0] and info["cuda_architectures"]
+    else:
+        assert info["cuda"] is None and info["cuda_architectures"] is None
+    assert info["threads"] == (torch.get_num_threads() if info["openmp"] else 1)
+    has_code_paths = info["compiler"].startswith("GCC") and (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if has_code_paths and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert info["cpu_capability"] in ("avx2", "x86-64-v3", "x86-64-v4")
+    else:
+        assert info["cpu_capability"]
 
-    def run(sinkhorn_ext_variable=None):
-        environment = {name: value for name, value in os.environ.items() if name != "SINKHORN_EXT"}
-        if sinkhorn_ext_variable is not None:
-            environment["SINKHORN_EXT"] = sinkhorn_ext_variable
-        program = "import sinkhorn_ext; print(sinkhorn_ext.backend('cpu'))"
-        return subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-        )
+
+def test_the_report_names_the_backends_and_tells_how_the_kernels_were_built():
+    lines = lines_of(subprocess.run([sys.executable, "-m", "sinkhorn_ext"], cwd=ROOT, capture_output=True, text=True))
+    assert all(lines[f"backend on {device}"] == backend(device) for device in ("cpu", "cuda"))
+    assert torch.__version__ in lines["torch"] and lines["Python"] == platform.python_version()
+    assert (lines["compiled kernels"].startswith("_C.")) == IS_COMPILED
+    for name, value in sinkhorn_ext._C.build_info().items() if IS_COMPILED else []:
+        assert lines[f"  {name}"] == str(value) or name == "threads"
+
+
+def lines_of(report):
+    """Return the lines of the report that `python -m sinkhorn_ext` prints, as a dict."""
+    assert report.returncode == 0, report.stderr
+    return {line[:22].rstrip(): line[22:] for line in report.stdout.splitlines()}
+
+
+@pytest.fixture
+def run_copy(tmp_path):
+    """Run `python -m sinkhorn_ext` with a copy of the folder that has no compiled kernels."""
+    shutil.copytree(ROOT / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=shutil.ignore_patterns("_C.*", "__pyc*"))
+
+    def run(**variables):
+        environment = {name: value for name, value in os.environ.items() if name != "SINKHORN_EXT"} | variables
+        command = [sys.executable, "-m", "sinkhorn_ext"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
     return run
 
 
-def test_without_kernels_torch_serves_silently(imported):
-    result = imported()
-    assert (result.returncode, result.stdout, result.stderr) == (0, "torch\n", "")
+def test_without_kernels_it_runs_in_plain_torch_without_a_warning(run_copy):
+    result = run_copy()
+    assert lines_of(result)["backend on cpu"] == "torch" and lines_of(result)["compiled kernels"] == "not built"
+    assert result.stderr == ""
 
 
-def test_kernels_that_do_not_load_are_said_once_with_the_reason(imported, tmp_path):
+def test_kernels_that_do_not_load_cause_one_warning_with_the_reason(run_copy, tmp_path):
     (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library")
-    result = imported()
-    assert (result.returncode, result.stdout) == (0, "torch\n")
-    assert len(re.findall("UserWarning: sinkhorn_ext runs in plain torch", result.stderr)) == 1
+    result = run_copy()
+    assert lines_of(result)["backend on cpu"] == "torch"
+    assert lines_of(result)["compiled kernels"].startswith("built, but does not load: ")
+    assert result.stderr.count("UserWarning: sinkhorn_ext runs in plain torch") == 1
     assert "_C.abi3.so" in result.stderr and "pip install" in result.stderr
-    assert imported("torch").stderr == ""
+    result = run_copy(SINKHORN_EXT="torch")
+    assert "SINKHORN_EXT=torch" in lines_of(result)["compiled kernels"] and result.stderr == ""
 
 
-@pytest.mark.skipif(not IS_COMPILED, reason="no compiled kernels to put beside other operators")
-def test_kernels_of_other_operators_are_said_and_left_out(imported, tmp_path):
-    (library,) = (HOUSE / "sinkhorn_ext").glob("_C.*")
+@pytest.mark.skipif(not IS_COMPILED, reason="no compiled kernels to copy")
+def test_kernels_load_only_for_the_operators_that_they_were_compiled_for(run_copy, tmp_path):
+    (library,) = (ROOT / "sinkhorn_ext").glob("_C.*")
     shutil.copy(library, tmp_path / "sinkhorn_ext")
+    result = run_copy()
+    assert lines_of(result)["backend on cpu"] == "cpp" and result.stderr == ""
     source = tmp_path / "sinkhorn_ext" / "__init__.py"
     source.write_text(source.read_text().replace("potentials(Tensor scores,", "potentials(int another, Tensor scores,"))
-    result = imported()
-    assert result.returncode == 0 and "UserWarning: sinkhorn_ext runs in plain torch" in result.stderr
+    result = run_copy()
+    assert lines_of(result)["backend on cpu"] == "torch"
+    assert "UserWarning: sinkhorn_ext runs in plain torch" in result.stderr
 
 
-def test_an_unknown_choice_of_implementation_is_refused(imported):
-    assert "ValueError: SINKHORN_EXT: expected torch or nothing" in imported("cuda").stderr
+def test_an_unknown_choice_of_implementation_is_refused(run_copy):
+    assert "ValueError: SINKHORN_EXT: expected torch or nothing" in run_copy(SINKHORN_EXT="cuda").stderr

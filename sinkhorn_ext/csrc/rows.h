@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernels share: where the rows of scores lie.
+// Shared by the CPU and the CUDA kernels: where the rows of scores lie in memory, and the checks of all arguments.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -18,14 +18,14 @@ constexpr double kLn2 = 0.6931471805599453;
 template <typename scalar_t>
 using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// Runs the code with scalar_t, the type of scores, and T, in which they are computed with.
+// Runs the code with scalar_t, the type of the scores, and T, the type to compute in.
 #define DISPATCH(scores, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), name, [&] { \
     using T = accumulation_t<scalar_t>; \
     __VA_ARGS__ \
   })
 
-// Registers the functions of these names, one for each operator of __init__.py.
+// Registers one function for each operator of __init__.py. The functions have the operators' names.
 #define IMPLEMENT_OPERATORS(library) \
   library.impl("prototype_logsumexp", prototype_logsumexp); \
   library.impl("prototype_totals", prototype_totals); \
@@ -35,7 +35,8 @@ using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, doub
   library.impl("swapped_loss", swapped_loss); \
   library.impl("swapped_loss_backward", swapped_loss_backward)
 
-// The images of `problems` independent problems, one list each: the rows of scores [A, N, K], then of extra [A, Q, K].
+// The rows of A = `problems` independent problems. The rows of a problem are those of scores [A, N, K], followed by
+// those of extra [A, Q, K].
 template <typename scalar_t>
 struct Rows {
   const scalar_t* scores;
@@ -49,7 +50,7 @@ struct Rows {
   }
 };
 
-// Any stride will do between rows; only a row that is itself scattered is copied.
+// Rows may have any stride. A copy is made only if the elements within a row are not contiguous.
 inline at::Tensor with_contiguous_rows(const at::Tensor& scores) {
   return scores.stride(-1) == 1 || scores.size(-1) == 1 ? scores : scores.contiguous();
 }
@@ -58,7 +59,7 @@ inline std::optional<at::Tensor> with_contiguous_rows(const std::optional<at::Te
   return extra ? std::make_optional(with_contiguous_rows(*extra)) : std::nullopt;
 }
 
-// Refers to memory of scores and extra: keep both.
+// Points into scores and extra, which must outlive the result.
 template <typename scalar_t>
 Rows<scalar_t> rows_of(const at::Tensor& scores, const std::optional<at::Tensor>& extra) {
   Rows<scalar_t> rows{};
@@ -116,7 +117,8 @@ inline void check_logsumexps(const at::Tensor& logsumexps, const at::Tensor& pot
 inline void check_loss(const at::Tensor& scores, const at::Tensor& potentials, at::IntArrayRef crops_for_assign) {
   check_scores(scores, std::nullopt);
   TORCH_CHECK(scores.size(0) >= 2 && scores.size(1) >= 1 && !crops_for_assign.empty(),
-              "scores: expected two crops of one image or more, of which one or more assign, got ", scores.sizes());
+              "scores: expected at least two crops, one image and one assigning crop, got ", scores.sizes(),
+              " and ", crops_for_assign.size(), " assigning crops");
   check_potentials(potentials, scores, crops_for_assign.size());
 }
 

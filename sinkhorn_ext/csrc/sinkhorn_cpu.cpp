@@ -1,13 +1,12 @@
-// Sinkhorn-Knopp and the swapped loss on CPUs. The operators are declared in __init__.py, with the formulas.
+// Sinkhorn-Knopp and the swapped loss on CPUs. __init__.py declares the operators and has the formulas.
 //
-// A row of K scores is worked on while it lies in the first-level cache; the matrix is read once a round. Sums have a
-// fixed order that depends on the sizes alone, not on the number of threads, so results repeat bit for bit.
+// All work on a row of K scores is done while the row is in the first-level cache, so a round reads the matrix once.
+// The order of every sum depends only on the sizes, never on the number of threads: results repeat bit for bit.
 
 #include "rows.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <Python.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,32 +22,43 @@
 #include <sys/mman.h>
 #endif
 
-// One machine code per width of vector registers, chosen when the library is loaded.
+// With GCC, each loop is compiled once per width of vector registers. The processor's own version is chosen when the
+// library is loaded. code_path() has the same versions, so it is chosen in the same way and names the choice.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CODE_PATH(target_name, name) \
+  __attribute__((target(target_name))) const char* code_path() { return name; }
 #if __GNUC__ >= 12
 #define SIMD_WIDTHS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define CODE_PATHS \
+  CODE_PATH("default", "default") CODE_PATH("arch=x86-64-v3", "x86-64-v3") CODE_PATH("arch=x86-64-v4", "x86-64-v4")
 #else
 #define SIMD_WIDTHS __attribute__((target_clones("default", "avx2")))
+#define CODE_PATHS CODE_PATH("default", "default") CODE_PATH("avx2", "avx2")
 #endif
 #else
 #define SIMD_WIDTHS
+#define CODE_PATHS \
+  const char* code_path() { return "default"; }
 #endif
 
 namespace sinkhorn_ext {
 namespace {
 
-// Bounds of exp2's argument, beyond which it is 0 or infinite. Volatile, since with constants here the compiler
-// splits the clamp into cases and the loops run at two thirds of their speed.
+CODE_PATHS
+
+// Below and above these arguments, exp2 is 0 and infinite. They are volatile because with constants the compiler
+// splits the clamp into branches, and the loops then run at two thirds of the speed.
 volatile float exp2_lowest = -127, exp2_highest = 128;
 
 struct Exp2 {
   const float lowest = exp2_lowest, highest = exp2_highest;
 
-  // 2^n * 2^f, n whole, f in [-0.5, 0.5]; the polynomial's relative error is 2e-8. NaN stays NaN.
+  // 2^x = 2^n * 2^f, with an integer n and f in [-0.5, 0.5]. The polynomial in f has a relative error of 2e-8. NaN
+  // stays NaN.
   float operator()(float x) const {
     x = lowest > x ? lowest : x;
     x = highest < x ? highest : x;
-    const float shifted = x + 12582912.f;  // 1.5 * 2^23: rounding leaves n in the low bits
+    const float shifted = x + 12582912.f;  // 1.5 * 2^23: the addition rounds n into the low bits
     const float f = x - (shifted - 12582912.f);
     float p = 0.00015345812f;
     p = p * f + 0.0013399931f;
@@ -67,9 +77,9 @@ struct Exp2 {
   double operator()(double x) const { return std::exp2(x); }
 };
 
-// Loops over one row. x: scores; logits are x * scale + offset, in powers of two.
+// Loops over one row of n prototypes. x holds scores. The logits are x * scale + offset, in powers of two.
 
-constexpr int64_t kBlock = 1024;  // columns that are summed in T before double takes over
+constexpr int64_t kBlock = 1024;  // columns to sum in T; the sums of blocks are added in double
 
 template <typename T>
 SIMD_WIDTHS double exp2_row(const T* x, const T* offset, T scale, T shift, int64_t n, T* e) {
@@ -100,7 +110,7 @@ SIMD_WIDTHS T max_logit(const T* x, const T* offset, T scale, int64_t n) {
   return largest;
 }
 
-// NaN loses.
+// Ignores NaN.
 template <typename T>
 SIMD_WIDTHS T largest_score(const T* x, int64_t n) {
   T largest = std::numeric_limits<T>::lowest();
@@ -149,7 +159,7 @@ SIMD_WIDTHS void scale_row(T* e, const T* scales, T factor, int64_t n) {
 
 template <typename T>
 SIMD_WIDTHS double dot(const T* e, const T* scales, int64_t n) {
-  constexpr int64_t lanes = 32, block = lanes * kBlock;  // sums side by side: each addition waits for the one before
+  constexpr int64_t lanes = 32, block = lanes * kBlock;  // independent sums, as an addition waits for the previous one
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t end = std::min(begin + block, n);
@@ -169,7 +179,7 @@ SIMD_WIDTHS double dot(const T* e, const T* scales, int64_t n) {
   return total;
 }
 
-// Whether all reciprocals lie between 1 / limit and limit.
+// Returns whether all reciprocals lie between 1 / limit and limit.
 template <typename T>
 SIMD_WIDTHS bool store_reciprocals(T* reciprocals, const double* sums, T limit, int64_t n) {
   T low = 1, high = 1, all = 0;
@@ -184,7 +194,7 @@ SIMD_WIDTHS bool store_reciprocals(T* reciprocals, const double* sums, T limit, 
   return low > 1 / limit && high < limit && !std::isnan(all);
 }
 
-// Beside the exponentials, adds them to sums and returns the lowest logit.
+// Stores the exponentials in e and adds them to sums. Returns the lowest logit.
 template <typename T>
 SIMD_WIDTHS T store_exp2(const T* x, T scale, T shift, int64_t n, T* e, T* sums) {
   const Exp2 exp2;
@@ -200,7 +210,7 @@ SIMD_WIDTHS T store_exp2(const T* x, T scale, T shift, int64_t n, T* e, T* sums)
   return lowest;
 }
 
-// Sum of codes times the other crops' scores. A code of 0 counts as 0 even where the score is -inf.
+// Sum of the codes times the scores of all other crops. Where the code is 0 the product is 0, even for a score of -inf.
 template <typename T>
 SIMD_WIDTHS double agreement(const T* e, T inverse_sum, const T* all_crops, const T* own_crop, int64_t n) {
   double total = 0;
@@ -231,7 +241,7 @@ SIMD_WIDTHS void convert_row(To* to, const From* from, int64_t n) {
   for (int64_t k = 0; k < n; k++) to[k] = static_cast<To>(from[k]);
 }
 
-// The row itself, or its values as float in scratch.
+// Returns the row itself if its type is T. Otherwise converts it into scratch and returns that.
 template <typename scalar_t, typename T>
 const T* in_accumulation_type(const scalar_t* row, T* scratch, int64_t n) {
   if constexpr (std::is_same_v<scalar_t, T>) {
@@ -242,7 +252,8 @@ const T* in_accumulation_type(const scalar_t* row, T* scratch, int64_t n) {
   }
 }
 
-// e = exp2(logits - shift), their sum, and a shift that keeps it in range. Most rows need none: one pass then.
+// Stores e = exp2(logits - shift) and holds their sum. The shift keeps the sum in range. Most rows need no shift, and
+// then one pass is enough.
 template <typename T>
 struct Exponentials {
   double sum;
@@ -254,37 +265,38 @@ struct Exponentials {
     shift = max_logit(x, offset, scale, n);
     sum = exp2_row(x, offset, scale, shift, n, e);
   }
-  double inverse_sum() const { return sum == 0 ? 0 : 1 / sum; }  // 0: every score is -inf, the image takes no part
+  double inverse_sum() const { return sum == 0 ? 0 : 1 / sum; }  // 0: all scores are -inf
   double log2_sum() const { return shift + std::log2(sum); }
 };
 
-// New memory in huge pages: the first touch of a large result, page by page, costs more than computing it.
+// Asks for huge pages: in pages of 4 KiB, the first write to a large result takes longer than computing the result.
 inline void prefer_huge_pages(const at::Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 4096, large = 16 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.const_data_ptr()), end = begin + out.nbytes();
+  const uintptr_t first_page = (begin + page - 1) / page * page;
   if (end - begin > large && out.is_contiguous())
-    madvise(reinterpret_cast<void*>((begin + page - 1) / page * page), (end - begin - page) / page * page, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(first_page), (end - begin - page) / page * page, MADV_HUGEPAGE);
 #endif
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are cut into slabs, each summed by one thread; how many there are depends on the sizes alone.
+// Divides rows into slabs. One thread sums a slab. The number of slabs depends only on the sizes.
 struct Slabs {
   int64_t per_problem, rows_per_slab, problems, rows;
 
   template <typename scalar_t>
   explicit Slabs(const Rows<scalar_t>& all) : problems(all.problems), rows(all.count) {
-    constexpr int64_t worth_a_slab = 32768, most = 32;
-    int64_t count = 1;  // a power of two, which the usual numbers of threads divide evenly
-    while (2 * count <= std::min({rows, rows * all.prototypes / worth_a_slab, most})) count *= 2;
+    constexpr int64_t min_elements = 32768, max_count = 32;
+    int64_t count = 1;  // a power of two: the usual numbers of threads divide it evenly
+    while (2 * count <= std::min({rows, rows * all.prototypes / min_elements, max_count})) count *= 2;
     rows_per_slab = divide_up(std::max<int64_t>(rows, 1), count);
     per_problem = divide_up(rows, rows_per_slab);
   }
 
-  // body(slab of all problems, problem, first row, one past the last row). Backward: each thread begins with the slabs
-  // that it ended a forward pass with, as they may still be in a cache.
+  // Calls body(slab, problem, first row, last row + 1) for the slabs of all problems. With backward, each thread begins
+  // with the slabs at which it ended the forward pass, because they may still be in a cache.
   template <typename Body>
   void for_each(const Body& body, bool backward = false) const {
     at::parallel_for(0, problems * per_problem, 1, [&](int64_t begin, int64_t end) {
@@ -297,9 +309,9 @@ struct Slabs {
   }
 };
 
-constexpr int64_t kWorthAThread = 16384;  // elements below which starting a thread costs more than it saves
+constexpr int64_t kElementsPerThread = 16384;  // with fewer elements, starting a thread costs more than it saves
 
-// result [problems, n] = sum over rows of what body(slab, problem, row, scratch [2 n], sums [n]) adds to sums.
+// Calls body(slab, problem, row, scratch [2 n], sums [n]) for every row. result [problems, n]: what body added to sums.
 template <typename T, typename Body>
 void sum_over_rows(const Slabs& slabs, int64_t n, double* result, const Body& body, bool backward = false) {
   const std::unique_ptr<double[]> totals(new double[slabs.problems * slabs.per_problem * n]);
@@ -319,7 +331,7 @@ void sum_over_rows(const Slabs& slabs, int64_t n, double* result, const Body& bo
     }
   }, backward);
   for (int64_t problem = 0; problem < slabs.problems; problem++) {
-    at::parallel_for(0, n, 1 + 4 * kWorthAThread / (slabs.per_problem + 1), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, n, 1 + 4 * kElementsPerThread / (slabs.per_problem + 1), [&](int64_t begin, int64_t end) {
       std::fill(result + problem * n + begin, result + problem * n + end, 0.0);
       for (int64_t slab = problem * slabs.per_problem; slab < (problem + 1) * slabs.per_problem; slab++)
         add_scaled(result + problem * n + begin, &totals[slab * n + begin], 1.0, end - begin);
@@ -327,7 +339,8 @@ void sum_over_rows(const Slabs& slabs, int64_t n, double* result, const Body& bo
   }
 }
 
-// log2 sum over rows of 2^logit, per problem and prototype; -inf where no row has a finite score. Any range.
+// log2 of the sum over rows of 2^logit, per problem and prototype. Takes scores of any range. The result is -inf where
+// no row has a finite score.
 template <typename scalar_t, typename T = accumulation_t<scalar_t>>
 void any_log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double* result) {
   const T scale = kLog2E / epsilon;
@@ -336,7 +349,7 @@ void any_log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double*
   const int64_t size = slabs.problems * slabs.per_problem * n;
   const std::unique_ptr<T[]> largest(new T[size]), sums(new T[size]);
   slabs.for_each([&](int64_t slab, int64_t problem, int64_t first, int64_t last) {
-    // 128 KiB of float: read for the maximum, still in the second-level cache for the sum.
+    // A tile is 128 KiB of float: after the pass for the maximum it is still in the second-level cache for the sum.
     constexpr int64_t tile_rows = 16, tile_columns = 2048;
     T before[tile_columns], scratch[tile_columns];
     for (int64_t column = 0; column < n; column += tile_columns) {
@@ -369,7 +382,8 @@ void any_log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double*
   });
 }
 
-// The same with one shift for all, as scores of one problem mostly lie close enough together: one pass then.
+// The same in one pass, with one shift for all rows of a problem. Scores usually lie close enough together for that;
+// otherwise the function above does the work.
 template <typename scalar_t, typename T = accumulation_t<scalar_t>>
 void log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double* result) {
   const int64_t n = rows.prototypes;
@@ -389,7 +403,7 @@ void log2_sums_over_rows(const Rows<scalar_t>& rows, double epsilon, double* res
   }
 }
 
-// Sum over rows of the softmax over prototypes, per problem and prototype. offsets: potentials in powers of two.
+// Sum over rows of the softmax over prototypes, per problem and prototype. offsets: the potentials in powers of two.
 template <typename scalar_t, typename T = accumulation_t<scalar_t>>
 void softmax_sums_over_rows(const Rows<scalar_t>& rows, const T* offsets, double epsilon, double* result) {
   const int64_t n = rows.prototypes;
@@ -400,20 +414,21 @@ void softmax_sums_over_rows(const Rows<scalar_t>& rows, const T* offsets, double
   });
 }
 
-// The matrix form: exponentials are computed once, in out, and scaled there. For one process, and for scores whose
-// exponentials and scales float can hold; returns false with out spoiled otherwise, as the form above takes any range.
+// The matrix form: computes the exponentials once, in out, and scales them there. It is for a single process, and for
+// scores whose exponentials and scales T can represent. For other scores it returns false with undefined values in out,
+// and the caller uses the potentials instead.
 template <typename scalar_t, typename T = accumulation_t<scalar_t>>
 bool scale_exponentials(const Rows<scalar_t>& rows, double epsilon, int64_t iterations, T* out, int64_t out_stride) {
   constexpr T widest_log2 = 90, largest_scale = 1e30;
   const int64_t n = rows.prototypes;
-  const double row_total = static_cast<double>(n) / rows.count;  // prototypes' totals are near 1 then: no scale drifts
+  const double row_total = static_cast<double>(n) / rows.count;  // keeps prototypes' totals near 1: no scale drifts
   const T scale = kLog2E / epsilon;
   const Slabs slabs(rows);
   std::vector<T> lowest(slabs.per_problem, std::numeric_limits<T>::max()), scales(n);
   std::vector<double> sums(n);
   const T shift = largest_score(in_accumulation_type(rows.row(0, 0), scales.data(), n), n) * scale;
   std::atomic<bool> in_range{true};
-  // Products of a low exponential and a low scale underflow: a row's sum of them has to stay well above that.
+  // A low exponential times a low scale can underflow. That is harmless only if the sum of the row is much larger.
   const auto inverse_row_sum = [&](const T* e) {
     const double sum = dot(e, scales.data(), n);
     if (!(sum > 1e-25)) in_range = false;
@@ -424,7 +439,7 @@ bool scale_exponentials(const Rows<scalar_t>& rows, double epsilon, int64_t iter
     const T* x = in_accumulation_type(rows.row(0, row), scratch, n);
     lowest[slab] = std::min(lowest[slab], store_exp2(x, scale, shift, n, out + row * out_stride, row_sums));
   });
-  // Were a score too high instead, its exponential would have made a sum, and so a scale, too extreme.
+  // A score that is too high needs no check here: its sum, and so a scale, is out of range below.
   if (!(shift - *std::min_element(lowest.begin(), lowest.end()) <= widest_log2)) return false;
   for (int64_t round = 1;; round++) {
     if (!store_reciprocals(scales.data(), sums.data(), largest_scale, n)) return false;
@@ -502,7 +517,7 @@ at::Tensor potentials(const at::Tensor& scores_, const std::optional<at::Tensor>
     const Rows<scalar_t> rows = rows_of<scalar_t>(scores, extra);
     std::vector<T> offsets(size);
     log2_sums_over_rows(rows, epsilon, totals.data());
-    // A prototype without a finite score takes no part, whatever its potential is: it stays at 0.
+    // A prototype without a finite score takes no part, whatever its potential is. Its potential stays 0.
     for (int64_t i = 0; i < size; i++)
       log2_potentials[i] = totals[i] == -std::numeric_limits<double>::infinity() ? 0 : -totals[i];
     for (int64_t round = 1; round < iterations; round++) {
@@ -526,7 +541,7 @@ void codes(const at::Tensor& scores_, const at::Tensor& potentials, double epsil
     const std::vector<T> offsets = in_powers_of_two<T>(potentials);
     const scalar_t* x = scores.const_data_ptr<scalar_t>();
     T* result = out.mutable_data_ptr<T>();
-    at::parallel_for(0, scores.size(0), 1 + kWorthAThread / n, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, scores.size(0), 1 + kElementsPerThread / n, [&](int64_t begin, int64_t end) {
       std::vector<T> e(n), scratch(std::is_same_v<scalar_t, T> ? 0 : n);
       for (int64_t row = begin; row < end; row++) {
         const T* values = in_accumulation_type(x + row * scores.stride(0), scratch.data(), n);
@@ -556,12 +571,12 @@ void sinkhorn(const at::Tensor& scores_, const std::optional<at::Tensor>& extra,
   codes(scores[0], potentials(scores, problem, epsilon, iterations)[0], epsilon, out);
 }
 
-// The position of each crop among the assigning ones, or -1.
+// For each crop, its position in crops_for_assign, or -1 if it does not assign.
 std::vector<int64_t> positions(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
   std::vector<int64_t> result(nmb_crops, -1);
   for (size_t i = 0; i < crops_for_assign.size(); i++) {
     TORCH_CHECK(crops_for_assign[i] >= 0 && crops_for_assign[i] < nmb_crops && result[crops_for_assign[i]] < 0,
-                "crops_for_assign: expected each of 0..", nmb_crops - 1, " once at most, got ", crops_for_assign);
+                "crops_for_assign: expected different crops in 0..", nmb_crops - 1, ", got ", crops_for_assign);
     result[crops_for_assign[i]] = i;
   }
   return result;
@@ -581,7 +596,7 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
     const Rows<scalar_t> rows = rows_of<scalar_t>(scores, std::nullopt);
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), no_offset(n);
     T* saved = logsumexps.mutable_data_ptr<T>();
-    at::parallel_for(0, batch_size, 1 + kWorthAThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch_size, 1 + kElementsPerThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       std::vector<T> e(n), all_crops(n), scratch(std::is_same_v<scalar_t, T> ? 0 : n);
       for (int64_t image = begin; image < end; image++) {
         double loss = 0;
@@ -631,7 +646,7 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), log2_sums = in_powers_of_two<T>(logsumexps);
     const std::vector<T> no_code(n);
     scalar_t* gradient = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch_size, 1 + kWorthAThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch_size, 1 + kElementsPerThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       const int64_t converted = std::is_same_v<scalar_t, T> ? 0 : n;
       std::vector<T> codes(nmb_assigning * n), all_codes(n), scratch(converted), unrounded(converted);
       for (int64_t image = begin; image < end; image++) {
@@ -658,32 +673,14 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   return result;
 }
 
+}  // namespace
+
 torch::Library cpu_kernels() {
   torch::Library library = MAKE_TORCH_LIBRARY_IMPL(sinkhorn_ext, CPU);
   IMPLEMENT_OPERATORS(library);
   return library;
 }
 
-}  // namespace
-
-#ifdef WITH_CUDA
-torch::Library cuda_kernels();  // sinkhorn_cuda.cu
-#endif
+const char* cpu_capability() { return code_path(); }
 
 }  // namespace sinkhorn_ext
-
-// Creating the module is what registers the kernels; it holds nothing else. Not done while the library is loaded, where
-// an error (operators that have changed since the compilation, say) would end the process.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C"};
-  try {
-    static const torch::Library cpu = sinkhorn_ext::cpu_kernels();
-#ifdef WITH_CUDA
-    static const torch::Library cuda = sinkhorn_ext::cuda_kernels();
-#endif
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ImportError, error.what());
-    return nullptr;
-  }
-  return PyModule_Create(&module);
-}

@@ -1,7 +1,8 @@
-// Sinkhorn-Knopp and the swapped loss on NVIDIA GPUs. The operators are declared in __init__.py, with the formulas.
+// Sinkhorn-Knopp and the swapped loss on NVIDIA GPUs. __init__.py declares the operators and has the formulas.
 //
-// A thread owns some columns of a slab of rows and keeps their totals in registers; a second stage adds up the slabs,
-// in a fixed order, so results repeat bit for bit. For one process and K <= 4096 all rounds are one cooperative launch.
+// A block sums a slab of rows. Each thread owns some columns and keeps their totals in registers. A second stage adds
+// the slabs in a fixed order, so results repeat bit for bit. With one process and K <= 4096, all rounds are one
+// cooperative launch.
 
 #include "rows.h"
 
@@ -13,14 +14,15 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 namespace sinkhorn_ext {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every block has kThreads
-constexpr int kMostItems = 8;                                // columns a thread can own
-constexpr int64_t kTile = int64_t{kThreads} * kMostItems;    // columns a block can own: 4096
-constexpr int kMostAssigning = 32;
+constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every block has kThreads threads
+constexpr int kMaxItems = 8;                                // the most columns that a thread owns
+constexpr int64_t kTile = int64_t{kThreads} * kMaxItems;    // the most columns that a block owns: 4096
+constexpr int kMaxAssigning = 32;                           // the most assigning crops
 
 template <typename T>
 __device__ constexpr T lowest() {
@@ -35,11 +37,11 @@ __device__ inline float power_of_two(float x) { return exp2f(x); }
 __device__ inline double power_of_two(double x) { return exp2(x); }
 __device__ inline float log_two(float x) { return log2f(x); }
 __device__ inline double log_two(double x) { return log2(x); }
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }  // NaN loses
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }  // ignores NaN
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 
-// Sum or maximum over a block, the same bits in every thread. Every thread must call. Two buffers in turn, so that one
-// barrier is enough.
+// Sum or maximum over a block. Every thread must call it, and every thread gets the same bits. It alternates between
+// two buffers, so that one barrier is enough.
 template <typename T>
 class BlockReduce {
  public:
@@ -78,27 +80,28 @@ class BlockReduce {
   }
 };
 
+// Returns whether a sum of exponentials is accurate: none overflowed, and none that matters underflowed.
 template <typename T>
-__device__ bool in_range(T sum) {  // no exponential was lost that matters
+__device__ bool in_range(T sum) {
   return sum > T(1e-20) && sum < T(1e20);
 }
 
-// The logit of a score in powers of two. potential may be null.
+// The logit of score k, in powers of two. potential may be null.
 template <typename scalar_t, typename T>
 __device__ T log2_logit(const scalar_t* x, const T* potential, T scale, int k) {
   return static_cast<T>(x[k]) * scale + (potential ? potential[k] * T(kLog2E) : T(0));
 }
 
-// Sum over a row of 2^(logit - shift), the shift keeping it in range.
+// The sum over a row of 2^(logit - shift). The shift keeps the sum in range.
 template <typename T>
 struct RowSum {
   T shift, sum;
 
-  __device__ T inverse() const { return sum == 0 ? T(0) : 1 / sum; }  // 0: every score is -inf, the image takes no part
+  __device__ T inverse() const { return sum == 0 ? T(0) : 1 / sum; }  // 0: all scores are -inf
   __device__ T log2() const { return shift + log_two(sum); }
 };
 
-// By a block; most rows need no shift, and one pass then.
+// Sums a row with a block. Most rows need no shift, and then one pass is enough.
 template <typename scalar_t, typename T>
 __device__ RowSum<T> row_sum(const scalar_t* x, const T* potential, T scale, int n, BlockReduce<T>& reduce) {
   const auto logit = [&](int k) { return log2_logit(x, potential, scale, k); };
@@ -115,7 +118,7 @@ __device__ RowSum<T> row_sum(const scalar_t* x, const T* potential, T scale, int
   return {largest, sum(largest)};
 }
 
-// Partial results of the slabs, [A, slabs, K] each: slab s of a problem is rows s, s + slabs, s + 2 slabs, ...
+// Partial results of the slabs, each [A, slabs, K]. Slab s of a problem has the rows s, s + slabs, s + 2 slabs, ...
 template <typename T>
 struct Partials {
   T *shifts, *sums;
@@ -156,7 +159,7 @@ __device__ void log2_sums_of_slab(const Rows<scalar_t>& rows, int64_t problem, i
   }
 }
 
-// A row of K <= kThreads * kItems scores in the registers of a block.
+// A row of K <= kThreads * kItems scores, held in the registers of a block.
 template <typename scalar_t, typename T, int kItems>
 struct HeldRow {
   scalar_t values[kItems];
@@ -188,7 +191,7 @@ __device__ T exponentiate(T* e, T shift) {
   return sum;
 }
 
-// Potentials in powers of two, of the columns that a thread owns.
+// Loads the potentials of the columns that a thread owns, in powers of two.
 template <typename T, int kItems>
 __device__ void load_offsets(const T* potentials, int n, T* offsets) {
 #pragma unroll
@@ -198,8 +201,8 @@ __device__ void load_offsets(const T* potentials, int n, T* offsets) {
   }
 }
 
-// e: logits before, exponentials after; returns the inverse of their sum. Every thread must call. reload() gives the
-// logits once more, for the few rows whose sum is out of range.
+// Returns the inverse of the sum over a row of the exponentials e. Every thread must call it. For the few rows whose
+// sum is out of range, reload() restores the logits in e, and the exponentials are computed again with a shift.
 template <typename T, int kItems, typename Reload>
 __device__ T normalize(T* e, T own_sum, BlockReduce<T>& reduce, const Reload& reload) {
   T sum = reduce.sum(own_sum);
@@ -211,11 +214,11 @@ __device__ T normalize(T* e, T own_sum, BlockReduce<T>& reduce, const Reload& re
     shift = reduce.max(shift);
     sum = reduce.sum(exponentiate<T, kItems>(e, shift));
   }
-  return sum == 0 ? T(0) : 1 / sum;  // 0: every score is -inf, the image takes no part
+  return sum == 0 ? T(0) : 1 / sum;  // 0: all scores are -inf
 }
 
-// Sum over the rows of a slab of the softmax over prototypes; K <= kThreads * kItems. Backward: last row first, which
-// the pass before has left in the cache.
+// Sum over the rows of a slab of the softmax over prototypes, for K <= kThreads * kItems. With backward, it starts with
+// the last row, because the previous pass has left that in the cache.
 template <typename scalar_t, typename T, int kItems>
 __device__ void softmax_sums_of_slab(const Rows<scalar_t>& rows, const T* potentials, int64_t problem, int64_t slab,
                                      bool backward, T scale, const Partials<T>& partials, BlockReduce<T>& reduce) {
@@ -232,7 +235,7 @@ __device__ void softmax_sums_of_slab(const Rows<scalar_t>& rows, const T* potent
     T e[kItems];
     held.logits(scale, offsets, n, e);
     const T own_sum = exponentiate<T, kItems>(e, 0);
-    if (step + 1 < steps) held.load(row_of(step + 1), n);  // on its way while the block adds up
+    if (step + 1 < steps) held.load(row_of(step + 1), n);  // arrives while the block sums
     const T inverse = normalize<T, kItems>(e, own_sum, reduce, [&] {
       HeldRow<scalar_t, T, kItems> again;
       again.load(row_of(step), n);
@@ -249,7 +252,7 @@ __device__ void softmax_sums_of_slab(const Rows<scalar_t>& rows, const T* potent
   }
 }
 
-// A sum of powers of two: sum * 2^shift.
+// A sum of powers of two, stored as sum * 2^shift.
 template <typename T>
 struct ShiftedSum {
   T shift;
@@ -262,8 +265,9 @@ struct ShiftedSum {
   }
 };
 
-// The second stage, by all blocks: finish(i, result) for every i = problem * K + k, the result being the sum over slabs
-// or, with shifts, its log2. A warp's lanes take neighbouring columns, its block's warps take the slabs in turn.
+// The second stage, done by all blocks: calls finish(i, result) for every i = problem * K + k. The result is the sum
+// over slabs or, with shifts, its log2. The lanes of a warp take adjacent columns. Warp w of a block takes the slabs
+// w, w + kWarps, w + 2 kWarps, ...
 template <typename T, typename Finish>
 __device__ void combine(const Partials<T>& partials, int64_t problems, int64_t n, bool with_shifts,
                         const Finish& finish) {
@@ -300,13 +304,13 @@ __device__ void combine(const Partials<T>& partials, int64_t problems, int64_t n
   }
 }
 
-// Potentials between rounds, in powers of two, and as they are returned.
+// The potentials between rounds: in powers of two, and natural as the operator returns them.
 template <typename T>
 struct Potentials {
   double* log2;
   T* natural;
 
-  // A prototype without a finite score takes no part, whatever its potential is: it stays at 0.
+  // A prototype without a finite score takes no part, whatever its potential is. Its potential stays 0.
   __device__ void start(int64_t i, double log2_sum) const {
     set(i, log2_sum == -std::numeric_limits<double>::infinity() ? 0 : -log2_sum);
   }
@@ -323,11 +327,12 @@ struct Potentials {
 
 template <typename scalar_t, typename T, int kItems>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(float) ? 2 : 1)
-    potentials_kernel(Rows<scalar_t> rows, T scale, int64_t iterations, Partials<T> partials, Potentials<T> potentials) {
+    potentials_kernel(Rows<scalar_t> rows, T scale, int64_t iterations, Partials<T> partials,
+                      Potentials<T> potentials) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   BlockReduce<T> reduce;
   const int64_t problem = blockIdx.x / partials.slabs, slab = blockIdx.x % partials.slabs;
-  const bool has_slab = problem < rows.problems;  // further blocks only help to combine
+  const bool has_slab = problem < rows.problems;  // the other blocks only help to combine
   if (has_slab) log2_sums_of_slab<scalar_t, T, kItems>(rows, problem, slab, 0, scale, partials);
   grid.sync();
   combine(partials, rows.problems, rows.prototypes, true,
@@ -347,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(float) ? 2 : 1)
 
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) log2_sums_kernel(Rows<scalar_t> rows, T scale, Partials<T> partials) {
-  log2_sums_of_slab<scalar_t, T, kMostItems>(rows, blockIdx.z, blockIdx.x, blockIdx.y * kTile, scale, partials);
+  log2_sums_of_slab<scalar_t, T, kMaxItems>(rows, blockIdx.z, blockIdx.x, blockIdx.y * kTile, scale, partials);
 }
 
 template <typename scalar_t, typename T, int kItems>
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(kThreads)
   softmax_sums_of_slab<scalar_t, T, kItems>(rows, potentials, blockIdx.z, blockIdx.x, true, scale, partials, reduce);
 }
 
-// For K > 4096 the sum of each row comes first, then a thread adds up one column.
+// For K > 4096, one kernel sums each row, then each thread of another kernel sums one column.
 
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -404,7 +409,7 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// One block per row, which it holds in registers if kItems > 0.
+// One block per row. It holds the row in registers if kItems > 0.
 template <typename scalar_t, typename T, int kItems>
 __global__ void __launch_bounds__(kThreads)
     codes_kernel(Rows<scalar_t> rows, const T* potentials, T scale, T* __restrict__ out, int64_t out_stride) {
@@ -424,7 +429,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int item = 0; item < kItems; item++) {
       const int k = threadIdx.x + item * kThreads;
-      if (k < n) __stcs(codes + k, e[item] * inverse);  // not read again soon: leave the cache to scores
+      if (k < n) __stcs(codes + k, e[item] * inverse);  // bypasses the cache, which scores need more than codes
     }
   } else {
     const RowSum<T> sum = row_sum(x, potentials, scale, n, reduce);
@@ -434,27 +439,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The crops that assign, by value, as a kernel cannot read a list of the host.
+// The assigning crops, stored by value because a kernel cannot read host memory.
 struct Assigning {
-  int count = 0, crops[kMostAssigning];
+  int count = 0, crops[kMaxAssigning];
 
   Assigning(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
-    TORCH_CHECK(crops_for_assign.size() <= kMostAssigning, "crops_for_assign: expected ", kMostAssigning,
-                " crops at most, got ", crops_for_assign.size());
+    TORCH_CHECK(crops_for_assign.size() <= kMaxAssigning, "crops_for_assign: expected at most ", kMaxAssigning,
+                " crops, got ", crops_for_assign.size());
     for (const int64_t crop : crops_for_assign) {
-      TORCH_CHECK(crop >= 0 && crop < nmb_crops && position(crop) < 0, "crops_for_assign: expected each of 0..",
-                  nmb_crops - 1, " once at most, got ", crops_for_assign);
+      TORCH_CHECK(crop >= 0 && crop < nmb_crops && position(crop) < 0,
+                  "crops_for_assign: expected different crops in 0..", nmb_crops - 1, ", got ", crops_for_assign);
       crops[count++] = static_cast<int>(crop);
     }
   }
-  C10_HOST_DEVICE int position(int64_t crop) const {  // -1: does not assign
+  C10_HOST_DEVICE int position(int64_t crop) const {  // -1: the crop does not assign
     for (int i = 0; i < count; i++)
       if (crops[i] == crop) return i;
     return -1;
   }
 };
 
-// One block per image. Its V x K scores wait in shared memory if kStaged, in the caches otherwise.
+// One block per image. With kStaged, it reads the V x K scores of the image once, into shared memory. Otherwise it
+// relies on the caches.
 template <typename scalar_t, typename T, bool kStaged>
 __global__ void __launch_bounds__(kThreads)
     swapped_loss_kernel(Rows<scalar_t> rows, const T* potentials, Assigning assigning, T prediction_scale, T code_scale,
@@ -483,11 +489,11 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) logsumexps[row * batch_size + image] = log2_sum * T(kLn2);
   };
 
-  // Over assigning crops i and other crops v: logsumexp_v, less the codes of i times the scores of v.
-  double loss = 0;  // of thread 0
+  // Sum over assigning crops i and other crops v of logsumexp_v minus the dot product of codes_i and scores_v.
+  double loss = 0;  // only thread 0 uses it
   for (int crop = 0; crop < nmb_crops; crop++) {
     const RowSum<T> sum = row_sum<scalar_t, T>(scores(crop), nullptr, prediction_scale, n, reduce);
-    const T log2_sum = sum.sum == 0 ? std::numeric_limits<T>::quiet_NaN() : sum.log2();  // no finite score: no loss
+    const T log2_sum = sum.sum == 0 ? std::numeric_limits<T>::quiet_NaN() : sum.log2();  // no finite score: NaN
     save(crop, log2_sum);
     if (threadIdx.x == 0) loss += (assigning.count - (assigning.position(crop) >= 0)) * (log2_sum * kLn2);
   }
@@ -500,7 +506,7 @@ __global__ void __launch_bounds__(kThreads)
     T agreement = 0;
     for (int k = threadIdx.x; k < n; k += kThreads) {
       const T code = power_of_two(log2_logit(own, potential, code_scale, k) - sum.shift) * inverse;
-      if (code == 0) continue;  // counts as 0 even where the score is -inf
+      if (code == 0) continue;  // adds 0, even where the score is -inf
       T others = 0;
       for (int crop = 0; crop < nmb_crops; crop++)
         if (crop != assigning.crops[i]) others += static_cast<T>(scores(crop)[k]);
@@ -522,7 +528,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *result = sum * factor;
 }
 
-// One thread per image and prototype: its gradient for every crop.
+// One thread per image and prototype computes the gradients of all crops.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
     swapped_loss_backward_kernel(Rows<scalar_t> rows, const T* potentials, const T* logsumexps, Assigning assigning,
@@ -551,14 +557,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Host side
+// Host code
 
-// Calls body with the number of columns that a thread owns as a constant; K <= 4096.
+// Calls body with the number of columns per thread as a compile-time constant, for K <= 4096.
 template <typename Body>
 void with_items(int64_t n, const Body& body) {
   if (n <= 2 * kThreads) return body(std::integral_constant<int, 2>{});
   if (n <= 6 * kThreads) return body(std::integral_constant<int, 6>{});
-  body(std::integral_constant<int, kMostItems>{});
+  body(std::integral_constant<int, kMaxItems>{});
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -567,7 +573,7 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// Checked scores and extra with contiguous rows on the current device and stream, and room for what kernels share.
+// Checks scores and extra, makes their rows contiguous and their device current, and allocates for the kernels.
 struct Problem {
   at::Tensor scores;
   std::optional<at::Tensor> extra;
@@ -592,7 +598,7 @@ struct Problem {
 
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, scores.get_device()); }
 
-  // Slabs of a problem, so that `blocks` blocks serve all problems and tiles of columns.
+  // The number of slabs per problem with which `blocks` blocks serve all problems and tiles of columns.
   int64_t slabs(int64_t blocks) const {
     const int64_t tiles = (n + kTile - 1) / kTile;
     return std::clamp<int64_t>(blocks / (problems * tiles), 1, std::max<int64_t>(rows, 1));
@@ -644,7 +650,7 @@ void launch_softmax_sums(const Problem& problem, const T* potentials, T scale, c
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-constexpr int kBlocksPerMultiprocessor = 2;  // enough rows on their way to fill the memory's pipeline
+constexpr int kBlocksPerMultiprocessor = 2;  // keeps enough loads in flight to use the full memory bandwidth
 
 at::Tensor prototype_logsumexp(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon) {
   const Problem problem(scores, extra);
@@ -679,7 +685,7 @@ at::Tensor prototype_totals(const at::Tensor& scores, const std::optional<at::Te
   return result;
 }
 
-// All rounds in one launch; false if the GPU cannot hold all its blocks at once.
+// Runs all rounds in one launch. Returns false if the GPU cannot run all blocks at once.
 template <typename scalar_t, typename T>
 bool launch_cooperatively(const Problem& problem, T scale, int64_t iterations, Potentials<T> potentials) {
   if (problem.n > kTile || !attribute(cudaDevAttrCooperativeLaunch, problem.scores.get_device())) return false;
@@ -698,7 +704,7 @@ bool launch_cooperatively(const Problem& problem, T scale, int64_t iterations, P
                                       std::min<int64_t>(blocks, problem.combining_blocks())));
     const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads),
                                                           arguments, 0, problem.stream);
-    if (error == cudaErrorCooperativeLaunchTooLarge) {  // the GPU is shared with somebody
+    if (error == cudaErrorCooperativeLaunchTooLarge) {  // another program uses the GPU
       (void)cudaGetLastError();
       return;
     }
@@ -774,19 +780,19 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
   const at::Tensor loss_per_image = problem.empty({problem.rows}, at::kDouble);
   const double terms = static_cast<double>(assigning.count * (problem.problems - 1) * problem.rows);
   DISPATCH(scores, "swapped_loss", {
-    // What the kernel itself declares comes out of the same shared memory.
-    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, scores.get_device()) - 1024;
+    // 1024 bytes are for the shared memory that the kernel declares itself.
+    const int max_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, scores.get_device()) - 1024;
     const int64_t bytes = problem.problems * problem.n * static_cast<int64_t>(sizeof(scalar_t));
     const auto launch = [&](auto kernel, int64_t shared_bytes) {
       if (shared_bytes > 47 * 1024)
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes));
       kernel<<<problem.rows, kThreads, shared_bytes, problem.stream>>>(
           rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), assigning,
           kLog2E / temperature, kLog2E / epsilon, temperature, logsumexps.mutable_data_ptr<T>(),
           loss_per_image.mutable_data_ptr<double>());
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
-    if (bytes <= most) {
+    if (bytes <= max_bytes) {
       launch(swapped_loss_kernel<scalar_t, T, true>, bytes);
     } else {
       launch(swapped_loss_kernel<scalar_t, T, false>, 0);
@@ -826,6 +832,11 @@ torch::Library cuda_kernels() {
   torch::Library library = MAKE_TORCH_LIBRARY_IMPL(sinkhorn_ext, CUDA);
   IMPLEMENT_OPERATORS(library);
   return library;
+}
+
+std::string nvcc_version() {
+  return std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
+         std::to_string(__CUDACC_VER_BUILD__);
 }
 
 }  // namespace sinkhorn_ext
