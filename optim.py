@@ -1,9 +1,9 @@
 """LARS and the warm-up + cosine schedule of SwAV (Caron et al. 2020, section 4.1 and appendix A.1; You et al. 2017).
 
     optimizer = LARS(model.parameters(), lr=0.6, weight_decay=1e-6)
-    rates = warmup_cosine(steps_per_epoch, epochs, base_lr=0.6, final_lr=0.0006)
+    learning_rates = warmup_cosine(steps_per_epoch, epochs, base_lr=0.6, final_lr=0.0006)  # one per step
 
-Copy this file to use it elsewhere: it needs torch alone.
+Copy this file to use it elsewhere. It needs only torch.
 """
 
 import math
@@ -15,15 +15,15 @@ Tensors = list[torch.Tensor]
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD on gradients rescaled per parameter to trust_coefficient * ||p|| (layer-wise adaptive rates).
+    """SGD with momentum on gradients rescaled to the norms of their parameters (layer-wise adaptive rate scaling).
 
     One step, for every parameter p with gradient g, biases and BatchNorm included:
         g <- (g + weight_decay * p) * trust_coefficient * ||p|| / (||g|| + weight_decay * ||p|| + eps)
              (g unchanged, without weight decay, where ||p|| or ||g|| is zero)
         buffer <- momentum * buffer + g        (the first buffer is g)
         p <- p - lr * buffer
-    Parameters whose gradient is None are skipped, their buffers too. Nothing waits for the device: the zero cases are
-    chosen on it. The parameters of a group live on one device. Raises ValueError for values out of range.
+    A parameter without a gradient (None) is skipped, and so is its buffer. All parameters of a group must be on one
+    device. On a GPU, the step never waits for the device. Raises ValueError for values out of range.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One update of all parameters; returns the closure's loss, if a closure is given."""
+        """Update all parameters once. Returns the loss of the closure, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,7 +68,8 @@ class LARS(torch.optim.Optimizer):
         trust_ratios = (
             group["trust_coefficient"] * param_norms / (grad_norms + group["weight_decay"] * param_norms + group["eps"])
         )
-        # ||p|| = 0 leaves g as it is, ||g|| = 0 leaves nothing: both without weight decay.
+        # Zero norms: ||p|| = 0 leaves g unchanged, and ||g|| = 0 makes the update 0, without weight decay. These cases
+        # are selected on the device, because the host would have to wait to read the norms.
         trust_ratios = torch.where(param_norms == 0, 1.0, trust_ratios)
         trust_ratios = torch.where(grad_norms == 0, 0.0, trust_ratios)
 
@@ -81,7 +82,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Of rows first, which takes all threads of a CPU, where the norm of a whole tensor takes one."""
+    """Compute the 2-norm, first of each row: torch uses all CPU threads for rows, but one thread for a full norm."""
     if tensor.ndim > 1:
         tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
     return torch.linalg.vector_norm(tensor)
@@ -90,7 +91,7 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 def _update_together(
     params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
-    """One kernel for many parameters (one each for their trust ratios), for GPUs, where starting them is what costs."""
+    """Update many parameters per kernel, for GPUs, where launching kernels takes most of the time."""
     updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
     torch._foreach_mul_(updates, list(trust_ratios.unbind()))
     torch._foreach_mul_(buffers, group["momentum"])
@@ -101,13 +102,14 @@ def _update_together(
 def _update_one_by_one(
     params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
 ) -> None:
-    """The same for CPUs, where memory is what costs: all operations in one pass where torch has that."""
+    """Update one parameter at a time, in one pass if torch can: on CPUs, memory access takes most of the time."""
     momentum, weight_decay, lr = group["momentum"], group["weight_decay"], group["lr"]
-    rest = dict(momentum=momentum, weight_decay=weight_decay, lr=lr, nesterov=False, maximize=False)
+    options = dict(momentum=momentum, weight_decay=weight_decay, lr=lr, nesterov=False, maximize=False)
     for p, grad, buffer, trust_ratio in zip(params, grads, buffers, trust_ratios.tolist(), strict=True):
-        if momentum and _is_dense(p) and p.stride() == grad.stride() == buffer.stride():  # as it walks through memory
-            # torch's SGD adds (1 - dampening) * (g + weight_decay * p) to its momentum
-            torch._fused_sgd_([p], [grad], [buffer], dampening=1 - trust_ratio, is_first_step=False, **rest)
+        # The fused kernel ignores strides: it goes through the memory of all three tensors in order.
+        if momentum and _is_dense(p) and p.stride() == grad.stride() == buffer.stride():
+            # torch's SGD adds (1 - dampening) * (g + weight_decay * p) to the buffer.
+            torch._fused_sgd_([p], [grad], [buffer], dampening=1 - trust_ratio, is_first_step=False, **options)
         else:
             buffer.mul_(momentum).add_(grad, alpha=trust_ratio).add_(p, alpha=trust_ratio * weight_decay)
             p.add_(buffer, alpha=-lr)
@@ -125,16 +127,17 @@ def warmup_cosine(
     warmup_epochs: int = 0,
     start_warmup: float = 0.0,
 ) -> list[float]:
-    """The learning rate of each step: linear from start_warmup to base_lr (both included), then cosine to final_lr.
+    """Compute the learning rate of every step: a linear warm-up, then half a cosine (appendix A.1).
 
-    Returns steps_per_epoch * epochs values. Raises ValueError for a warm-up longer than the run.
+    The warm-up goes from start_warmup to base_lr, both included. The cosine starts at base_lr and approaches final_lr.
+    Returns steps_per_epoch * epochs learning rates. Raises ValueError if the warm-up is longer than the run.
     """
     if not 0 <= warmup_epochs <= epochs:
-        raise ValueError(f"warmup_epochs: expected 0 to the {epochs} epochs of the run, got {warmup_epochs}")
+        raise ValueError(f"warmup_epochs: expected 0 to {epochs} (epochs), got {warmup_epochs}")
     warmup_steps = warmup_epochs * steps_per_epoch
     cosine_steps = steps_per_epoch * epochs - warmup_steps
     warmup = [start_warmup + (base_lr - start_warmup) * i / max(warmup_steps - 1, 1) for i in range(warmup_steps)]
     cosine = [
-        final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * t / cosine_steps)) for t in range(cosine_steps)
+        final_lr + 0.5 * (base_lr - final_lr) * (1 + math.cos(math.pi * i / cosine_steps)) for i in range(cosine_steps)
     ]
     return warmup + cosine
