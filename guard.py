@@ -1,63 +1,77 @@
-"""Is a SwAV run collapsing? Measures of its codes and embeddings, and a rule that tells early.
+"""Is a SwAV run collapsing? Measures of its codes and embeddings, a rule that warns early, the likely cause.
 
     guard = CollapseGuard(nmb_prototypes=3000)
-    guard.count(code_logits)                                   # each step; nothing waits for the device
-    row = guard.measure(mean_loss, code_logits, embeddings)    # when a line is logged
-    if guard.is_collapsing(row, share_done=step / steps, step=step): ...
+    guard.count(code_logits)                                          # each step; the host does not wait
+    row = guard.watch(mean_loss, code_logits, embeddings, share_done=step / steps, step=step)  # for each log line
+    if row["collapsing"]: ...
 
-A collapsed run sits at a loss of ln K: embeddings have drawn together, their scores differ by less than epsilon, so
-codes are uniform, and uniform codes pull nothing apart. The balance of codes (Caron et al. 2020, section 3.1) rules out
-that all images share one prototype, not this. Where prototypes are many, a run can leave ln K by a percent or two while
-nearly uniform codes, balanced as they are, have their largest entries on a few prototypes: that has learned nothing
-either. Nor has one in which all images of a step have one embedding, which a queue rewards with a loss that falls.
-Copy this file to use it elsewhere: it needs torch alone.
+A collapsed run stays at a loss of ln K. Its embeddings have become similar, so their scores differ by less than
+epsilon; then codes are uniform, and uniform codes separate nothing. Balanced codes (Caron et al. 2020, section 3.1)
+rule out that all images share one prototype; they do not rule out this. With many prototypes a run can be a percent or
+two below ln K and have learned nothing: codes are nearly uniform, with their largest entries on few prototypes. With a
+queue, all images of a step can share one embedding while the loss falls.
+Copy this file to use it elsewhere: it needs only torch.
 """
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-STUCK = 0.99  # of ln K: a loss above it has learned nothing (unstable runs swing about ln K by half a percent)
-STUCK_CROWDED = 0.98  # the same where codes crowd
-CROWDED = 1 / 8  # distinct codes below it (0.05 in runs made to collapse, 0.2 and more in others, `bench.py collapse`)
-ALIKE = 0.05  # embedding_std below it: one embedding for all images (0.1 and more in 125 other runs)
-GRACE = 0.1  # share of the run in which a loss near ln K is usual: first codes mean nothing yet
-STREAK = 0.1  # share of the run that it must last
-LINES = 3  # and measures in which it must show
-LEAST_STEPS = 80  # of the run before anything is said: in so few no run learns
+# Thresholds. Their evidence is in MEASURED.md.
+STUCK_LOSS = 0.99  # of ln K: at this loss nothing is learned (unstable runs vary around ln K by half a percent)
+STUCK_LOSS_CROWDED = 0.98  # of ln K, where codes crowd on few prototypes
+CROWDED_SHARE = 1 / 8  # distinct codes below this share crowd (0.05 in runs made to collapse, 0.2 and more in others)
+COLLAPSED_STD = 0.05  # embedding_std below this: one embedding for all images (0.1 and more in 125 healthy runs)
+GRACE_SHARE = 0.1  # share of the run at its start in which a loss near ln K is normal: first codes mean nothing yet
+STREAK_SHARE = 0.1  # share of the run that it must last
+STREAK_LINES = 3  # log lines in which it must show
+MIN_STEPS = 80  # no warning before this step: no run learns in so few
+SLOW_STEPS = 200  # healthy runs can stay near ln K this long
+
+SAFE_EPSILON = 0.3  # in units of the scores' std, see loss.py
 
 
 class CollapseGuard:
-    """Measures of a run with K = nmb_prototypes, over all processes of the default group if there is one."""
+    """Watches a run with K = nmb_prototypes, over all processes of the default group if there is one."""
 
     def __init__(self, nmb_prototypes: int, device: torch.device | str = "cpu") -> None:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
-        self.counted = 0  # codes since the last line, of this process
-        self.prototypes: torch.Tensor | None = None  # of `share_changed`
-        self.spreads: deque[float] = deque(maxlen=LINES)  # embedding_std of the latest lines
-        self.streak: list[tuple[float, int]] = []  # share of the run and steps done at the latest lines, all stuck
+        self.counted = 0  # codes of this process since the last log line
+        self.previous_codes: torch.Tensor | None = None  # of `share_changed`
+        self.recent_stds: deque[float] = deque(maxlen=STREAK_LINES)  # embedding_std of the latest log lines
+        self.last_row: dict[str, float] = {}
+        self.streak: list[tuple[float, int]] = []  # (share of the run, step) of the latest log lines, all stuck
 
     @torch.no_grad()
     def count(self, code_logits: torch.Tensor) -> None:
-        """Note the prototypes in use by a step's codes, softmax of [A, B, K] for A assigning crops."""
+        """Note the prototypes in use by the codes of a step: softmax of [A, B, K] for A assigning crops."""
         first_choices = code_logits.argmax(dim=2).flatten()
         self.used.index_fill_(0, first_choices, 1.0)
         self.counted += len(first_choices)
 
+    def watch(
+        self, loss: float, code_logits: torch.Tensor, embeddings: torch.Tensor, share_done: float, step: int
+    ) -> dict[str, float | bool]:
+        """Measure (see `measure`) and update the rule (see `update`): the measures, and "collapsing"."""
+        row = self.measure(loss, code_logits, embeddings)
+        return row | {"collapsing": self.update(row, share_done, step)}
+
     @torch.no_grad()
     def measure(self, loss: float, code_logits: torch.Tensor, embeddings: torch.Tensor) -> dict[str, float]:
-        """Numbers for a log line, after which `count` begins anew. Waits for the device; every process must call it.
+        """Measure for a log line, and restart `count`. Waits for the device. Every process must call it.
 
-        loss: mean since the last line, over all processes. code_logits [A, B, K] and embeddings [B, D] (of one crop,
-        unit length): the newest step's. Returns, each 1 at its largest:
-        loss_per_ln_k: 1 for predictions that know nothing.
+        loss: mean since the last log line, over all processes. code_logits [A, B, K] and embeddings [B, D] (of one
+        crop, unit length): of the latest step. Returns numbers that are 1 at most:
+        loss_per_ln_k: 1 if predictions know nothing.
         code_entropy: mean entropy of a code over ln K; 1 for uniform codes; sharp ones have 1 - ln B / ln K if K > B.
-        mean_code_entropy: entropy of the mean code over ln K; 1 for codes in balance.
-        prototypes_in_use: share that was the first choice of a code since the last line.
-        distinct_codes: their number over the most that there could be, which is that of the codes if K is larger.
-        embedding_std: standard deviation of a dimension of the embeddings, times sqrt(D); 0 for embeddings all alike.
+        mean_code_entropy: entropy of the mean code over ln K; 1 for balanced codes.
+        prototypes_in_use: share that was the largest entry of a code since the last log line.
+        distinct_codes: their number over the most there could be (the number of codes, if K is larger).
+        embedding_std: std of each dimension of the embeddings, times sqrt(D); 0 if all embeddings are the same.
         """
         codes = code_logits.softmax(dim=2)  # [A, B, K]
         embeddings = embeddings.double()
@@ -92,52 +106,82 @@ class CollapseGuard:
         }
         self.used.zero_()
         self.counted = 0
-        read = torch.stack([value.squeeze() for value in values.values()]).tolist()
-        return {"loss_per_ln_k": loss / ln_k} | dict(zip(values, read, strict=True))
+        numbers = torch.stack([value.squeeze() for value in values.values()]).tolist()
+        return {"loss_per_ln_k": loss / ln_k} | dict(zip(values, numbers, strict=True))
 
-    def share_changed(self, prototypes: torch.Tensor) -> float | None:
-        """Share of a fixed set of images whose code has another first prototype than at the call before.
+    def update(self, row: dict[str, float], share_done: float, step: int) -> bool:
+        """Apply the rule to a row of `measure`; True once for each time that the run is found to collapse.
 
-        prototypes: this process's share of the images, int64 [N]. None the first time. Every process must call it.
+        Rule: after the first tenth of the run, it has been stuck (`is_stuck`) for another tenth and three log lines,
+        and 80 steps are done. share_done: share of the run's steps. step: steps done.
         """
-        before, self.prototypes = self.prototypes, prototypes
+        self.recent_stds.append(row["embedding_std"])
+        self.last_row = row | {"embedding_std": min(self.recent_stds)}
+        if not is_stuck(self.last_row) or share_done < GRACE_SHARE:
+            self.streak = []
+            return False
+        self.streak.append((share_done, step))
+        was_long, is_long = (_is_long(streak) for streak in (self.streak[:-1], self.streak))
+        return is_long and not was_long
+
+    def epoch_is_stuck(self, epoch_loss: float) -> bool:
+        """Whether the epoch that ends now learned nothing, by its mean loss and the latest rows given to `update`.
+
+        The lowest of the recent embedding_std counts: among embeddings that are all alike one may differ, now and then.
+        """
+        return is_stuck(self.last_row | {"loss_per_ln_k": epoch_loss / math.log(max(2, len(self.used)))})
+
+    def share_changed(self, codes: torch.Tensor) -> float | None:
+        """Share of fixed images whose largest code entry is on another prototype than at the last call.
+
+        codes: index of that prototype for this process's share of the images, int64 [N]. None at the first call. Every
+        process must call it.
+        """
+        before, self.previous_codes = self.previous_codes, codes
         if before is None:
             return None
-        changed = torch.stack([(before != prototypes).sum(), torch.tensor(len(before), device=before.device)]).double()
+        changed = torch.stack([(before != codes).sum(), torch.tensor(len(before), device=before.device)]).double()
         if dist.is_initialized():
             dist.all_reduce(changed)
         changed, images = changed.tolist()
         return changed / images
 
-    def is_collapsing(self, row: dict[str, float], share_done: float, step: int) -> bool:
-        """The rule: after a tenth of the run, it is stuck for another tenth and three lines, and 80 steps are done.
 
-        row: of `measure`. share_done: of the run's steps. step: steps done. True once a streak.
-        """
-        self.spreads.append(row["embedding_std"])
-        if not is_stuck(self.with_lowest_spread(row)) or share_done < GRACE:
-            self.streak = []
-            return False
-        self.streak.append((share_done, step))
-        was, now = (self._is_long(streak) for streak in (self.streak[:-1], self.streak))
-        return now and not was
-
-    def with_lowest_spread(self, row: dict[str, float]) -> dict[str, float]:
-        """The row with the lowest embedding_std of the latest lines that `is_collapsing` has seen.
-
-        One line is not enough: where all images get alike, now and then a batch has one that differs from the rest.
-        """
-        return row | {"embedding_std": min(self.spreads)}
-
-    @staticmethod
-    def _is_long(streak: list[tuple[float, int]]) -> bool:
-        if len(streak) < LINES:
-            return False
-        (first, _), (last, step) = streak[0], streak[-1]
-        return last - first >= STREAK and step >= LEAST_STEPS
+def _is_long(streak: list[tuple[float, int]]) -> bool:
+    if len(streak) < STREAK_LINES:
+        return False
+    (first, _), (last, step) = streak[0], streak[-1]
+    return last - first >= STREAK_SHARE and step >= MIN_STEPS
 
 
-def is_stuck(row: dict[str, float]) -> bool:
-    """Whether a row of `CollapseGuard.measure` is one of a run that learns nothing."""
-    mark = STUCK_CROWDED if row["distinct_codes"] < CROWDED else STUCK
-    return row["loss_per_ln_k"] >= mark or row["embedding_std"] < ALIKE
+def is_stuck(row: Mapping[str, float]) -> bool:
+    """Whether a row of `CollapseGuard.measure` is that of a run that learns nothing."""
+    stuck_loss = STUCK_LOSS_CROWDED if row["distinct_codes"] < CROWDED_SHARE else STUCK_LOSS
+    return row["loss_per_ln_k"] >= stuck_loss or row["embedding_std"] < COLLAPSED_STD
+
+
+def diagnose_collapse(options: Mapping[str, Any]) -> tuple[str, dict[str, str | float]]:
+    """Give the likely cause of a collapse, and the options of train.py to change: one thing at a time.
+
+    options: relative_epsilon ("on" or "off"), epsilon, queue_length, base_lr, final_lr and start_warmup of the run.
+    """
+    if options["relative_epsilon"] == "off":
+        cause = f"scores of different images differ by less than --epsilon {options['epsilon']:g}, so codes are uniform"
+        return cause, {"relative_epsilon": "on", "epsilon": SAFE_EPSILON}
+    if queue_length := options["queue_length"]:
+        cause = f"codes separate the {queue_length} older embeddings of --queue_length from new ones, not images"
+        return cause, {"queue_length": 0}
+    lrs = {name: options[name] for name in ("base_lr", "final_lr", "start_warmup") if options[name]}
+    cause = f"weights move too fast at --base_lr {options['base_lr']:g} for codes to settle"
+    return cause, {name: float(f"{lr / 3:.4g}") for name, lr in lrs.items()}
+
+
+def describe_collapse(row: Mapping[str, float], options: Mapping[str, Any], step: int) -> str:
+    """Say what a row of `CollapseGuard.measure` shows of a collapsing run, with the likely cause."""
+    cause, _ = diagnose_collapse(options)
+    patience = f" (or it is slow: some runs need {SLOW_STEPS} steps to leave ln K)" if step < SLOW_STEPS else ""
+    return (
+        f"collapsing: the loss is {row['loss_per_ln_k']:.3f} ln K, codes have {row['code_entropy']:.0%} of the largest "
+        f"entropy and use {row['prototypes_in_use']:.0%} of the prototypes, embeddings have "
+        f"{row['embedding_std']:.0%} of the largest std; likely cause: {cause}{patience}"
+    )

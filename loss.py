@@ -1,8 +1,8 @@
 """SwAV's loss: codes, queue and swapped prediction (Caron et al. 2020, sections 3.1-3.2 and 4.2, appendix A.1).
 
-    swav_loss = SwAVLoss(nmb_crops=8)
+    criterion = SwAVLoss(nmb_crops=8)
     embeddings, scores = model(crops)          # [V*B, D], [V*B, K], crop after crop
-    loss = swav_loss(embeddings, scores, model.prototypes.weight)
+    loss = criterion(embeddings, scores, model.prototypes.weight)
 
 Take this file together with the folder sinkhorn_ext/.
 """
@@ -19,12 +19,12 @@ from sinkhorn_ext import sinkhorn, sinkhorn_potentials, swav_loss
 class SwAVLoss(nn.Module):
     """Loss of a batch of V crops of B images each, over all processes of the default group if there is one.
 
-    nmb_crops: V. crops_for_assign: the crops whose codes the others predict (the large ones).
-    temperature: of the prediction's softmax. epsilon, sinkhorn_iterations: of the codes, see `sinkhorn_ext.sinkhorn`.
-    queue_length: embeddings of past images kept per process and assigning crop; a multiple of B, 0 for none.
-    feat_dim: D, needed for the queue. relative_epsilon: epsilon is in units of the scores' spread, see
-    `means_and_spread`, so that codes are as sharp for embeddings that have drawn together as for those that have not
-    (ours, not the paper's; with epsilon 0.3 small data sets keep learning where the published form gets stuck at ln K).
+    nmb_crops: V. crops_for_assign: indices of the crops that get codes, which the other crops predict; the large ones.
+    temperature: of the softmax of predictions. epsilon, sinkhorn_iterations: see `sinkhorn_ext.sinkhorn`.
+    queue_length: embeddings of past images to keep, per process and assigning crop; a multiple of B, 0 for none.
+    feat_dim: D, needed for the queue. relative_epsilon: measure epsilon in units of the scores' standard deviation
+    (`means_and_std`), so that codes stay sharp when embeddings become similar. This is ours, not the paper's: with
+    epsilon 0.3 small data sets keep learning where a fixed epsilon gets stuck at a loss of ln K.
     Raises ValueError for values out of range.
     """
 
@@ -61,18 +61,37 @@ class SwAVLoss(nn.Module):
         self.epsilon = epsilon
         self.sinkhorn_iterations = sinkhorn_iterations
         self.relative_epsilon = relative_epsilon
-        # Embeddings, not scores: they are scored with today's prototypes. Newest first.
+        # Embeddings, not scores, as scores are taken with the current prototypes. Newest first.
         self.register_buffer("queue", torch.zeros(len(crops_for_assign), queue_length, feat_dim))  # [A, Q, D]
-        # Slots that hold an embedding. A tensor, as torch.compile would begin anew with each number.
+        # Slots that hold an embedding. A tensor, as a Python int would make torch.compile recompile at each new value.
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
         self.queue_started = False
 
     def start_queue(self) -> None:
-        """From now on each batch enters the queue; codes use the queue once every slot holds an embedding."""
+        """Begin to fill the queue: from now on each batch enters it. Codes use it once every slot is filled."""
         self.queue_started = True
 
     def forward(self, embeddings: torch.Tensor, scores: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-        """embeddings [V*B, D] and scores [V*B, K] in crop order, prototypes [K, D] -> scalar loss of this process."""
+        """Compute the loss of this process, a scalar, and put the batch into the queue.
+
+        embeddings [V*B, D], scores [V*B, K] in crop order, prototypes [K, D]. Raises ValueError for other shapes.
+        """
+        return self._loss(embeddings, scores, prototypes)[0]
+
+    def loss_and_code_logits(
+        self, embeddings: torch.Tensor, scores: torch.Tensor, prototypes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss as `forward` does, and the code logits [A, B, K], whose softmax over K are the codes.
+
+        The logits have no gradient; `guard.CollapseGuard` reads them.
+        """
+        loss, assigning, potentials = self._loss(embeddings, scores, prototypes)
+        return loss, self._code_logits(assigning, potentials)
+
+    def _loss(
+        self, embeddings: torch.Tensor, scores: torch.Tensor, prototypes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, and what its codes are made of: scores of the assigning crops [A, B, K] and potentials [A, K]."""
         if len(scores) != len(embeddings) or len(scores) % self.nmb_crops:
             raise ValueError(
                 f"scores: expected [V*B, K] with V = {self.nmb_crops} crops and as many rows as embeddings, "
@@ -84,45 +103,44 @@ class SwAVLoss(nn.Module):
         queue_scores = self._queue_scores(prototypes.detach()) if uses_queue else None  # [A, Q, K]
         assigning = self._assigning(scores.detach())  # [A, B, K]
         if self.relative_epsilon:
-            means, unit = means_and_spread(assigning)
-            assigning = in_units(assigning, means, unit)
-            queue_scores = in_units(queue_scores, means, unit) if uses_queue else None
+            means, std = means_and_std(assigning)
+            assigning = standardize(assigning, means, std)
+            queue_scores = standardize(queue_scores, means, std) if uses_queue else None
         potentials = sinkhorn_potentials(
             assigning, self.epsilon, self.sinkhorn_iterations, extra=queue_scores
         )  # [A, K]
-        self.newest = assigning, potentials
         if uses_queue:
             self._enqueue(self._assigning(embeddings))
         if self.relative_epsilon:
-            codes = self.code_logits().softmax(dim=2)  # [A, B, K]
-            return swapped_prediction(scores, codes, self.crops_for_assign, self.temperature)
-        return swav_loss(
-            scores,
-            potentials,
-            crops_for_assign=self.crops_for_assign,
-            temperature=self.temperature,
-            epsilon=self.epsilon,
-        )
+            codes = self._code_logits(assigning, potentials).softmax(dim=2)  # [A, B, K]
+            loss = swapped_prediction(scores, codes, self.crops_for_assign, self.temperature)
+        else:
+            loss = swav_loss(
+                scores,
+                potentials,
+                crops_for_assign=self.crops_for_assign,
+                temperature=self.temperature,
+                epsilon=self.epsilon,
+            )
+        return loss, assigning, potentials
 
-    def code_logits(self) -> torch.Tensor:
-        """[A, B, K], whose softmax over K are the codes of the newest batch. Without gradient."""
-        assigning, potentials = self.newest
-        return torch.add(potentials.unsqueeze(1), assigning, alpha=1 / self.epsilon)
+    def _code_logits(self, assigning: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
+        return torch.add(potentials.unsqueeze(1), assigning, alpha=1 / self.epsilon)  # [A, B, K]
 
     @torch.no_grad()
     def codes(self, scores: torch.Tensor) -> torch.Tensor:
-        """Codes [N, K] of other images' scores [N, K], balanced over them and those of all processes, without queue."""
+        """Codes [N, K] of other images with scores [N, K], balanced over those of all processes, without the queue."""
         if self.relative_epsilon:
-            means, unit = means_and_spread(scores.unsqueeze(0))
-            scores = in_units(scores, means[0], unit)
+            means, std = means_and_std(scores.unsqueeze(0))
+            scores = standardize(scores, means[0], std)
         return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
 
     def _assigning(self, crops: torch.Tensor) -> torch.Tensor:
-        """[V, B, ...] -> [A, B, ...]. Stacked, as indexing with a list would copy it to the GPU and wait for that."""
+        """[V, B, ...] -> [A, B, ...], by stacking: to index with a list would copy it to the GPU and wait for that."""
         return torch.stack([crops[i] for i in self.crops_for_assign])
 
     def _queue_scores(self, prototypes: torch.Tensor) -> torch.Tensor:
-        """[A, Q, K]; until every slot holds an embedding all -inf, which keeps these images out of the balance."""
+        """Scores [A, Q, K] of the queue; -inf, which keeps them out of the balance, until every slot is filled."""
         return (self.queue @ prototypes.T).masked_fill_(self.queue_filled < self.queue.shape[1], -torch.inf)
 
     def _enqueue(self, embeddings: torch.Tensor) -> None:
@@ -139,9 +157,9 @@ class SwAVLoss(nn.Module):
         self.queue_started = state["started"]
 
     def gather_queue(self, batch_size: int) -> dict[str, torch.Tensor | int | bool]:
-        """The queues of all processes as the one that a single process would have, for a checkpoint.
+        """Gather the queues of all processes into the one that a single process would have, for a checkpoint.
 
-        batch_size: B, per process. Returns embeddings [A, W*Q, D], newest batch first, and the state of filling.
+        batch_size: B, per process. Returns embeddings [A, W*Q, D], newest batch first, and how far it is filled.
         Every process must call it.
         """
         shards = [self.queue]
@@ -153,7 +171,7 @@ class SwAVLoss(nn.Module):
         return {"embeddings": batches.flatten(1, 3), "started": self.queue_started, "filled": filled}
 
     def scatter_queue(self, state: dict[str, torch.Tensor | int | bool], batch_size: int) -> None:
-        """Take this process's share of what `gather_queue` gave, whatever the number of processes then and now."""
+        """Take this process's share of what `gather_queue` gave, also on another number of processes than then."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         batches = state["embeddings"].unflatten(1, (-1, world_size, batch_size))  # [A, Q/B, W, B, D]
         self.queue.copy_(batches[:, :, rank].flatten(1, 2))
@@ -161,16 +179,16 @@ class SwAVLoss(nn.Module):
         self.queue_started = state["started"]
 
 
-def means_and_spread(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each prototype's mean [A, 1, K] of scores [A, B, K] over the images of all processes, and the standard deviation.
+def means_and_std(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [A, 1, K] of each prototype's scores [A, B, K] over the images of all processes, and one std of the rest.
 
-    Both in float64, the latter a scalar. The balance of the codes makes up for the means, so what is left is what tells
-    images apart. Never less than 1e-5 of the scores' root mean square: differences below that are rounding, and are to
-    leave codes uniform.
+    The std is a scalar, over crops, images and prototypes, of scores minus their means; both are float64. Sinkhorn
+    makes up for the means, so what is left is what tells images apart. The std is at least 1e-5 of the scores' root
+    mean square: smaller differences are rounding, and should leave codes uniform.
     """
     tiny = torch.finfo(scores.dtype).tiny
-    scores = scores.double()  # as the squares' mean and the mean's square differ by little where images are alike
-    images = scores.new_full((1,), scores.shape[1])  # filled there: a copy of a number would wait for the device
+    scores = scores.double()  # where images are alike, mean square and squared mean differ by little
+    images = scores.new_full((1,), scores.shape[1])  # filled on the device, as a copy of a number would wait for it
     sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -181,15 +199,15 @@ def means_and_spread(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return means, variance.clamp_min(tiny).sqrt().squeeze(0)
 
 
-def in_units(scores: torch.Tensor, means: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """(scores - means) / unit, float32 or float64. Without their means scores keep more digits; codes are the same."""
-    return ((scores - means) / unit).to(torch.promote_types(scores.dtype, torch.float32))
+def standardize(scores: torch.Tensor, means: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(scores - means) / std, float32 or float64. Codes do not depend on the means; leaving them out keeps digits."""
+    return ((scores - means) / std).to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def swapped_prediction(
     scores: torch.Tensor, codes: torch.Tensor, crops_for_assign: Sequence[int], temperature: float
 ) -> torch.Tensor:
-    """Mean cross-entropy of scores [V, B, K] of crops v with codes [A, B, K] of crops i, over all i and all v != i."""
+    """Mean cross-entropy of codes [A, B, K] of crops i and scores [V, B, K] of crops v, over all i and all v != i."""
     log_predictions = (scores.to(codes.dtype) / temperature).log_softmax(dim=2)  # [V, B, K]
     all_crops = log_predictions.sum(0)
     others = torch.stack([all_crops - log_predictions[i] for i in crops_for_assign])  # [A, B, K]

@@ -5,11 +5,12 @@
     features = model.features(images)                                         # [B, 2048]
 
 Parameter names are torchvision's (backbone) and the published checkpoints' (`projection_head.*`, `prototypes.weight`),
-so weights move between the three. Copy this file to use it elsewhere: it needs torch alone.
+so weights load from either and back. Copy this file to use it elsewhere: it needs only torch.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-# With AVX-512 oneDNN has a fast weight gradient for them; without, it takes up to seven times as long as one product
+# Without AVX-512, oneDNN's weight gradient for small maps takes up to seven times as long as one matrix product.
 SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3, padded by 1, without bias; faster to train on CPUs without AVX-512 than nn.Conv2d where maps are small."""
+    """3x3 convolution, padded by 1, without bias. Faster to train on small maps on CPUs without AVX-512."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
@@ -33,7 +35,7 @@ class Conv3x3(nn.Conv2d):
             out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
             is_autocast = torch.is_autocast_enabled("cpu")
             if is_autocast and out_pixels == 1:
-                # some builds return memory never set for a stride-2 weight's bf16 gradient on 1x1 maps
+                # on 1x1 maps some torch builds return uninitialised memory as a stride-2 weight's bf16 gradient
                 with torch.autocast("cpu", enabled=False):
                     return super().forward(x.float())
             if SMALL_MAPS_ARE_SLOW and not is_autocast and out_pixels <= 9:
@@ -42,10 +44,10 @@ class Conv3x3(nn.Conv2d):
 
 
 class SmallMapConvolution(torch.autograd.Function):
-    """A 3x3 convolution whose weight gradient is one matrix product over all images.
+    """A 3x3 convolution that computes its weight gradient as one matrix product over all images.
 
-    oneDNN, which torch uses on CPUs, takes up to seven times as long for it on maps of 2x2 pixels and below, as in the
-    last stage for crops of 32 pixels, and a little longer on 3x3, where the CPU has no AVX-512.
+    On CPUs without AVX-512, oneDNN takes up to seven times as long for it on maps of 2x2 pixels and below, as in the
+    last stage for crops of 32 pixels, and a little longer on 3x3.
     """
 
     @staticmethod
@@ -119,17 +121,17 @@ ARCHS = {
     "resnet50w5": (Bottleneck, (3, 4, 6, 3), 320),
 }
 
-# name: (kernel, stride, max-pool after it). The kernels differ, so that a state dict tells its stem.
+# name: (kernel, stride, max-pool after it). Kernels differ, so that a state dict shows which stem it has.
 STEMS = {"imagenet": (7, 2, True), "medium": (5, 2, False), "small": (3, 1, False)}
 
 
 class ResNet(nn.Module):
     """A backbone without classifier: images [B, 3, S, S] -> pooled features [B, num_features].
 
-    arch: one of ARCHS. width: channels of the stem, doubled at each later stage (None: the arch's own).
-    blocks: residual blocks of the four stages (None: the arch's own).
-    stem: "imagenet" (7x7 stride 2 and max-pool), "medium" (5x5 stride 2, for images of about 64 pixels) or
-    "small" (3x3 stride 1, for 32 pixels and less). Raises ValueError for an unknown name or a size below 1.
+    arch: one of ARCHS. width: channels of the stem, doubled at each later stage (None: those of the arch).
+    blocks: residual blocks of the four stages (None: those of the arch).
+    stem: "imagenet" (7x7, stride 2, max-pool), "medium" (5x5, stride 2, for images of about 64 pixels) or "small"
+    (3x3, stride 1, for 32 pixels and less). Raises ValueError for an unknown name or a size below 1.
     """
 
     def __init__(
@@ -189,10 +191,10 @@ def _stage(block: type, in_channels: int, channels: int, depth: int, stride: int
 
 
 class SwAV(ResNet):
-    """Backbone, projection head and prototypes.
+    """Backbone, projection head and prototypes (section 4).
 
-    hidden_mlp: width of the head's hidden layer; 0 for a single linear layer. feat_dim: D, size of an embedding.
-    nmb_prototypes: K. The other arguments are those of `ResNet`.
+    hidden_mlp: width of the head's hidden layer; 0 for a single linear layer. feat_dim: D, dimensions of an embedding.
+    nmb_prototypes: K. The other arguments are those of `ResNet`. Raises ValueError for values out of range.
     """
 
     def __init__(
@@ -228,10 +230,10 @@ class SwAV(ResNet):
     def forward(self, crops: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
 
-        One backbone pass per resolution (section 3.2), so BatchNorm sees each resolution apart; one head pass over all.
+        One backbone pass per resolution (section 3.2), so BatchNorm has statistics of each; one head pass over all.
         """
         if len({len(crop) for crop in crops}) != 1:
-            raise ValueError(f"crops: expected as many images in each, got {[len(crop) for crop in crops]}")
+            raise ValueError(f"crops: expected the same number of images in each, got {[len(crop) for crop in crops]}")
         features: dict[int, torch.Tensor] = {}
         for resolution in dict.fromkeys(crop.shape[2:] for crop in crops):
             members = [i for i, crop in enumerate(crops) if crop.shape[2:] == resolution]
@@ -245,14 +247,41 @@ class SwAV(ResNet):
 
     @torch.no_grad()
     def normalize_prototypes(self) -> None:
-        """Put each prototype on the unit sphere, in place; to be called before each forward pass."""
+        """Normalise each prototype to length 1, in place. Call it before each forward pass in training."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
 
-def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """The model with BatchNorm statistics of all processes, which have as many images each; of one on GPUs torch's own.
+def memory_layout(model: ResNet, device: torch.device) -> torch.memory_format:
+    """The memory format in which the model trains fastest: channels_last.
 
-    Apart, statistics differ between processes, and embeddings learn to tell by which of them they were made.
+    Except on CPUs with fewer than 8 channels, where gradients of torch 2.14 overwrite memory in it.
+    """
+    is_safe = device.type == "cuda" or model.conv1.out_channels >= 8
+    return torch.channels_last if is_safe else torch.contiguous_format
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap a model on this device so that backward averages gradients over all processes."""
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True)
+
+
+def batchnorm_group(sync_bn: str, group_size: int, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """The processes that share BatchNorm statistics with this one. Every process must call it.
+
+    sync_bn: "pytorch" for all processes (None), "apex" for groups of group_size, as the paper's large batches.
+    timeout: how long a process waits for the others; None for torch's default.
+    """
+    if sync_bn == "pytorch" or group_size >= dist.get_world_size():
+        return None
+    return dist.new_subgroups(group_size, timeout=timeout)[0]
+
+
+def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Replace each BatchNorm by one that computes its statistics over the processes of a group (None: all).
+
+    Every process must have as many images. On GPUs it is torch's SyncBatchNorm. With statistics of their own,
+    processes differ, and embeddings can learn to encode the process instead of the image.
     """
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
@@ -267,8 +296,8 @@ def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     return model
 
 
-class SumOfProcesses(torch.autograd.Function):
-    """All-reduce, and its gradient, which is one too: each process's loss depends on all of the terms."""
+class SumOverProcesses(torch.autograd.Function):
+    """All-reduce of a tensor. Its gradient is an all-reduce too, as the loss of each process depends on all terms."""
 
     @staticmethod
     def forward(ctx: Any, term: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -284,22 +313,22 @@ class SumOfProcesses(torch.autograd.Function):
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What nn.SyncBatchNorm, which is for GPUs alone, does there."""
+    """The same as nn.SyncBatchNorm, which works only on GPUs, for CPUs."""
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
-        """Any number of dimensions after the channels."""
+        """Accept any number of dimensions after the channels."""
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
         x, dtype = x.to(self.weight.dtype), x.dtype
-        of_channels = [1, -1] + [1] * (x.dim() - 2)
+        per_channel = [1, -1] + [1] * (x.dim() - 2)
         var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
-        var, mean = var.double(), mean.double()  # so that the difference below has all its digits
+        var, mean = var.double(), mean.double()  # the difference below would lose digits in float32
         moments = torch.stack([mean, var + mean.square()])
         world_size = dist.get_world_size(self.group)
-        mean, square = SumOfProcesses.apply(moments, self.group) / world_size
+        mean, square = SumOverProcesses.apply(moments, self.group) / world_size
         var = square - mean.square()
         with torch.no_grad():
             count = x.numel() // x.shape[1] * world_size
@@ -308,11 +337,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_((var * count / (count - 1)).to(x.dtype), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        scale, shift = (values.to(x.dtype).view(of_channels) for values in (scale, shift))
+        scale, shift = (values.to(x.dtype).view(per_channel) for values in (scale, shift))
         return torch.addcmul(shift, x, scale).to(dtype)
 
 
-# Backbones by name; they take the other arguments of `ResNet`.
+# Backbones by name. They take the other arguments of `ResNet`.
 resnet18 = partial(ResNet, "resnet18")
 resnet50 = partial(ResNet, "resnet50")
 resnet50w2 = partial(ResNet, "resnet50w2")
@@ -321,10 +350,10 @@ resnet50w5 = partial(ResNet, "resnet50w5")
 
 
 def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
-    """The backbone's part of a checkpoint: one of ours, a published SwAV file or a torchvision ResNet's state dict.
+    """Take the backbone out of a checkpoint: one of ours, a published SwAV file or a torchvision ResNet's state dict.
 
-    checkpoint: as `torch.load` gives it; a `module.` prefix and everything beside the backbone are left out.
-    Raises ValueError where it holds no ResNet.
+    checkpoint: as `torch.load` gives it. Drops a `module.` prefix and everything but the backbone.
+    Raises ValueError if it holds no ResNet.
     """
     weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
     entries = weights.items() if isinstance(weights, Mapping) else ()
@@ -338,7 +367,7 @@ def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
 
 
 def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int | list[int]]:
-    """The arguments of the `ResNet` that these weights (of `backbone_weights`) belong to, read off names and shapes.
+    """Read the arguments of `ResNet` off the names and shapes of its weights (from `backbone_weights`).
 
     Raises ValueError for a stem that is none of STEMS.
     """
@@ -348,6 +377,6 @@ def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int 
         raise ValueError(f"checkpoint: expected a stem of 7x7, 5x5 or 3x3, got {kernel}x{kernel}")
     blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
-    shrunken = "resnet18" if block is BasicBlock else "resnet50"
-    arch = next((name for name, known in ARCHS.items() if known == (block, tuple(blocks), width)), shrunken)
+    smaller = "resnet18" if block is BasicBlock else "resnet50"
+    arch = next((name for name, known in ARCHS.items() if known == (block, tuple(blocks), width)), smaller)
     return {"arch": arch, "width": width, "blocks": blocks, "stem": stem}

@@ -1,6 +1,8 @@
-"""What several test files share: `from conftest import DEVICES, needs_gpu, run_processes`."""
+"""What several test files share: devices, groups of processes, and tiny runs of train.py."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,15 +13,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small only lose by more
+# More threads only slow down networks this small, ten times and more on a busy machine. The variable is for processes
+# that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
+# Processes
+
+
 def run_processes(function: Callable, world_size: int, *args: Any) -> list:
-    """Calls function(rank, world_size, *args) in gloo processes of one thread; returns the results in order of rank.
+    """Call function(rank, world_size, *args) in gloo processes of one thread; return the results in order of rank.
 
     function: at the top level of a module, as new processes import it by name. Results: anything that
     torch.load(weights_only=True) reads. An exception in any process stops all of them and is raised here.
@@ -31,8 +42,103 @@ def run_processes(function: Callable, world_size: int, *args: Any) -> list:
 
 def _process(rank: int, folder: Path, function: Callable, world_size: int, args: tuple) -> None:
     torch.set_num_threads(1)
-    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, world_size=world_size, rank=rank, timeout=patience)
+    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=rendezvous, world_size=world_size, rank=rank, timeout=timeout)
     torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
-    dist.barrier()  # no process may leave while another still needs it; one that fails leaves at once, and is reported
+    dist.barrier()  # no process may leave while another one needs it; one that fails leaves at once, and is reported
     dist.destroy_process_group()
+
+
+def script(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command as a user types it, in a fresh process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+
+
+def torchrun(processes: int, *words: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return script(*launcher, *words, **environment)
+
+
+# Tiny runs of train.py
+
+
+TINY = (
+    "--arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 6 "
+    "--nmb_crops 2 1 --size_crops 16 9 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 --batch_size 4 --epochs 4 "
+    "--queue_length 8 --epoch_queue_starts 1 --freeze_prototypes_niters 2 --checkpoint_freq 2 --workers 0 --device cpu "
+    "--temperature 0.1 --epsilon 0.05 --base_lr 0.6 --final_lr 0.0006 --precision fp32"
+).split()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder with train/, 2 classes of 5 images, and val/, 2 classes of 3."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for label in ("cats", "dogs"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (20, 24, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / label / f"{i}.png")
+    return root
+
+
+def run_training(images: Path, dump: Path, *more: str) -> dict:
+    """Train for 4 epochs of 2 steps in this process; return the last checkpoint. more: options that replace TINY's."""
+    import train
+
+    train.main(train.parse_args([*TINY, f"--data_path={images}", f"--dump_path={dump}", *more]))
+    return torch.load(dump / "checkpoint.pth", weights_only=True)
+
+
+# Options of a run that collapses: with epsilon 100 all codes are uniform.
+STUCK = (
+    "--data_path {images} --arch resnet18 --width 8 --blocks 1 1 1 1 --stem small --hidden_mlp 16 --feat_dim 8 "
+    "--nmb_prototypes 6 --nmb_crops 2 --size_crops 16 --min_scale_crops 0.3 --max_scale_crops 1 --batch_size 4 "
+    "--temperature 0.1 --relative_epsilon off --epsilon 100 --epochs 10 --log_freq 1 --workers 0 --device cpu"
+)
+
+
+def train_stuck(images: Path, dump: Path, *more: str, base_lr: float = 1e-9) -> None:
+    """Run 10 epochs of 2 steps that stay at a loss of ln K, as weights hardly move (at the default base_lr)."""
+    import guard
+    import train
+
+    options = STUCK.format(images=images).split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "MIN_STEPS", 0)  # the run has only 20
+        train.main(train.parse_args([*options, "--base_lr", str(base_lr), "--dump_path", str(dump), *more]))
+
+
+def assert_same(ours, theirs, name: str = "checkpoint") -> None:
+    """Assert that two checkpoints are equal bit for bit, through dicts and lists."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), name
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), name
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{name}[{i}]")
+    else:
+        assert ours == theirs, name
+
+
+@pytest.fixture
+def collapsing(monkeypatch) -> None:
+    """Let the guard find every run collapsing after a quarter of its steps, and every epoch good."""
+    import guard
+
+    update = guard.CollapseGuard.update
+
+    def always_after_a_quarter(self, row, share_done, step):
+        update(self, row, share_done, step)
+        return share_done > 0.25
+
+    monkeypatch.setattr(guard.CollapseGuard, "update", always_after_a_quarter)
+    monkeypatch.setattr(guard.CollapseGuard, "epoch_is_stuck", lambda self, epoch_loss: False)

@@ -1,9 +1,10 @@
-"""SwAV in float64, written from the algorithm page alone: slow, plain, and the only oracle of the tests.
+"""SwAV in float64, written from the description of the algorithm: slow and plain. All tests compare with it.
 
-Step numbers are those of the page; the method is section 3.1 of Caron et al. 2020 (arXiv 2006.09882). Shapes: B images
-per process, W processes, V crops an image, A assigning crops, D embedding size, K prototypes, L queue slots a process.
-`params` and `buffers` are float64 dicts keyed like a checkpoint's state_dict (`new_state` makes them from one); images,
-scores, codes and gradients of any float type are taken to float64.
+It imports nothing of ours. Steps are numbered as in train.py; the method is section 3.1 of Caron et al. 2020 (arXiv
+2006.09882). Shapes: B images per process, W processes, V crops per image, A assigning crops, D dimensions of an
+embedding, K prototypes, L queue slots per process. `params` and `buffers` are float64 dicts with the keys of a
+checkpoint's state_dict (`new_state` makes them from one). Images, scores, codes and gradients of any float type are
+converted to float64.
 """
 
 import math
@@ -17,19 +18,20 @@ PROTOTYPES = "prototypes.weight"
 
 
 def normalize_prototypes(weight: torch.Tensor) -> torch.Tensor:
-    """Step 1. Each row of weight [K, D] divided by its L2 norm, outside autograd; returns a new tensor [K, D]."""
+    """Step 1. Divide each row of weight [K, D] by its L2 norm, outside autograd; returns a new tensor [K, D]."""
     return l2_normalize(weight.detach().double())
 
 
 def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    """Rows of x [N, D] scaled to L2 norm 1; the floor of 1e-12 only keeps an all-zero row at zero."""
+    """Scale the rows of x [N, D] to L2 norm 1; the minimum of 1e-12 only keeps an all-zero row at zero."""
     return x / x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def batch_norm(params: Tensors, buffers: Tensors, name: str, x: torch.Tensor, training: bool) -> torch.Tensor:
-    """Batch normalisation of x [N, C] or [N, C, H, W], eps 1e-5; training updates the running statistics in `buffers`.
+    """Normalise x [N, C] or [N, C, H, W], with eps 1e-5; training updates the running statistics in `buffers`.
 
-    The batch is normalised with its biased variance; the running variance follows the unbiased one, momentum 0.1.
+    Training normalises with the biased variance of the batch. The running variance takes the unbiased one, with
+    momentum 0.1.
     """
     channels = [1, -1] + [1] * (x.dim() - 2)
     if training:
@@ -49,7 +51,7 @@ def batch_norm(params: Tensors, buffers: Tensors, name: str, x: torch.Tensor, tr
 
 
 def block(params: Tensors, buffers: Tensors, name: str, x: torch.Tensor, stride: int, training: bool) -> torch.Tensor:
-    """One BasicBlock or (where the block has a conv3) Bottleneck: x [N, C, H, W] -> [N, C', H / stride, W / stride]."""
+    """Apply a BasicBlock, or a Bottleneck if it has a conv3: x [N, C, H, W] -> [N, C', H / stride, W / stride]."""
 
     def norm(key: str, y: torch.Tensor) -> torch.Tensor:
         return batch_norm(params, buffers, f"{name}.{key}", y, training)
@@ -70,7 +72,7 @@ def block(params: Tensors, buffers: Tensors, name: str, x: torch.Tensor, stride:
 
 
 def backbone(params: Tensors, buffers: Tensors, images: torch.Tensor, training: bool) -> torch.Tensor:
-    """Step 2. ResNet of whatever depth and width the keys describe: images [N, 3, S, S] -> pooled features [N, F]."""
+    """Step 2. Apply a ResNet whose depth and width the keys give: images [N, 3, S, S] -> pooled features [N, F]."""
     stem = params["conv1.weight"]  # [C, 3, kernel, kernel]
     stride, padding = {7: (2, 3), 5: (2, 2), 3: (1, 1)}[stem.shape[-1]]
     x = F.conv2d(images.double(), stem, stride=stride, padding=padding)
@@ -99,15 +101,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 2. V crops, each [B, 3, S, S] -> embeddings [V*B, D], scores [V*B, K], both in crop order.
 
-    All crops of one resolution share one backbone pass, hence its BatchNorm statistics, wherever they stand in the
-    list; passes run in the order in which resolutions first appear. The head sees all crops at once.
+    All crops of one resolution share one backbone pass and its BatchNorm statistics, at any place in the list. Passes
+    run in the order in which resolutions first appear. The head takes all crops at once.
     """
     features: list[torch.Tensor] = [torch.empty(0)] * len(crops)
     for size in dict.fromkeys(crop.shape[-2:] for crop in crops):
         members = [v for v, crop in enumerate(crops) if crop.shape[-2:] == size]
         out = backbone(params, buffers, torch.cat([crops[v] for v in members]), training)
-        for v, rows in zip(members, out.split([len(crops[v]) for v in members]), strict=True):
-            features[v] = rows  # [B, F]
+        for v, crop_features in zip(members, out.split([len(crops[v]) for v in members]), strict=True):
+            features[v] = crop_features  # [B, F]
     embeddings = head(params, buffers, torch.cat(features), training)  # [V*B, D]
     return embeddings, embeddings @ params[PROTOTYPES].T
 
@@ -118,8 +120,8 @@ def sinkhorn(
     """Step 3. Codes [B, K] of scores [B, K], the batch rows of all processes; extra [Q, K] are further rows.
 
     The extra rows take part in the balance and get no codes. The global maximum of scores / epsilon is subtracted
-    before exp: the first scaling to total 1 cancels it exactly. A row or a prototype lying more than about
-    745 * epsilon below that maximum still vanishes (0 / 0); `sinkhorn_log` has no such limit.
+    before exp; the first scaling, to a total of 1, cancels it exactly. A row or a prototype more than about
+    745 * epsilon below that maximum still becomes 0 / 0; `sinkhorn_log` has no such limit.
     """
     rows = scores.detach().double() if extra is None else torch.cat([scores, extra]).detach().double()
     nmb_images, nmb_prototypes = rows.shape
@@ -135,7 +137,7 @@ def sinkhorn(
 def sinkhorn_log(
     scores: torch.Tensor, epsilon: float = 0.05, iterations: int = 3, extra: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Step 3. The same scalings as `sinkhorn`, line by line, on log q: finite for any finite scores."""
+    """Step 3. The same as `sinkhorn`, line by line, on log q: finite for any finite scores."""
     rows = scores.detach().double() if extra is None else torch.cat([scores, extra]).detach().double()
     nmb_images, nmb_prototypes = rows.shape
     log_q = rows / epsilon  # [B+Q, K]
@@ -148,7 +150,7 @@ def sinkhorn_log(
 
 
 def new_queues(queue_length: int, batch_size: int, world_size: int, nmb_assigning: int, feat_dim: int) -> list[dict]:
-    """One empty queue per process, or [] if no slot is left; queue_length counts slots over all processes.
+    """Make an empty queue for each process, or [] if there are no slots; queue_length: slots over all processes.
 
     Each is {"embeddings": [A, L, D], newest first; "filled": slots filled so far; "started": bool}.
     """
@@ -161,13 +163,13 @@ def new_queues(queue_length: int, batch_size: int, world_size: int, nmb_assignin
 
 
 def queue_scores(queue: dict, a: int, prototypes: torch.Tensor) -> torch.Tensor:
-    """Scores [L, K] of the queue of the a-th assigning crop with today's prototypes [K, D]; [0, K] until it is full."""
-    in_use = queue["filled"] >= queue["embeddings"].shape[1]
-    return (queue["embeddings"][a] if in_use else queue["embeddings"][a, :0]) @ prototypes.T
+    """Score the queue of the a-th assigning crop with the current prototypes [K, D]: [L, K], or [0, K] until full."""
+    is_full = queue["filled"] >= queue["embeddings"].shape[1]
+    return (queue["embeddings"][a] if is_full else queue["embeddings"][a, :0]) @ prototypes.T
 
 
 def queue_push(queue: dict, embeddings: list[torch.Tensor]) -> None:
-    """Puts the embeddings of the A assigning crops, each [B, D], at the front; the oldest fall off the end."""
+    """Put the embeddings of the A assigning crops, each [B, D], at the front, and drop the oldest at the end."""
     length = queue["embeddings"].shape[1]
     batch = torch.stack(embeddings).detach()  # [A, B, D]
     queue["embeddings"] = torch.cat([batch, queue["embeddings"]], dim=1)[:, :length]
@@ -180,7 +182,7 @@ def swav_loss(
     crops_for_assign: tuple[int, ...] = (0, 1),
     temperature: float = 0.1,
 ) -> torch.Tensor:
-    """Step 4. Scalar loss of one process from V scores [B, K] and the codes [B, K] of each assigning crop, in order."""
+    """Step 4. Compute the loss of one process from V scores [B, K] and the codes [B, K] of each assigning crop."""
     log_p = [torch.log_softmax(scores.double() / temperature, dim=1) for scores in scores_per_crop]  # V of [B, K]
     per_assigning_crop = []
     for i, codes in zip(crops_for_assign, codes_per_assigning_crop, strict=True):
@@ -199,9 +201,9 @@ def lars_step(
     trust_coefficient: float = 0.001,
     eps: float = 1e-8,
 ) -> None:
-    """Step 6. One LARS step; replaces the entries of params and momentum_buffers, which starts as {}.
+    """Step 6. Take a LARS step; replaces the entries of params and of momentum_buffers, which starts as {}.
 
-    A parameter whose grad is None or absent is skipped: neither it nor its momentum buffer moves.
+    A parameter whose gradient is None or missing is skipped: neither it nor its momentum buffer changes.
     """
     for name in params:
         if grads.get(name) is None:
@@ -222,12 +224,12 @@ def learning_rates(
     warmup_epochs: int = 0,
     start_warmup: float = 0.0,
 ) -> list[float]:
-    """The learning rate of every step of the run: even warm-up from start_warmup to base_lr, then half a cosine."""
+    """The learning rate of each step of a run: linear warm-up from start_warmup to base_lr, then half a cosine."""
     warmup_steps = warmup_epochs * steps_per_epoch
     cosine_steps = epochs * steps_per_epoch - warmup_steps
     rates = []
     for s in range(warmup_steps):
-        share = s / max(1, warmup_steps - 1)  # 0 to 1, both included; a warm-up of one step is start_warmup alone
+        share = s / max(1, warmup_steps - 1)  # 0 to 1, both included; a warm-up of one step is only start_warmup
         rates.append((1 - share) * start_warmup + share * base_lr)
     for t in range(cosine_steps):
         rates.append(final_lr + (base_lr - final_lr) / 2 * (1 + math.cos(math.pi * t / cosine_steps)))
@@ -237,7 +239,7 @@ def learning_rates(
 def new_state(state_dict: Tensors, world_size: int = 1, queues: list[dict] | None = None) -> dict:
     """The state of a run of `world_size` processes at step 0, from a model's state_dict (copied to float64).
 
-    {"params": {name: tensor}, shared, as all processes hold the same weights;
+    {"params": {name: tensor}, shared, as all processes have the same weights;
      "buffers": one {name: tensor} per process: running_mean, running_var, num_batches_tracked;
      "momentum": {name: tensor}, empty before the first step;
      "queues": one queue per process from `new_queues`, or [];
@@ -271,10 +273,10 @@ def train_step(
     freeze_prototypes_niters: int = 0,
     start_queue: bool = False,
 ) -> list[float]:
-    """Steps 1 to 6 for W processes: returns the loss of each process, before the update, and updates `state`.
+    """Take steps 1 to 6 for W processes: updates `state` and returns the loss of each process before the update.
 
-    state: from `new_state`; entries are replaced, never written into, so tensors taken from it keep their values.
-    crops_per_process: per process a list of V crops, each [B, 3, S, S]. lr: of this step.
+    state: from `new_state`. Its entries are replaced, so tensors taken from it keep their values.
+    crops_per_process: for each process a list of V crops, each [B, 3, S, S]. lr: of this step.
     start_queue: True from the step at which the queues begin to fill; once started they stay so.
     """
     params, queues = state["params"], state["queues"]
@@ -310,6 +312,6 @@ def train_step(
     per_process = [torch.autograd.grad(loss, [leaves[name] for name in trained]) for loss in losses]
     grads = {name: torch.stack(gs).mean(dim=0) for name, *gs in zip(trained, *per_process, strict=True)}
 
-    lars_step(params, grads, state["momentum"], lr, weight_decay, momentum)  # 6. The frozen have no gradient.
+    lars_step(params, grads, state["momentum"], lr, weight_decay, momentum)  # 6. Frozen parameters have no gradient.
     state["step"] += 1
     return [loss.item() for loss in losses]

@@ -1,5 +1,9 @@
-"""Each piece that one may lift out is copied alone to an empty folder, imported there in a fresh process, and used."""
+"""Files that people may copy work alone, the top-level files import only what design allows, functions stay short.
 
+Each piece is copied to an empty folder, imported there in a fresh process, and used.
+"""
+
+import ast
 import shutil
 import subprocess
 import sys
@@ -8,21 +12,30 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).resolve().parent.parent
-OURS = {path.stem for path in HOUSE.glob("*.py")} | {"sinkhorn_ext"}
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {path.stem: path for path in ROOT.glob("*.py")}
+OURS = FILES.keys() | {"sinkhorn_ext", "bench"}
 
-# What is copied, whether it says that torch alone is needed, and a use of it.
+# name: (what is copied, whether it needs only torch, a program that uses it)
 PIECES = {
     "data": (
         ["data.py"],
         False,
         """
-        from data import MultiCrop, draw_shape, ImageArrays, training_loader
-        pixels, labels = zip(*(draw_shape("train", index) for index in range(4)))
+        import torch
+        from data import MultiCrop, crops_to_device, start_epoch, training_loader
+        class RandomImages(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, index):
+                return torch.randint(256, (3, 40, 50), dtype=torch.uint8), index
         transform = MultiCrop([32, 16], [2, 1], [0.3, 0.1], [1.0, 0.3])
-        loader = training_loader(ImageArrays(pixels, labels), transform, batch_size=2)
-        crops, _ = next(iter(loader))
-        assert [tuple(crop.shape) for crop in crops] == [(2, 3, 32, 32)] * 2 + [(2, 3, 16, 16)]
+        for crop_only in (False, True):
+            loader = training_loader(RandomImages(), transform, batch_size=2, crop_only=crop_only)
+            batch, labels = next(start_epoch(loader, 0))
+            crops = crops_to_device(batch, torch.device("cpu"))
+            assert [tuple(crop.shape) for crop in crops] == [(2, 3, 32, 32)] * 2 + [(2, 3, 16, 16)]
+            assert all(crop.dtype == torch.float32 for crop in crops) and len(labels) == 2
         """,
     ),
     "model": (
@@ -38,6 +51,24 @@ PIECES = {
         assert embeddings.shape == (4, 4) and scores.shape == (4, 6)
         weights = backbone_weights(model.state_dict())
         ResNet(**architecture_of(weights)).load_state_dict(weights)
+        """,
+    ),
+    "launch": (
+        ["launch.py"],
+        True,
+        """
+        import sys
+        from launch import OptionParser, UserError, choose_device, log, positive_int, run_script, setup_processes
+        parser = OptionParser(prog="my_script.py", description="Count.")
+        parser.add("epochs", 10, positive_int, "Train for this many epochs.", common="N")
+        def main(args):
+            device = choose_device("cpu")
+            log(f"{args.epochs} epochs on {device}, rank and world size {setup_processes(device)}")
+        run_script(lambda: main(parser.parse_args(["--epochs", "3"])))
+        try:
+            parser.parse_args(["--epochs", "0"])
+        except UserError as error:
+            assert "--epochs: expected a whole number from 1, got 0" in str(error)
         """,
     ),
     "defaults": (
@@ -57,7 +88,9 @@ PIECES = {
         guard = CollapseGuard(6)
         guard.count(torch.randn(2, 4, 6))
         row = guard.measure(1.5, torch.randn(2, 4, 6), torch.randn(4, 3))
-        assert not guard.is_collapsing(row, share_done=0.5, step=500)
+        assert not guard.update(row, share_done=0.5, step=500)
+        row = guard.watch(1.5, torch.randn(2, 4, 6), torch.randn(4, 3), share_done=0.6, step=600)
+        assert row["collapsing"] is False
         """,
     ),
     "optim": (
@@ -108,12 +141,12 @@ PIECES = {
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_piece_copied_alone_works(tmp_path, piece):
-    copied, needs_torch_alone, use = PIECES[piece]
+    copied, needs_only_torch, use = PIECES[piece]
     for name in copied:
-        if (HOUSE / name).is_dir():
-            shutil.copytree(HOUSE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(HOUSE / name, tmp_path)
+            shutil.copy(ROOT / name, tmp_path)
     program = [
         "import os, sys",
         "sys.path.insert(0, os.getcwd())",
@@ -121,9 +154,72 @@ def test_a_piece_copied_alone_works(tmp_path, piece):
         f"loaded = {{name: sys.modules[name] for name in {sorted(OURS)} if name in sys.modules}}",
         f"assert sorted(loaded) == {sorted(Path(name).stem for name in copied)}, sorted(loaded)",
         "assert all(module.__file__.startswith(os.getcwd()) for module in loaded.values()), loaded",
-        f"assert not ({needs_torch_alone} and 'torchvision' in sys.modules)",
+        f"assert not ({needs_only_torch} and 'torchvision' in sys.modules)",
     ]
-    # -I: neither the environment nor the folder of the tests adds to the path.
+    # With -I, neither the environment nor the folder of the tests is on the path.
     command = [sys.executable, "-I", "-c", "\n".join(program)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_multi_crop_is_in_data():
+    program = "from data import MultiCrop; print(MultiCrop.__module__)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "data\n", result.stderr
+
+
+# Imports between the top-level files, as the table in design.md allows
+
+
+SCRIPTS = {"train", "eval_linear", "export", "look"}  # all but other scripts
+ALLOWED = {
+    **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup"), set()),
+    "loss": {"sinkhorn_ext"},
+    "checkpoint": {"launch"},
+    "images": {"data", "launch"},
+    "features": {"data", "launch"},
+    "hubconf": set(),  # loads model.py by its path
+}
+
+
+def imported_by(path: Path) -> set[str]:
+    """Our modules that a file imports anywhere, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return {name.partition(".")[0] for name in names} & OURS
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_it_may(name):
+    allowed = OURS - SCRIPTS - {"hubconf", "setup", "bench"} if name in SCRIPTS else ALLOWED[name]
+    assert imported_by(FILES[name]) <= allowed
+
+
+def test_hubconf_loads_only_model():
+    source = FILES["hubconf"].read_text()
+    loaded = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+    assert {name for name in OURS if f"{name}.py" in loaded} == {"model"}
+
+
+def test_sinkhorn_ext_imports_nothing_of_ours():
+    for path in (ROOT / "sinkhorn_ext").glob("*.py"):
+        assert imported_by(path) <= {"sinkhorn_ext"}, path
+
+
+# Length of functions
+
+
+LONG_FUNCTIONS = {("train", "train"), ("train", "option_parser")}  # 100 to 120 lines; all others up to 100
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_is_too_long(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            most = 120 if (name, node.name) in LONG_FUNCTIONS else 100
+            assert length <= most, f"{name}.{node.name} has {length} lines, of at most {most}"

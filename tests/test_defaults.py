@@ -1,4 +1,4 @@
-"""What train.py chooses where the user does not."""
+"""defaults.py: the options that follow from the images."""
 
 import pytest
 
@@ -18,8 +18,8 @@ def values(**given) -> dict[str, object]:
     [("100ep", 64), ("200ep", 64), ("400ep", 64), ("800ep", 64), ("200ep_bs256", 4), ("400ep_bs256", 4)]
     + [("400ep_2x224", 64), ("rn50w2", 64), ("rn50w4", 64)],
 )
-def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
-    """Given the batch, and crops where a row has others than usual, all else is that row's."""
+def test_on_imagenet_the_options_are_those_of_the_published_recipes(recipe, world_size):
+    """Given only the batch, and the crops of a row with other crops, the rest follows."""
     args = train.parse_args([f"@{train.SHAPES_RECIPE.parent}/{recipe}.args"])
     given = {"batch_size": args.batch_size}
     if recipe == "400ep_2x224":
@@ -29,25 +29,24 @@ def test_on_imagenet_the_published_recipes_come_out(recipe, world_size):
     expected |= dict(
         blur_sigma=2.0, crops_for_assign=[0, 1], temperature=0.1, epsilon=0.05, relative_epsilon="off", stem="imagenet"
     )
-    unset = {name for name, value in expected.items() if value is None}  # what the recipe leaves open does not matter
+    unset = {name for name, value in expected.items() if value is None}  # have no effect in this recipe
     assert unset <= {"epoch_queue_starts", "start_warmup"}
     assert {n: v for n, v in derived.items() if n not in unset} == {n: v for n, v in expected.items() if n not in unset}
 
 
-def test_what_the_user_sets_is_kept_and_the_rest_follows_it():
+def test_options_of_the_user_are_kept_and_the_rest_follows_them():
     given = dict(nmb_prototypes=3000, base_lr=0.5, size_crops=[96, 48], batch_size=16)
     derived = values(**SMALL, given=given)
     assert not given.keys() & derived.keys() and given.keys() | derived.keys() == set(DERIVED)
     assert derived["final_lr"] == 0.0005 and derived["stem"] == "imagenet"
-    in_published_unit = values(**SMALL, given={"epsilon": 0.05})
-    assert in_published_unit["relative_epsilon"] == "off"
+    assert values(**SMALL, given={"epsilon": 0.05})["relative_epsilon"] == "off"
     assert values(**SMALL, given={"relative_epsilon": "off"})["epsilon"] == 0.05
 
 
 @pytest.mark.parametrize("name, value", [*zip(CROP_LISTS, ([2], [32], [0.5], [0.9]), strict=True)])
-def test_one_resolution_asked_for_gives_one_throughout(name, value):
-    for of_set in (SMALL, SMALL | IMAGENET):
-        derived = values(**of_set, given={name: value})
+def test_a_list_of_one_resolution_makes_all_lists_of_one(name, value):
+    for image_set in (SMALL, SMALL | IMAGENET):
+        derived = values(**image_set, given={name: value})
         assert all(len(derived[other]) == 1 for other in CROP_LISTS if other != name)
 
 
@@ -60,7 +59,7 @@ def test_small_sets_have_no_small_crops_unless_two_resolutions_are_given():
 
 
 @pytest.mark.parametrize("side, blur_sigma", [(28, 0.29), (64, 0.43), (120, 0.86), (300, 2), (500, 2)])
-def test_crops_of_few_images_are_blurred_by_the_published_share_of_their_side(side, blur_sigma):
+def test_blur_of_small_sets_is_the_published_share_of_the_crops_side(side, blur_sigma):
     assert values(**(SMALL | {"image_side": side}), given={})["blur_sigma"] == blur_sigma
     assert values(**(SMALL | {"image_side": side, "images": 8_000}), given={})["blur_sigma"] == blur_sigma
     assert values(**(SMALL | {"image_side": side, "images": 8_001}), given={})["blur_sigma"] == 2
@@ -87,7 +86,7 @@ def test_small_sets_get_many_steps_few_prototypes_and_relative_epsilon():
 def test_the_batch_grows_with_the_set_as_far_as_steps_and_memory_allow(images, image_side, world_size, batch_size):
     derived = values(images=images, image_side=image_side, world_size=world_size, epochs=30, given={})
     assert derived["batch_size"] == batch_size
-    if world_size == 1:  # the crops that are used decide, not those that would be
+    if world_size == 1:  # the given crops count, not the derived ones
         large = dict(images=images, image_side=image_side, world_size=1, epochs=30, given={"size_crops": [224]})
         assert values(**large)["batch_size"] == min(64, batch_size)
 
@@ -95,7 +94,7 @@ def test_the_batch_grows_with_the_set_as_far_as_steps_and_memory_allow(images, i
 @pytest.mark.parametrize("images", [4, 40, 700, 60_000, 499_999])
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("image_side", [8, 28, 64, 300])
-def test_every_size_of_set_gets_options_that_train_accepts(images, world_size, image_side, capsys):
+def test_train_accepts_the_options_of_every_size_of_set(images, world_size, image_side, capsys):
     if images < 2 * world_size:
         pytest.skip("too few images for that many processes")
     args = train.parse_args(["--dataset", "shapes"])
@@ -105,16 +104,16 @@ def test_every_size_of_set_gets_options_that_train_accepts(images, world_size, i
     assert 2 <= args.batch_size <= images // world_size
 
 
-def test_learning_rate_follows_the_batch_and_reasons_are_given():
-    rates = [values(**SMALL, given={"batch_size": b})["base_lr"] for b in (16, 64, 256, 4096)]
-    assert rates[1] == pytest.approx(2 * rates[0]) and rates == sorted(rates) and rates[3] == 4.8
+def test_the_learning_rate_follows_the_batch_and_every_option_has_a_reason():
+    by_batch = [values(**SMALL, given={"batch_size": b})["base_lr"] for b in (16, 64, 256, 4096)]
+    assert by_batch[1] == pytest.approx(2 * by_batch[0]) and by_batch == sorted(by_batch) and by_batch[3] == 4.8
     assert values(**IMAGENET, world_size=1, epochs=9, given={"batch_size": 64})["base_lr"] == 0.15
     by_images = [
         values(**SMALL | {"images": images}, given={"batch_size": 256})["base_lr"]
         for images in (1400, 8000, 60_000, 499_999)
     ]
     assert by_images[:2] == [4.8, 4.8] and by_images[2] == pytest.approx(1.75, abs=0.01)
-    assert by_images[3] == pytest.approx(0.6, abs=0.01)  # where the published rule, 0.6 for 256, takes over
+    assert by_images[3] == pytest.approx(0.6, abs=0.01)  # the published 0.6 for a batch of 256
     assert all(reason for _, reason in derive(**SMALL, given={}).values())
 
 
@@ -135,14 +134,14 @@ def test_large_sets_of_small_images_get_crops_of_their_size():
         assert derived["nmb_prototypes"] == 3000 and derived["base_lr"] == 0.6
 
 
-def test_batchnorm_is_in_groups_of_eight_processes_where_published():
+def test_batchnorm_is_in_groups_of_8_processes_for_large_batches_as_published():
     cases = (64, 64), (4, 64), (8, 256), (12, 256)
     large = [values(**IMAGENET, world_size=w, epochs=99, given={"batch_size": b})["sync_bn"] for w, b in cases]
     assert large == ["apex", "pytorch", "apex", "pytorch"]
     assert values(**SMALL | {"world_size": 8}, given={})["sync_bn"] == "pytorch"
 
 
-def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
+def test_queue_start_and_freeze_take_at_most_a_tenth_of_a_short_run():
     short = values(**IMAGENET, world_size=4, epochs=10, given={})
     assert short["queue_length"] == 3840 and short["epoch_queue_starts"] == 1
     assert values(**IMAGENET, world_size=4, epochs=1, given={})["freeze_prototypes_niters"] == 500
@@ -152,12 +151,12 @@ def test_queue_and_freeze_take_no_more_than_a_tenth_of_a_short_run():
 @pytest.mark.parametrize(
     "given, assigning",
     [
-        ({}, [0, 1, 2, 3]),  # four of one size
+        ({}, [0, 1, 2, 3]),  # four crops of one size
         ({"nmb_crops": [2, 4]}, [0, 1]),
         ({"nmb_crops": [3, 2]}, [0, 1, 2]),
-        ({"nmb_crops": [1, 5]}, [0, 1]),  # as published: each crop predicts another one's code
+        ({"nmb_crops": [1, 5]}, [0, 1]),  # at least two, as a crop predicts the code of another
     ],
 )
-def test_all_large_crops_of_small_sets_assign(given, assigning):
+def test_all_large_crops_of_small_sets_get_codes(given, assigning):
     assert values(**SMALL, given=given)["crops_for_assign"] == assigning
     assert values(**SMALL | {"images": 500_000}, given=given)["crops_for_assign"] == [0, 1]

@@ -1,4 +1,4 @@
-"""Measures of collapse, and the rule."""
+"""guard.py: measures of collapse, the rule, the likely cause."""
 
 import math
 
@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from conftest import run_processes
 
-from guard import ALIKE, CROWDED, STUCK, STUCK_CROWDED, CollapseGuard, is_stuck
+from defaults import RELATIVE_EPSILON
+from guard import (
+    COLLAPSED_STD,
+    CROWDED_SHARE,
+    SAFE_EPSILON,
+    STUCK_LOSS,
+    STUCK_LOSS_CROWDED,
+    CollapseGuard,
+    describe_collapse,
+    diagnose_collapse,
+    is_stuck,
+)
 
 A, B, D, K = 2, 6, 5, 8
 
@@ -34,7 +45,7 @@ def test_measures_are_what_their_names_say():
     assert row["embedding_std"] == pytest.approx(expected)
 
 
-def test_prototypes_in_use_are_those_of_the_steps_since_the_last_line():
+def test_prototypes_in_use_are_those_since_the_last_log_line():
     guard = CollapseGuard(K)
     _, embeddings = batch()
     for used in ([0, 1], [1, 5]):
@@ -76,61 +87,111 @@ def test_two_processes_measure_what_one_does():
         assert changed == [None, pytest.approx(2 / 6)]
 
 
-def first_word(losses: list[float], steps: int = 5000, **measures: float) -> float | None:
-    """Share of the run done when the rule speaks, given the loss over ln K of equally spaced lines."""
+def first_warning(losses: list[float], steps: int = 5000, **measures: float) -> float | None:
+    """Share of the run done at the warning, given the loss over ln K of equally spaced log lines."""
     healthy = {"distinct_codes": 1.0, "embedding_std": 0.8}
     rows = [healthy | {"loss_per_ln_k": loss} | measures for loss in losses]
-    return first_of(rows, steps)
+    return first_warning_of(rows, steps)
 
 
-def first_of(rows: list[dict[str, float]], steps: int) -> float | None:
+def first_warning_of(rows: list[dict[str, float]], steps: int) -> float | None:
     guard = CollapseGuard(K)
     shares = [(i + 1) / len(rows) for i in range(len(rows))]
-    spoken = [
-        share
-        for share, row in zip(shares, rows, strict=True)
-        if guard.is_collapsing(row, share, step=round(share * steps))
+    warnings = [
+        share for share, row in zip(shares, rows, strict=True) if guard.update(row, share, step=round(share * steps))
     ]
-    assert len(spoken) <= 1  # once a streak
-    return spoken[0] if spoken else None
+    assert len(warnings) <= 1  # once per streak
+    return warnings[0] if warnings else None
 
 
 @pytest.mark.parametrize("lines", [12, 30, 300, 4000])
-def test_a_run_that_stays_at_ln_k_is_told_in_its_first_third(lines):
-    assert first_word([1.02] + [1.0] * (lines - 1)) <= 1 / 3
-    assert first_word([1.03, *[1.0, 0.993] * (lines // 2)]) <= 1 / 3  # a high rate
+def test_warns_of_a_run_that_stays_at_ln_k_in_its_first_third(lines):
+    assert first_warning([1.02] + [1.0] * (lines - 1)) <= 1 / 3
+    assert first_warning([1.03, *[1.0, 0.993] * (lines // 2)]) <= 1 / 3  # as with a high learning rate
 
 
-def test_runs_that_learn_slowly_or_start_at_ln_k_are_left_alone():
-    assert first_word([1.02, 1.0, 0.993, *[0.98] * 9]) is None
-    assert first_word([1.0] * 30 + [0.985] * 170) is None
-    assert first_word([0.999 if i % 3 else 0.985 for i in range(200)]) is None
+def test_does_not_warn_of_runs_that_learn_slowly_or_start_at_ln_k():
+    assert first_warning([1.02, 1.0, 0.993, *[0.98] * 9]) is None
+    assert first_warning([1.0] * 30 + [0.985] * 170) is None
+    assert first_warning([0.999 if i % 3 else 0.985 for i in range(200)]) is None
 
 
-def test_nothing_is_said_of_a_few_steps():
-    assert first_word([1.0] * 40, steps=40) is None
-    assert first_word([1.0] * 100, steps=100) == pytest.approx(0.8)
-    assert first_word([1.0] * 12, steps=264) <= 1 / 3
+def test_does_not_warn_in_the_first_steps():
+    assert first_warning([1.0] * 40, steps=40) is None
+    assert first_warning([1.0] * 100, steps=100) == pytest.approx(0.8)
+    assert first_warning([1.0] * 12, steps=264) <= 1 / 3
 
 
-def test_a_run_that_collapses_late_is_told_too():
-    assert first_word([0.9] * 50 + [1.0] * 50) == pytest.approx(0.61, abs=0.02)
+def test_warns_of_a_run_that_collapses_late():
+    assert first_warning([0.9] * 50 + [1.0] * 50) == pytest.approx(0.61, abs=0.02)
 
 
-def test_codes_that_crowd_on_few_prototypes_tell_it_a_little_below_ln_k():
-    assert first_word([1.02] + [0.985] * 11, distinct_codes=0.05) <= 1 / 3
-    assert first_word([1.02] + [0.985] * 11, distinct_codes=0.2) is None
-    assert first_word([1.02] + [0.9] * 11, distinct_codes=0.05) is None  # few clusters, well predicted
-    for distinct, mark in ((CROWDED - 0.01, STUCK_CROWDED), (CROWDED, STUCK)):
-        for loss in (mark, mark - 1e-6):
-            row = {"loss_per_ln_k": loss, "distinct_codes": distinct, "embedding_std": ALIKE}
-            assert is_stuck(row) == (loss >= mark)
+def test_warns_a_little_below_ln_k_if_codes_crowd_on_few_prototypes():
+    assert first_warning([1.02] + [0.985] * 11, distinct_codes=0.05) <= 1 / 3
+    assert first_warning([1.02] + [0.985] * 11, distinct_codes=0.2) is None
+    assert first_warning([1.02] + [0.9] * 11, distinct_codes=0.05) is None  # few clusters, well predicted
+    for distinct, limit in ((CROWDED_SHARE - 0.01, STUCK_LOSS_CROWDED), (CROWDED_SHARE, STUCK_LOSS)):
+        for loss in (limit, limit - 1e-6):
+            row = {"loss_per_ln_k": loss, "distinct_codes": distinct, "embedding_std": COLLAPSED_STD}
+            assert is_stuck(row) == (loss >= limit)
 
 
-def test_embeddings_that_are_all_alike_tell_it_at_any_loss():
-    assert first_word([1.02] + [0.8] * 29, embedding_std=ALIKE - 0.01) <= 1 / 3
-    assert first_word([1.02] + [0.8] * 29, embedding_std=ALIKE) is None
+def test_warns_at_any_loss_if_all_embeddings_are_alike():
+    assert first_warning([1.02] + [0.8] * 29, embedding_std=COLLAPSED_STD - 0.01) <= 1 / 3
+    assert first_warning([1.02] + [0.8] * 29, embedding_std=COLLAPSED_STD) is None
     now_and_then = [
         {"loss_per_ln_k": 0.8, "distinct_codes": 0.3, "embedding_std": 0.0 if i % 3 == 0 else 0.4} for i in range(30)
     ]
-    assert first_of(now_and_then, steps=5000) <= 1 / 3
+    assert first_warning_of(now_and_then, steps=5000) <= 1 / 3
+
+
+def test_watch_measures_and_applies_the_rule():
+    logits, embeddings = torch.zeros(A, B, K), torch.ones(B, D) / D**0.5  # collapsed
+    watching, apart = CollapseGuard(K), CollapseGuard(K)
+    for share_done in (0.1, 0.2, 0.3):
+        for guard in (watching, apart):
+            guard.count(logits)
+        row = apart.measure(math.log(K), logits, embeddings)
+        row["collapsing"] = apart.update(row, share_done, step=500)
+        assert watching.watch(math.log(K), logits, embeddings, share_done=share_done, step=500) == row
+    assert row["collapsing"]
+
+
+def test_an_epoch_is_stuck_by_its_own_loss_and_the_lowest_of_the_recent_stds():
+    guard = CollapseGuard(K)
+    row = {"loss_per_ln_k": 0.5, "distinct_codes": 1.0}
+    for std, loss, expected in ((0.8, 0.5, False), (0.8, 1.0, True), (0.01, 0.5, True), (0.8, 0.5, True)):
+        guard.update(row | {"embedding_std": std}, share_done=0.5, step=500)
+        assert guard.epoch_is_stuck(loss * math.log(K)) == expected
+    for _ in range(2):  # the low value is now older than three log lines
+        guard.update(row | {"embedding_std": 0.8}, share_done=0.5, step=500)
+    assert not guard.epoch_is_stuck(0.5 * math.log(K))
+
+
+OPTIONS = dict(
+    relative_epsilon="on", epsilon=0.3, queue_length=0, base_lr=0.9, final_lr=0.0009, start_warmup=0.0, other=1
+)
+
+
+@pytest.mark.parametrize(
+    "options, cause, change",
+    [
+        ({"relative_epsilon": "off", "epsilon": 5.0, "queue_length": 64}, "--epsilon 5",
+         {"relative_epsilon": "on", "epsilon": 0.3}),
+        ({"queue_length": 64}, "64 older embeddings of --queue_length", {"queue_length": 0}),
+        ({}, "--base_lr 0.9", {"base_lr": 0.3, "final_lr": 0.0003}),
+        ({"start_warmup": 0.1}, "--base_lr 0.9", {"base_lr": 0.3, "final_lr": 0.0003, "start_warmup": 0.03333}),
+    ],
+)  # fmt: skip
+def test_the_likely_cause_of_a_collapse_and_the_options_to_change(options, cause, change):
+    text, changed = diagnose_collapse(OPTIONS | options)
+    assert cause in text and changed == change
+    row = dict(loss_per_ln_k=0.9991, code_entropy=1.0, prototypes_in_use=0.25, embedding_std=0.04)
+    message = describe_collapse(row, OPTIONS | options, step=200)
+    assert message.startswith("collapsing: the loss is 0.999 ln K") and message.endswith(text)
+    assert all(share in message for share in ("100%", "25%", "4%"))
+    assert "some runs need 200 steps" in describe_collapse(row, OPTIONS | options, step=199)
+
+
+def test_the_safe_epsilon_is_the_default_of_small_sets():
+    assert SAFE_EPSILON == RELATIVE_EPSILON

@@ -1,3 +1,5 @@
+"""loss.py: the loss, the queue and epsilon in units of the scores' std, against the float64 reference."""
+
 import pytest
 import reference
 import torch
@@ -29,36 +31,39 @@ def test_loss_without_queue_is_the_reference(crops_for_assign):
     assert loss.item() == pytest.approx(expected_loss(scores, crops_for_assign, {}), rel=1e-12)
 
 
-def test_relative_epsilon_is_epsilon_times_the_spread_of_scores_without_prototype_means():
+def test_relative_epsilon_is_in_units_of_the_std_of_scores_minus_their_means():
     embeddings, scores, prototypes = batch(0)
     assigning = scores.view(V, B, K)[[0, 2]]
-    unit = (assigning - assigning.mean(1, keepdim=True)).square().mean().sqrt().item()
+    std = (assigning - assigning.mean(1, keepdim=True)).square().mean().sqrt().item()
     relative = SwAVLoss(V, (0, 2), epsilon=0.3, relative_epsilon=True)
-    fixed = SwAVLoss(V, (0, 2), epsilon=0.3 * unit)
+    fixed = SwAVLoss(V, (0, 2), epsilon=0.3 * std)
     ours, theirs = (scores.clone().requires_grad_() for _ in range(2))
-    losses = [module(embeddings, s, prototypes) for module, s in ((relative, ours), (fixed, theirs))]
+    pairs = [
+        module.loss_and_code_logits(embeddings, s, prototypes) for module, s in ((relative, ours), (fixed, theirs))
+    ]
+    losses = [loss for loss, _ in pairs]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-10)
     gradients = [torch.autograd.grad(loss, s)[0] for loss, s in zip(losses, (ours, theirs), strict=True)]
     torch.testing.assert_close(*gradients)
-    codes = [module.code_logits().softmax(2) for module in (relative, fixed)]
+    codes = [code_logits.softmax(2) for _, code_logits in pairs]
     torch.testing.assert_close(*codes)
-    torch.testing.assert_close(codes[1], torch.stack([reference.sinkhorn(s, epsilon=0.3 * unit) for s in assigning]))
+    torch.testing.assert_close(codes[1], torch.stack([reference.sinkhorn(s, epsilon=0.3 * std) for s in assigning]))
 
 
-def test_relative_epsilon_keeps_codes_as_sharp_however_close_embeddings_are():
+def test_relative_epsilon_keeps_codes_sharp_when_embeddings_are_close():
     embeddings, scores, prototypes = batch(0)
     entropies = []
     for shrink in (1.0, 1e-3):
         swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
         close = scores.mean(0) + shrink * (scores - scores.mean(0))
-        swav_loss(embeddings, close, prototypes)
-        codes = swav_loss.code_logits().softmax(2)
+        _, code_logits = swav_loss.loss_and_code_logits(embeddings, close, prototypes)
+        codes = code_logits.softmax(2)
         entropies.append(-torch.special.xlogy(codes, codes).sum(2).mean().item())
     assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4])
-def test_relative_epsilon_is_right_in_float32_for_embeddings_that_have_nearly_met(angle):
+def test_relative_epsilon_is_accurate_in_float32_for_embeddings_that_are_almost_equal(angle):
     swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
     embeddings, _, prototypes = batch(0)
     embeddings = F.normalize(embeddings[:1] + angle * embeddings, dim=1)
@@ -66,19 +71,19 @@ def test_relative_epsilon_is_right_in_float32_for_embeddings_that_have_nearly_me
     codes = []
     for dtype in (torch.float64, torch.float32):
         leaf = scores.to(dtype).requires_grad_()
-        loss = swav_loss(embeddings.to(dtype), leaf, prototypes.to(dtype))
+        loss, code_logits = swav_loss.loss_and_code_logits(embeddings.to(dtype), leaf, prototypes.to(dtype))
         assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
-        codes.append(swav_loss.code_logits().softmax(2).double())
+        codes.append(code_logits.softmax(2).double())
     assert (codes[0] - codes[1]).abs().max() < 1e-6 / angle
 
 
 @pytest.mark.parametrize("score", [0.0, 0.7])
-def test_relative_epsilon_gives_uniform_codes_where_embeddings_are_all_alike(score):
+def test_relative_epsilon_gives_uniform_codes_if_all_embeddings_are_alike(score):
     swav_loss = SwAVLoss(V, epsilon=0.3, relative_epsilon=True)
     embeddings, scores, prototypes = (tensor.float() for tensor in batch(0))
     scores = (score * scores[:1]).expand_as(scores).contiguous().requires_grad_()
-    loss = swav_loss(embeddings, scores, prototypes)
-    codes = swav_loss.code_logits().softmax(2)
+    loss, code_logits = swav_loss.loss_and_code_logits(embeddings, scores, prototypes)
+    codes = code_logits.softmax(2)
     torch.testing.assert_close(codes, torch.full_like(codes, 1 / K), rtol=1e-4, atol=0)
     assert torch.autograd.grad(loss, scores)[0].isfinite().all()
 
@@ -90,14 +95,14 @@ def test_relative_epsilon_scores_the_queue_in_the_same_unit():
     swav_loss(embeddings, scores, prototypes)
     embeddings, scores, _ = batch(1)
     queued = swav_loss.queue.clone() @ prototypes.T
-    swav_loss(embeddings, scores, prototypes)
+    _, code_logits = swav_loss.loss_and_code_logits(embeddings, scores, prototypes)
     assigning = scores.view(V, B, K)[[0, 2]]
     epsilon = 0.3 * (assigning - assigning.mean(1, keepdim=True)).square().mean().sqrt().item()
     expected = [reference.sinkhorn(s, epsilon=epsilon, extra=q) for s, q in zip(assigning, queued, strict=True)]
-    torch.testing.assert_close(swav_loss.code_logits().softmax(2), torch.stack(expected))
+    torch.testing.assert_close(code_logits.softmax(2), torch.stack(expected))
 
 
-def test_queue_joins_the_step_after_it_is_full_and_is_scored_with_todays_prototypes():
+def test_the_queue_is_used_once_it_is_full_and_scored_with_the_current_prototypes():
     swav_loss = SwAVLoss(V, (0, 2), queue_length=2 * B, feat_dim=D).double()
     swav_loss.start_queue()
     past = [batch(seed) for seed in range(3)]
@@ -105,17 +110,33 @@ def test_queue_joins_the_step_after_it_is_full_and_is_scored_with_todays_prototy
         loss = swav_loss(embeddings, scores, prototypes)
         assert loss.item() == pytest.approx(expected_loss(scores, (0, 2), {}), rel=1e-12)
     embeddings, scores, _ = past[2]
-    todays = F.normalize(torch.randn(K, D, dtype=torch.float64), dim=1)
+    current = F.normalize(torch.randn(K, D, dtype=torch.float64), dim=1)
     newest_first = {i: torch.cat([past[s][0].split(B)[i] for s in (1, 0)]) for i in (0, 2)}
-    extra = {i: queued @ todays.T for i, queued in newest_first.items()}
+    extra = {i: queued @ current.T for i, queued in newest_first.items()}
     torch.testing.assert_close(swav_loss.queue, torch.stack([newest_first[0], newest_first[2]]))
-    loss = swav_loss(embeddings, embeddings @ todays.T, todays)
-    assert loss.item() == pytest.approx(expected_loss(embeddings @ todays.T, (0, 2), extra), rel=1e-12)
-    assert abs(loss.item() - expected_loss(embeddings @ todays.T, (0, 2), {})) > 1e-6
+    loss = swav_loss(embeddings, embeddings @ current.T, current)
+    assert loss.item() == pytest.approx(expected_loss(embeddings @ current.T, (0, 2), extra), rel=1e-12)
+    assert abs(loss.item() - expected_loss(embeddings @ current.T, (0, 2), {})) > 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"epsilon": 0.3, "relative_epsilon": True}])
+def test_code_logits_come_with_the_same_loss_and_without_gradient(options):
+    embeddings, scores, prototypes = batch(0)
+    scores.requires_grad_()
+    loss, code_logits = SwAVLoss(V, (0, 2), **options).loss_and_code_logits(embeddings, scores, prototypes)
+    assert torch.equal(loss, SwAVLoss(V, (0, 2), **options)(embeddings, scores, prototypes))
+    assert code_logits.shape == (2, B, K) and not code_logits.requires_grad
+    std = 1.0
+    if options:
+        assigning = scores.detach().view(V, B, K)[[0, 2]]
+        std = (assigning - assigning.mean(1, keepdim=True)).square().mean().sqrt().item()
+    epsilon = options.get("epsilon", 0.05) * std
+    codes = torch.stack([reference.sinkhorn(scores.view(V, B, K)[i], epsilon=epsilon) for i in (0, 2)])
+    torch.testing.assert_close(code_logits.softmax(2), codes)
 
 
 @pytest.mark.parametrize("queue_length", [0, 12 * B])
-def test_compiles_into_one_graph_that_serves_the_filling_queue(queue_length):
+def test_compiles_into_one_graph_also_while_the_queue_fills(queue_length):
     eager, to_compile = (SwAVLoss(V, queue_length=queue_length, feat_dim=D).double() for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(to_compile, fullgraph=True, backend="aot_eager")
@@ -140,7 +161,7 @@ def test_queue_stays_empty_until_started():
     assert swav_loss.queue_filled == 0 and not swav_loss.queue.any()
 
 
-def test_state_dict_carries_the_queue_and_its_filling():
+def test_the_state_dict_holds_the_queue_and_how_far_it_is_filled():
     first, second = (SwAVLoss(V, queue_length=2 * B, feat_dim=D).double() for _ in range(2))
     first.start_queue()
     first(*batch(0))
@@ -189,19 +210,19 @@ def test_batches_that_do_not_fit_are_refused():
         swav_loss(embeddings, scores, prototypes)
 
 
-def test_gathered_queue_is_that_of_one_process_and_scatters_to_any_number():
+def test_a_gathered_queue_equals_that_of_one_process_and_scatters_to_any_number():
     alone = SwAVLoss(V, queue_length=8, feat_dim=D).double()
     alone.start_queue()
     for seed in range(3):
         alone(*batch(seed, images=4))
-    for gathered, kept in run_processes(gather_and_scatter, 2, alone.gather_queue(4)):
+    for gathered, is_restored in run_processes(gather_and_scatter, 2, alone.gather_queue(4)):
         assert gathered["filled"] == 8 and gathered["started"]
         torch.testing.assert_close(gathered["embeddings"], alone.queue, rtol=0, atol=0)
-        assert kept
+        assert is_restored
 
 
 def gather_and_scatter(rank: int, world_size: int, of_one_process: dict) -> tuple[dict, bool]:
-    """What two processes gather after the same batches, and whether what one gathered is dealt out to them right."""
+    """The queue gathered from two processes, and whether the queue of one process restores theirs."""
     swav_loss, restored = (SwAVLoss(V, queue_length=4, feat_dim=D).double() for _ in range(2))
     swav_loss.start_queue()
     for seed in range(3):
@@ -209,9 +230,9 @@ def gather_and_scatter(rank: int, world_size: int, of_one_process: dict) -> tupl
         embeddings, scores, prototypes = batch(seed, images=4)
         swav_loss(embeddings[own], scores[own], prototypes)
     restored.scatter_queue(of_one_process, 2)
-    kept = (
+    is_restored = (
         torch.equal(restored.queue, swav_loss.queue)
         and torch.equal(restored.queue_filled, swav_loss.queue_filled)
         and restored.queue_started == swav_loss.queue_started
     )
-    return swav_loss.gather_queue(2), kept
+    return swav_loss.gather_queue(2), is_restored

@@ -1,12 +1,25 @@
-"""The backbones against torchvision's, the model against the float64 reference, and checkpoints in all three forms."""
+"""model.py: backbones against torchvision's, the model against the float64 reference, BatchNorm, checkpoints."""
 
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 import torchvision
+from conftest import run_processes
 
 import model as models
-from model import ARCHS, STEMS, ResNet, SwAV, architecture_of, backbone_weights
+from model import (
+    ARCHS,
+    STEMS,
+    CPUSyncBatchNorm,
+    ResNet,
+    SwAV,
+    architecture_of,
+    backbone_weights,
+    batchnorm_group,
+    memory_layout,
+    sync_batchnorm,
+)
 
 SMALL = dict(width=4, blocks=(1, 2, 1, 1), stem="small")
 
@@ -33,7 +46,7 @@ def shapes(state_dict):
 
 
 def torchvision_twin(arch):
-    """Ours and torchvision's with the same weights; the latter without classifier."""
+    """Our backbone and torchvision's, without classifier, with the same weights."""
     torch.manual_seed(0)
     ours, theirs = getattr(models, arch)(), getattr(torchvision.models, arch)()
     theirs.fc = torch.nn.Identity()
@@ -42,7 +55,7 @@ def torchvision_twin(arch):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_features_and_statistics_equal_torchvision_bit_for_bit_and_gradients_but_for_rounding(arch):
+def test_features_and_statistics_equal_torchvisions_bit_for_bit_and_gradients_up_to_rounding(arch):
     ours, theirs = torchvision_twin(arch)
     x = images(3, 3, 64, 64)
     for training in (True, False):  # training first, so that the statistics used by eval are not the initial ones
@@ -50,7 +63,7 @@ def test_features_and_statistics_equal_torchvision_bit_for_bit_and_gradients_but
         features = ours(x)
         assert torch.equal(features, theirs(x))
         assert torch.equal(features, ours.features(x))
-        ours.load_state_dict(theirs.state_dict())  # the statistics, which ours has updated once more
+        ours.load_state_dict(theirs.state_dict())  # our statistics were updated once more
     ours.double().train(), theirs.double().train()
     x = x.double()
     ours(x).square().sum().backward(), theirs(x).square().sum().backward()
@@ -65,7 +78,7 @@ def test_features_and_statistics_equal_torchvision_bit_for_bit_and_gradients_but
 @pytest.mark.parametrize(
     "height, width, is_small", [(1, 1, True), (2, 3, True), (3, 3, True), (4, 2, True), (7, 8, False)]
 )
-def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(monkeypatch, height, width, is_small, stride):
+def test_a_3x3_convolution_equals_torchs_on_maps_of_any_size(monkeypatch, height, width, is_small, stride):
     monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
     conv = models.Conv3x3(5, 4, stride).double().to(memory_format=torch.channels_last)
     x = images(3, 5, height, width, dtype=torch.float64).requires_grad_()
@@ -73,13 +86,15 @@ def test_a_3x3_convolution_is_torchs_on_maps_of_any_size(monkeypatch, height, wi
     expected = torch.nn.functional.conv2d(x, conv.weight, stride=stride, padding=1)
     assert torch.equal(out, expected)
     assert (out.grad_fn.name() == "SmallMapConvolutionBackward") == is_small
-    towards = images(*out.shape, dtype=torch.float64, seed=1)
-    for ours, theirs in zip(*(torch.autograd.grad(y, (x, conv.weight), towards) for y in (out, expected)), strict=True):
+    gradient = images(*out.shape, dtype=torch.float64, seed=1)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, (x, conv.weight), gradient) for y in (out, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         assert ours.stride() == theirs.stride()
 
 
-def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images(monkeypatch):
+def test_a_convolution_of_small_maps_works_without_a_gradient_of_its_input(monkeypatch):
     monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", True)
     conv = models.Conv3x3(5, 4)
     x = images(3, 5, 2, 2)
@@ -90,31 +105,31 @@ def test_the_first_convolution_of_small_maps_needs_no_gradient_of_its_images(mon
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [1, 2, 3, 6])
-def test_convolutions_have_right_gradients_in_bfloat16(side, stride):
-    # stride 2 on 1x1 is where some CPU builds return memory never set, which is filled with large numbers before
+def test_convolutions_have_accurate_gradients_in_bfloat16(side, stride):
+    # With stride 2 on 1x1 maps some CPU builds return uninitialised memory. So fill it with large numbers first.
     conv = models.Conv3x3(256, 512, stride)
     x = images(64, 256, side, side).to(memory_format=torch.channels_last).requires_grad_()
 
     def gradients(in_bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             loss = conv(x).float().square().sum()
-        spoiled = [torch.full_like(conv.weight, 1e4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 2]
-        del spoiled
+        filled = [torch.full_like(conv.weight, 1e4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) * 2]
+        del filled
         return torch.autograd.grad(loss, (x, conv.weight))
 
     exact = gradients(in_bfloat16=False)
     for rounded in (gradients(in_bfloat16=True) for _ in range(5)):
-        assert all((ours - right).norm() < 0.02 * right.norm() for ours, right in zip(rounded, exact, strict=True))
+        assert all((ours - best).norm() < 0.02 * best.norm() for ours, best in zip(rounded, exact, strict=True))
 
 
-def test_small_maps_are_left_to_torch_where_it_is_fast(monkeypatch):
+def test_small_maps_use_torchs_convolution_if_it_is_fast(monkeypatch):
     monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", False)
     out = models.Conv3x3(5, 4)(images(3, 5, 2, 2))
     assert "Convolution" in out.grad_fn.name() and out.grad_fn.name() != "SmallMapConvolutionBackward"
 
 
 @pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
-def test_state_dict_is_torchvisions_with_head_and_prototypes_for_the_classifier(arch, features):
+def test_the_state_dict_is_torchvisions_with_head_and_prototypes_instead_of_the_classifier(arch, features):
     expected = shapes(on_meta(getattr(torchvision.models, arch)).state_dict())
     del expected["fc.weight"], expected["fc.bias"]
     expected |= {
@@ -153,7 +168,7 @@ def test_our_state_dict_loads_into_torchvision_with_only_the_classifier_missing(
         ("resnet50w5", 10240, 320),
     ],
 )
-def test_every_width_is_multiplied_stem_and_features_included(arch, features, stem):
+def test_wide_networks_are_wider_in_every_layer(arch, features, stem):
     backbone = on_meta(getattr(models, arch))
     assert backbone(torch.empty(2, 3, 96, 96, device="meta")).shape == (2, features)
     assert backbone.num_features == features
@@ -165,7 +180,7 @@ def test_every_width_is_multiplied_stem_and_features_included(arch, features, st
             assert list(backbone.state_dict()[name].shape) == wide, name
 
 
-def test_convolutions_start_with_he_variance_over_their_outputs():
+def test_convolutions_start_with_he_initialisation_over_their_outputs():
     torch.manual_seed(0)
     for name, weight in ResNet("resnet50", width=16).state_dict().items():
         if weight.dim() == 4:
@@ -174,7 +189,7 @@ def test_convolutions_start_with_he_variance_over_their_outputs():
 
 
 @pytest.mark.parametrize("stem, side", [("imagenet", 2), ("medium", 4), ("small", 8)])
-def test_stems_differ_in_how_much_they_shrink_the_image(stem, side):
+def test_stems_differ_in_their_stride(stem, side):
     backbone = ResNet("resnet18", width=4, stem=stem)
     sides = []
     backbone.layer4.register_forward_hook(lambda module, args, out: sides.append(tuple(out.shape[2:])))
@@ -201,7 +216,7 @@ def test_wrong_options_are_refused_by_name(name, options):
 # SwAV
 
 
-RESOLUTIONS = {  # sides of the crops -> sides of the backbone passes with their numbers of crops
+RESOLUTIONS = {  # sides of the crops, and for each backbone pass (side, number of crops)
     "one": ([16, 16], [(16, 2)]),
     "large first": ([24, 24, 16, 16, 16], [(24, 2), (16, 3)]),
     "alternating": ([16, 24, 16, 20, 24], [(16, 2), (24, 2), (20, 1)]),
@@ -224,13 +239,13 @@ def test_forward_and_statistics_follow_the_reference(arch, options, sides, passe
 
 
 @pytest.mark.parametrize("sides, passes", RESOLUTIONS.values(), ids=RESOLUTIONS)
-def test_each_resolution_takes_one_backbone_pass_and_the_head_one_for_all(sides, passes):
+def test_each_resolution_takes_one_backbone_pass_and_the_head_one_pass_for_all(sides, passes):
     swav = small_swav()
-    seen, head = [], []
-    swav.conv1.register_forward_hook(lambda module, args, out: seen.append((args[0].shape[2], len(args[0]) // 4)))
+    backbone, head = [], []
+    swav.conv1.register_forward_hook(lambda module, args, out: backbone.append((args[0].shape[2], len(args[0]) // 4)))
     swav.projection_head.register_forward_hook(lambda module, args, out: head.append(len(args[0])))
     swav([images(4, 3, side, side) for side in sides])
-    assert seen == passes
+    assert backbone == passes
     assert head == [4 * len(sides)]
 
 
@@ -274,6 +289,35 @@ def test_prototypes_are_normalised_in_place_outside_autograd():
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))
 
 
+# Memory format and BatchNorm over processes
+
+
+@pytest.mark.parametrize(
+    "device, width, expected",
+    [("cpu", 8, "channels_last"), ("cpu", 7, "contiguous_format"), ("cuda", 7, "channels_last")],
+)
+def test_weights_are_channels_last_except_with_few_channels_on_a_cpu(device, width, expected):
+    layout = memory_layout(on_meta(ResNet, "resnet18", width=width), torch.device(device))
+    assert layout == getattr(torch, expected)
+
+
+def batchnorm_ranks(rank: int, world_size: int) -> list:
+    """Ranks that share statistics with this process: over all, in groups of two, in groups larger than all."""
+    ranks = []
+    for sync_bn, group_size in (("pytorch", 2), ("apex", 2), ("apex", 8)):
+        model = sync_batchnorm(small_swav(), batchnorm_group(sync_bn, group_size))
+        norms = [norm for norm in model.modules() if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm)]
+        assert len(norms) > 10 and all(isinstance(norm, CPUSyncBatchNorm) for norm in norms)
+        (group,) = {norm.group for norm in norms}
+        ranks.append(group and dist.get_process_group_ranks(group))
+    return ranks
+
+
+def test_batchnorm_is_shared_by_all_processes_or_by_groups_of_them():
+    pairs = [0, 1], [0, 1], [2, 3], [2, 3]
+    assert run_processes(batchnorm_ranks, 4) == [[None, pair, None] for pair in pairs]
+
+
 # Checkpoints
 
 
@@ -296,7 +340,7 @@ def test_backbone_weights_are_found_in_every_wrapping(wrapping):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_backbone_weights_of_a_torchvision_state_dict_leave_the_classifier_out(arch):
+def test_backbone_weights_of_torchvision_leave_out_the_classifier(arch):
     theirs = on_meta(getattr(torchvision.models, arch)).state_dict()
     weights = backbone_weights(theirs)
     assert set(theirs) - set(weights) == {"fc.weight", "fc.bias"}

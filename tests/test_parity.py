@@ -1,4 +1,4 @@
-"""Ten steps of ours against the float64 reference: losses and weights, alone and over processes."""
+"""Ten steps against the float64 reference: losses and weights, of one process and of several."""
 
 import json
 
@@ -11,16 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import train
-from data import MultiCrop, open_images, training_loader
+from data import MultiCrop, start_epoch, training_loader
+from images import open_images
 from loss import SwAVLoss
 from model import SwAV, sync_batchnorm
 from optim import LARS, warmup_cosine
 
-# Maps of several pixels at the end and modest rates: float32 rounding that flips a ReLU must not grow past the bound.
+# The last maps have several pixels and learning rates are low, so that a ReLU flipped by rounding has little effect.
 STEPS, BATCH, SIZES = 10, 6, (24, 24, 16, 16)
-RATES = {
+LEARNING_RATES = {
     dtype: warmup_cosine(5, 2, base_lr=base_lr, final_lr=base_lr / 10, warmup_epochs=1, start_warmup=0.1)
-    for dtype, base_lr in ((torch.float64, 0.3), (torch.float32, 0.2))  # at 0.3 one grew to 1.6e-4, with AVX-512
+    for dtype, base_lr in ((torch.float64, 0.3), (torch.float32, 0.2))  # at 0.3, AVX-512 gave an error of 1.6e-4
 }
 PRECISIONS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative error allowed after ten steps
 CASES = {
@@ -28,7 +29,7 @@ CASES = {
     "queue": {"queue_length": 24, "queue_starts": 2},
     "frozen prototypes": {"freeze": 4},
     "three assigning crops": {"crops_for_assign": (0, 1, 2)},
-    "all of it": {"queue_length": 24, "queue_starts": 1, "freeze": 3, "crops_for_assign": (0, 1, 2)},
+    "all of them": {"queue_length": 24, "queue_starts": 1, "freeze": 3, "crops_for_assign": (0, 1, 2)},
 }
 
 
@@ -55,7 +56,10 @@ def our_steps(
     crops_for_assign: tuple[int, ...] = (0, 1),
     batch_norm: str = "own",
 ) -> dict:
-    """Losses of this process and the final weights; batch_norm: "own", "eval", or "synced" over processes."""
+    """Train ten steps; return the losses of this process, final weights, queue and BatchNorm statistics.
+
+    batch_norm: statistics "own" (of each process), "eval" (running ones), or "synced" over processes.
+    """
     model = new_model(dtype)
     if batch_norm == "eval":
         model.eval()
@@ -76,7 +80,7 @@ def our_steps(
         loss.backward()
         if step < freeze:
             model.prototypes.weight.grad = None
-        optimizer.param_groups[0]["lr"] = RATES[dtype][step]
+        optimizer.param_groups[0]["lr"] = LEARNING_RATES[dtype][step]
         optimizer.step()
         losses.append(loss.item())
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -91,7 +95,16 @@ def steps_of_one_case(rank: int, world_size: int, options: dict) -> dict:
     return our_steps(rank, world_size, torch.float64, BATCH, **options)
 
 
-def reference_steps(world_size, batch_size, rates, queue_length=0, queue_starts=0, freeze=0, crops_for_assign=(0, 1)):
+def reference_steps(
+    world_size: int,
+    batch_size: int,
+    learning_rates: list[float],
+    queue_length: int = 0,
+    queue_starts: int = 0,
+    freeze: int = 0,
+    crops_for_assign: tuple[int, ...] = (0, 1),
+) -> tuple[list[list[float]], dict]:
+    """Train ten steps with the reference; return the losses of each step's processes, and the final state."""
     queues = reference.new_queues(queue_length, batch_size, world_size, len(crops_for_assign), 8)
     state = reference.new_state(new_model(torch.float64).state_dict(), world_size, queues)
     losses = []
@@ -99,7 +112,8 @@ def reference_steps(world_size, batch_size, rates, queue_length=0, queue_starts=
         crops = crops_of_step(step, batch_size * world_size)
         shares = [[crop[w * batch_size : (w + 1) * batch_size] for crop in crops] for w in range(world_size)]
         options = {"crops_for_assign": crops_for_assign, "freeze_prototypes_niters": freeze}
-        losses.append(reference.train_step(state, shares, rates[step], start_queue=step >= queue_starts, **options))
+        options["start_queue"] = step >= queue_starts
+        losses.append(reference.train_step(state, shares, learning_rates[step], **options))
     return losses, state
 
 
@@ -116,11 +130,11 @@ def assert_weights_close(ours: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize("case", CASES)
 def test_one_process_follows_the_reference(case, dtype, relative):
     ours = our_steps(0, 1, dtype, BATCH, **CASES[case])
-    losses, state = reference_steps(1, BATCH, RATES[dtype], **CASES[case])
+    losses, state = reference_steps(1, BATCH, LEARNING_RATES[dtype], **CASES[case])
     assert ours["losses"] == pytest.approx([loss for (loss,) in losses], rel=relative)
     assert_weights_close(ours["weights"], state["params"], relative)
     if state["queues"]:
-        assert state["queues"][0]["filled"] >= 24  # the queue has taken part
+        assert state["queues"][0]["filled"] >= 24  # the queue was used
         torch.testing.assert_close(ours["queue"].double(), state["queues"][0]["embeddings"], rtol=0, atol=10 * relative)
 
 
@@ -128,7 +142,7 @@ def test_two_processes_follow_the_reference():
     processes = run_processes(steps_of_all_cases, 2)
     for i, case in enumerate(CASES):
         for j, (dtype, relative) in enumerate(PRECISIONS.items()):
-            losses, state = reference_steps(2, BATCH, RATES[dtype], **CASES[case])
+            losses, state = reference_steps(2, BATCH, LEARNING_RATES[dtype], **CASES[case])
             for rank, process in enumerate(processes):
                 ours = process[i * len(PRECISIONS) + j]
                 assert ours["losses"] == pytest.approx([step[rank] for step in losses], rel=relative), case
@@ -140,7 +154,7 @@ def test_two_processes_follow_the_reference():
 
 @pytest.mark.parametrize("batch_norm", ["eval", "synced"])
 def test_two_processes_equal_one_with_twice_the_batch(batch_norm):
-    """Without statistics of a process nothing depends on how the batch is dealt out; so DDP's gradient is the mean."""
+    """Only BatchNorm statistics of single processes depend on which process has which images."""
     options = {"queue_length": 24, "queue_starts": 1, "batch_norm": batch_norm}
     processes = run_processes(steps_of_one_case, 2, options)
     alone = our_steps(0, 1, torch.float64, 2 * BATCH, **options)
@@ -168,8 +182,8 @@ def double_precision(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_run_itself_follows_the_reference(tmp_path, double_precision):
-    """train.py's own loop on image files: schedule, freeze, queue start and all, from metrics and checkpoint."""
+def test_a_run_of_train_follows_the_reference(tmp_path, double_precision):
+    """train.py on image files, with schedule, freeze and queue, by its metrics and its checkpoint."""
     generator = torch.Generator().manual_seed(1)
     (tmp_path / "images").mkdir()
     for i in range(13):
@@ -189,15 +203,14 @@ def test_the_run_itself_follows_the_reference(tmp_path, double_precision):
     state = reference.new_state(train.build_model(args).state_dict(), 1, reference.new_queues(8, 4, 1, 2, 8))
     multicrop = MultiCrop([16, 9], [2, 2], [0.3, 0.1], [1, 0.3])
     loader = training_loader(open_images("folder", tmp_path / "images"), multicrop, 4, seed=7)
-    rates = reference.learning_rates(3, 4, 2.0, 0.1, 1, 0.3)
+    learning_rates = reference.learning_rates(3, 4, 2.0, 0.1, 1, 0.3)
     expected = []
     for epoch in range(4):
-        loader.batch_sampler.epoch = epoch
-        for crops, _ in loader:
+        for crops, _ in start_epoch(loader, epoch):
             options = {"freeze_prototypes_niters": 5, "start_queue": epoch >= 1}
-            expected += reference.train_step(state, [crops], rates[state["step"]], **options)
+            expected += reference.train_step(state, [crops], learning_rates[state["step"]], **options)
     assert len(logged) == 12
     assert logged == pytest.approx(expected, rel=1e-9)
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth")
-    assert_weights_close({n: checkpoint["state_dict"][n] for n in state["params"]}, state["params"], 1e-9)
-    torch.testing.assert_close(checkpoint["queue"]["embeddings"], state["queues"][0]["embeddings"], rtol=0, atol=1e-8)
+    contents = torch.load(tmp_path / "run" / "checkpoint.pth")
+    assert_weights_close({n: contents["state_dict"][n] for n in state["params"]}, state["params"], 1e-9)
+    torch.testing.assert_close(contents["queue"]["embeddings"], state["queues"][0]["embeddings"], rtol=0, atol=1e-8)

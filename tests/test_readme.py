@@ -1,4 +1,4 @@
-"""The README's code does what the README says, and links lead somewhere."""
+"""The README's code works, torch.hub finds the backbones, and links lead to existing files and headings."""
 
 import re
 import subprocess
@@ -34,10 +34,10 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
         torch.testing.assert_close(names["features"], model.features(names["image"][None]))
 
 
-def test_torch_hub_has_backbones_and_makes_them_beside_another_model_file(tmp_path):
-    # What torch.hub.list takes for entry points, where a repository is on GitHub.
+def test_torch_hub_has_the_backbones_also_next_to_another_model_file(tmp_path):
+    # torch.hub.list takes these for entry points of a repository on GitHub.
     assert {name for name, value in vars(hubconf).items() if callable(value)} == {*ARCHS, "from_checkpoint"}
-    (tmp_path / "model.py").write_text("")  # of the program that asks
+    (tmp_path / "model.py").write_text("")  # of the program that loads it
     program = f"""
 import torch, model
 with torch.device("meta"):
@@ -54,7 +54,7 @@ def headings(text):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files_and_headings(page):
+def test_links_lead_to_existing_files_and_headings(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\((?!https?:)(.*?)\)", text)
     assert links and len(set(headings(text))) == len(headings(text))

@@ -1,0 +1,276 @@
+"""Features of a backbone and what they are worth: extraction, kNN, logistic regression, baselines.
+
+    features, labels = extract_features(backbone, images, transform, device, "training images", batch_size=256)
+    scores = knn(features, labels, val_features, classes=10)    # [N, classes]
+    accuracies(scores, val_labels)                              # {"top1": ..., "top5": ...} in percent
+
+Whatever evaluates a backbone calls this file; it works with any module that maps images to features [B, F].
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from data import CentreCrop, ordered_loader
+from launch import log, track
+
+MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
+RANDOM, RANDOM_STATISTICS, PIXELS = (
+    "random init, BatchNorm untouched",
+    "random init, BatchNorm of the training images",
+    "raw pixels",
+)
+
+
+# Extraction
+
+
+def bf16_on_gpus(device: torch.device) -> torch.autocast:
+    """Autocast for a frozen backbone's forward pass: bf16 on GPUs that have it, float32 elsewhere."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    images: Dataset,
+    transform: Callable,
+    device: torch.device,
+    title: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Extract pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
+
+    Each process computes its share. title: of the progress line. batch_size: per process.
+    """
+    features, labels, done = None, [], 0
+    sharing = dict(rank=rank, world_size=world_size, workers=workers)
+    loader = ordered_loader(images, transform, batch_size, pin_memory=device.type == "cuda", **sharing)
+    for batch, batch_labels in track(loader, title):
+        batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
+        with bf16_on_gpus(device):
+            batch_features = backbone(batch).float()
+        if features is None:  # allocate all at once: the batches and one tensor of them may not fit together
+            features = batch_features.new_empty(len(loader.sampler), batch_features.shape[1])
+        features[done : done + len(batch_features)] = batch_features
+        done += len(batch_features)
+        labels.append(batch_labels.to(device))
+    return _gather(features, len(images)), _gather(torch.cat(labels), len(images))
+
+
+def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
+    """Put together the rows that processes hold as rank, rank + world_size, ..."""
+    if not dist.is_initialized():
+        return share
+    world_size = dist.get_world_size()
+    longest = math.ceil(total / world_size)
+    gathered = share.new_zeros(longest, world_size, *share.shape[1:])
+    for start in range(0, longest, 2**13):  # a part at a time, as two copies of all may not fit
+        part = share[start : start + 2**13]
+        padded = share.new_zeros(min(2**13, longest - start), *share.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        gathered[start : start + len(padded)] = torch.stack(parts, dim=1)
+    return gathered.flatten(0, 1)[:total]
+
+
+@torch.no_grad()
+def recompute_batchnorm(
+    backbone: nn.Module,
+    images: Dataset,
+    transform: Callable,
+    device: torch.device,
+    title: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> None:
+    """Set the running statistics of every BatchNorm to their mean over the images of all processes.
+
+    In random order, so that batches mix classes; leaves out a smaller last batch.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    batch_size = max(2, batch_size)  # a single image may have no variance
+    sharing = dict(rank=rank, world_size=world_size, workers=workers)
+    loader = ordered_loader(Subset(images, order), transform, batch_size, **sharing)
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    backbone.train()
+    for step, (batch, _) in enumerate(track(loader, title)):
+        if len(batch) == batch_size or (step == 0 and len(batch) > 1):
+            backbone(batch.to(device, memory_format=torch.channels_last))
+    backbone.eval()
+    if dist.is_initialized():
+        for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
+            dist.all_reduce(statistic)
+            statistic /= dist.get_world_size()
+
+
+# What features are worth
+
+
+def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, of scores [N, classes] and labels [N]."""
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    return {"top1": 100 * ranked[:, 0].double().mean().item(), "top5": 100 * ranked.any(1).double().mean().item()}
+
+
+def feature_std(features: torch.Tensor) -> float:
+    """Mean std of each dimension of the normalised features [N, F], times sqrt(F): 1 if isotropic, 0 if collapsed."""
+    directions = [F.normalize(chunk, dim=1) for chunk in features.split(2**13)]
+    mean = sum(chunk.sum(0) for chunk in directions) / len(features)
+    variance = sum((chunk - mean).square().sum(0) for chunk in directions) / len(features)
+    return variance.sqrt().mean().item() * features.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def knn(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    val_features: torch.Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> torch.Tensor:
+    """Scores [N, classes]: votes of the k nearest by cosine, weighted by exp((cosine - largest) / temperature)."""
+    lengths = train_features.norm(dim=1).clamp_min(1e-12)
+    scores = []
+    for chunk in F.normalize(val_features, dim=1).split(512):
+        cosines, neighbours = (chunk @ train_features.T / lengths).topk(min(k, len(train_features)), dim=1)  # [n, k]
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # the difference cannot overflow
+        votes = chunk.new_zeros(len(chunk), classes)
+        scores.append(votes.scatter_add_(1, train_labels[neighbours], weights))
+    return torch.cat(scores)
+
+
+def logistic_regression(
+    train_features: torch.Tensor, train_labels: torch.Tensor, val_features: torch.Tensor, *, classes: int
+) -> torch.Tensor:
+    """Scores [N, classes] of a linear classifier, fitted by L-BFGS to standardised features with an L2 of 1/N."""
+    mean, std = train_features.mean(0), train_features.std(0)
+    # Leave out features that are constant but for rounding: other images may differ in them.
+    scale = torch.where(std > 1e-5 * mean.abs(), 1 / (std + 1e-6), 0)
+    linear = nn.Linear(train_features.shape[1], classes, device=train_features.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    rows = max(1, 2**22 // train_features.shape[1])  # in chunks, as a standardised copy of all may not fit
+    chunks = list(zip(train_features.split(rows), train_labels.split(rows), strict=True))
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = linear.weight.square().sum() / (2 * len(train_features))
+        total.backward()
+        for features, labels in chunks:
+            loss = F.cross_entropy(linear((features - mean) * scale), labels, reduction="sum") / len(train_features)
+            loss.backward()
+            total = total + loss.detach()
+        return total.detach()
+
+    optimizer.step(objective)
+    with torch.no_grad():
+        return linear((val_features - mean) * scale)
+
+
+def evaluate_features(
+    network: nn.Module,
+    train_images: Dataset,
+    val_images: Dataset,
+    transform: Callable,
+    device: torch.device,
+    *,
+    classes: int,
+    knn_k: int = 20,
+    knn_temperature: float = 0.07,
+    with_linear: bool = True,
+    **loading: int,
+) -> dict[str, dict[str, float] | float]:
+    """Evaluate a network's features: {"knn": accuracies, "linear": accuracies, "spread": feature_std}.
+
+    with_linear: also by logistic regression. loading: batch_size, rank, world_size and workers of `extract_features`.
+    """
+    network.to(device, memory_format=torch.channels_last).eval()
+    features, labels = extract_features(network, train_images, transform, device, "training images", **loading)
+    val_features, val_labels = extract_features(network, val_images, transform, device, "validation images", **loading)
+    votes = knn(features, labels, val_features, classes=classes, k=knn_k, temperature=knn_temperature)
+    row = {"knn": accuracies(votes, val_labels), "spread": feature_std(features)}
+    if with_linear:
+        scores = logistic_regression(features, labels, val_features, classes=classes)
+        row["linear"] = accuracies(scores, val_labels)
+    return row
+
+
+def baselines(
+    random_backbone: nn.Module,
+    train_images: Dataset,
+    val_images: Dataset,
+    transform: CentreCrop,
+    device: torch.device,
+    *,
+    classes: int,
+    knn_k: int = 20,
+    knn_temperature: float = 0.07,
+    **loading: int,
+) -> Iterator[tuple[str, dict]]:
+    """Evaluate what features have to beat: random weights and raw pixels. Yields (name, row of `evaluate_features`).
+
+    random_backbone: the same architecture with fresh weights, evaluated as it is and with BatchNorm statistics of the
+    training images.
+    """
+    evaluation = train_images, val_images, transform, device
+    options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
+    log(f"{RANDOM} ...")
+    yield RANDOM, evaluate_features(random_backbone, *evaluation, **options)
+    recompute_batchnorm(random_backbone, train_images, transform, device, "BatchNorm statistics", **loading)
+    log(f"{RANDOM_STATISTICS} ...")
+    yield RANDOM_STATISTICS, evaluate_features(random_backbone, *evaluation, **options)
+    if (len(train_images) + len(val_images)) * 3 * transform.size**2 > MAX_PIXEL_TABLE:
+        log(f"{PIXELS}: left out, they do not fit into memory")
+        return
+    log(f"{PIXELS} ...")
+    yield PIXELS, evaluate_features(nn.Flatten(), *evaluation, **options)
+
+
+# How codes change during a run
+
+
+def tracked_images(images: Dataset, size: int, rank: int, world_size: int) -> torch.Tensor:
+    """This process's share of the images whose codes a run tracks: [N, 3, size, size], the same in every run.
+
+    256 in all, but at most a twentieth of the set, so that they cost little compared with an epoch, and at least one
+    per process.
+    """
+    count = max(world_size, min(256, len(images) // 20))
+    chosen = [len(images) * i // count for i in range(rank, count, world_size)]
+    crop = CentreCrop(size, size)
+    return torch.stack([crop(images[i][0]) for i in chosen])
+
+
+@torch.no_grad()
+def assigned_prototypes(model: nn.Module, codes: Callable, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The prototype with the largest code entry for each image, int64 [N], with BatchNorm's running statistics.
+
+    model: crops -> (embeddings, scores). codes: scores [N, K] -> codes [N, K].
+    """
+    dtype = next(model.parameters()).dtype
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # so few forward passes are not worth a compiled graph
+        scores = torch.cat([model([batch])[1] for batch in images.to(dtype).split(batch_size)])
+    model.train()
+    return codes(scores).argmax(1)

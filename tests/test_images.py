@@ -1,0 +1,423 @@
+"""images.py: image files, folders and named sets, the cache in memory, and the drawn shapes."""
+
+import gzip
+import io
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_training
+from PIL import Image
+
+import images as images_module
+from data import MultiCrop, to_pixels, training_loader
+from images import (
+    CachedImages,
+    ImageArrays,
+    ImageFiles,
+    LabelledImageFiles,
+    cache_bytes,
+    draw_shape,
+    image_size,
+    open_images,
+    read_image,
+    sizes_to_cache,
+    typical_side,
+)
+from launch import UserError
+
+# Image files
+
+
+def save(path, colour=(1, 2, 3), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 12), colour).convert(mode).save(path, **options)
+
+
+def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
+    for name in ("b.png", "a.JPG", "0/er/c.jpeg", "0/D.WebP", ".hidden.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "0" / "png").write_text("no image")
+    images = ImageFiles(tmp_path)
+    names = [path.removeprefix(f"{tmp_path}/") for path in images.paths]
+    assert names == ["0/D.WebP", "0/er/c.jpeg", "a.JPG", "b.png"] and len(images) == 4
+    assert all(label == -1 for _, label in images)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux shows a process's memory")
+@pytest.mark.parametrize("kind", [ImageFiles, LabelledImageFiles])
+def test_a_worker_that_reads_paths_does_not_copy_them(kind, tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
+    names = [f"{i:080d}.png" for i in range(100_000)]
+    monkeypatch.setattr(os, "walk", lambda root, **_: [(str(root), [], names)])
+    images = kind(tmp_path)
+    assert len(images) == len(names)
+    paths = images.paths
+
+    def own_bytes():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+    worker = os.fork()
+    if worker == 0:
+        before = own_bytes()
+        for i in range(len(paths)):
+            paths[i]
+        os._exit(own_bytes() - before > 4_000_000)  # the copy of a list takes 17 MB
+    assert os.waitpid(worker, 0)[1] == 0
+
+
+def test_hidden_files_and_folders_are_skipped_in_training_and_evaluation(tmp_path):
+    for split in ("train", "val"):
+        for name in (
+            "cats/0.png",
+            "dogs/0.png",
+            "dogs/._0.png",
+            ".cache/0.png",
+            ".cache/dogs/0.png",
+            "cats/.cache/0.png",
+        ):
+            save(tmp_path / split / name)
+    assert len(open_images("folder", tmp_path)) == 2
+    labelled = open_images("folder", tmp_path, "train")
+    assert len(labelled) == 2 and labelled.classes == ["cats", "dogs"]
+
+
+def test_warns_of_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    save(tmp_path / "open" / "0.png")
+    save(tmp_path / "closed" / "0.png")
+    scandir = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.warns(UserWarning, match="^data_path: .*closed is left out: Permission denied"):
+        assert len(ImageFiles(tmp_path)) == 1
+
+
+def test_16_bits_are_scaled_to_8_and_more_are_refused(tmp_path):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "16.png")
+    Image.fromarray(values).save(tmp_path / "16.tif")
+    (tmp_path / "16.pgm").write_bytes(b"P5 256 256 65535\n" + values.byteswap().tobytes())
+    expected = torch.from_numpy((values / 257 + 0.5).astype(np.uint8))
+    for name in ("16.png", "16.tif", "16.pgm"):
+        pixels = read_image(str(tmp_path / name))
+        assert pixels.shape == (3, 256, 256) and all(torch.equal(channel, expected) for channel in pixels), name
+    for kind in (np.int32, np.float32):
+        Image.fromarray(values.astype(kind)).save(tmp_path / "32.tif")
+        with pytest.raises(UserError, match="^data_path: cannot read .*32.tif .*expected 8 or 16 bits a channel"):
+            read_image(str(tmp_path / "32.tif"))
+
+
+def test_jpeg_files_are_read_as_pillow_reads_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    smooth = Image.fromarray(pixels).resize((61, 47), Image.Resampling.BICUBIC)
+    for name, image, options in (
+        ("rgb.jpg", smooth, {}),
+        ("progressive.jpg", smooth, dict(progressive=True)),
+        ("grey.jpg", smooth.convert("L"), {}),
+        ("cmyk.jpg", smooth.convert("CMYK"), {}),
+    ):
+        image.save(tmp_path / name, quality=95, **options)
+        pixels = read_image(tmp_path / name)
+        assert pixels.dtype == torch.uint8 and image_size(tmp_path / name) == (61, 47)
+        expected = np.array(Image.open(tmp_path / name).convert("RGB")).transpose(2, 0, 1).astype(int)
+        assert np.abs(pixels.numpy() - expected).max() <= 3, name
+    content = (tmp_path / "rgb.jpg").read_bytes()
+    (tmp_path / "more.jpg").write_bytes(content + b"appended")
+    assert torch.equal(read_image(tmp_path / "more.jpg"), to_pixels(Image.open(tmp_path / "rgb.jpg")))
+
+
+def test_the_typical_side_is_the_median_and_only_headers_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "read_image", lambda _: pytest.fail("decoded"))
+    for i, side in enumerate((10, 12, 40)):
+        (tmp_path / "val" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, side)).save(tmp_path / "val" / "a" / f"{i}.png")
+    assert typical_side(open_images("folder", tmp_path, "val")) == typical_side(ImageFiles(tmp_path)) == 12
+    assert typical_side(ImageArrays(np.zeros((3, 9, 7, 3), np.uint8), np.zeros(3, int))) == 7
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_images_of_any_mode_become_rgb(tmp_path, mode):
+    save(tmp_path / "image.png", (255, 255, 255), mode)
+    pixels, _ = ImageFiles(tmp_path)[0]
+    assert pixels.shape == (3, 12, 20) and pixels.dtype == torch.uint8 and (pixels == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_path_without_images_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    if kind == "file":
+        save(path.with_suffix(".png"))
+        path = path.with_suffix(".png")
+    for call in (ImageFiles, lambda path: open_images("folder", path)):
+        with pytest.raises(UserError, match=f"^data_path: .*{path.name}"):
+            call(path)
+
+
+def encoded(format):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 60, 3), dtype=np.uint8)).save(file, format)
+    return bytearray(file.getvalue())
+
+
+def huge_bmp():
+    content = encoded("bmp")
+    content[18:26] = struct.pack("<ii", 60000, 60000)  # width and height
+    return content
+
+
+UNREADABLE = {
+    "text.jpg": lambda: b"no image",
+    "empty.png": lambda: b"",
+    "truncated.jpg": lambda: encoded("jpeg")[:500],
+    "truncated.png": lambda: encoded("png")[:500],
+    "wrong chunk.png": lambda: encoded("png").replace(b"IDAT", b"I\xa1AT"),
+    "wrong header.ppm": lambda: b"P6 2x0 200 255 ",
+    "huge.bmp": huge_bmp,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_image_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(UNREADABLE[name]())
+    with pytest.raises(UserError, match=f"^data_path: .*{name}"):
+        ImageFiles(tmp_path)[0]
+
+
+# Images in memory
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """(image files, the same images cached): five of different sizes."""
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (8 + i, 11, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    files = ImageFiles(tmp_path)
+    memory = tmp_path / "memory"
+    images = CachedImages(files, [image_size(path) for path in files.paths], str(memory))
+    memory.unlink()
+    return files, images
+
+
+def test_cached_images_equal_the_files_and_are_read_once(cached, monkeypatch):
+    files, images = cached
+    expected = [files[i][0] for i in range(5)]
+    for _ in range(2):
+        assert len(images) == 5 and all(torch.equal(images[i][0], expected[i]) and images[i][1] == -1 for i in range(5))
+        monkeypatch.setattr(images_module, "read_image", None)
+
+
+def test_an_image_that_a_worker_reads_is_cached_for_all_processes(cached, monkeypatch):
+    files, images = cached
+    expected = [files[i][0] for i in range(5)]
+    loader = training_loader(images, MultiCrop([8], [1], [0.5], [1.0]), 5, workers=2, crop_only=True)
+    assert len(list(loader)) == 1
+    monkeypatch.setattr(images_module, "read_image", None)
+    assert all(torch.equal(images[i][0], expected[i]) for i in range(5))
+
+
+def test_the_size_of_a_cache_is_known_in_advance(cached):
+    files, images = cached
+    needed, allowed = cache_bytes(files)
+    assert needed == sum(3 * 11 * (8 + i) for i in range(5)) == images.ends[-1] - 5 and allowed > 2**20
+    assert cache_bytes(files, share=1e-9) == (needed, pytest.approx(allowed * 4e-9, abs=10))
+    assert cache_bytes(ImageArrays(np.zeros((3, 40, 40, 3), np.uint8), np.arange(3))) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "groups, limits, expected",
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/\n", {"memory.max": "512"}, 512),
+        ("5:devices:/a\n4:memory:/a/b\n0::/\n", {"memory/memory.limit_in_bytes": "99", "memory/a/b/other": "1"}, 99),
+        ("0::/job\n", {"job/memory.max": "max"}, math.inf),
+    ],
+)
+def test_memory_is_limited_by_every_parent_control_group(groups, limits, expected, monkeypatch):
+    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert images_module.memory_limit() == expected
+
+
+def test_a_cache_takes_its_share_of_what_control_groups_allow(cached, monkeypatch):
+    monkeypatch.setattr(images_module, "memory_limit", lambda: 4000)
+    assert cache_bytes(cached[0])[1] == 1000
+
+
+def test_images_that_do_not_fit_into_memory_are_not_cached(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (2**40, 2**33))
+    run_training(images, tmp_path, "--epochs", "1")
+    assert "cached in memory" not in capsys.readouterr().out
+    message = "^--cache ram: expected at most 8.0 GiB .* got about 1024.0; write --cache off"
+    with pytest.raises(UserError, match=message):
+        run_training(images, tmp_path, "--cache", "ram")
+    allowed = 10 * 20 * 24 * 3 - 1  # the estimate is too low: then the sizes of all images decide
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (1, allowed))
+    assert sizes_to_cache(open_images("folder", images), "auto") is None
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (1, allowed + 1))
+    assert sizes_to_cache(open_images("folder", images), "auto") == [(24, 20)] * 10
+
+
+# Folders with labels
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """train/ with 2 + 1 images of the classes cat and dog, val/ with 1 + 1."""
+    for name in ("train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def test_pretraining_on_a_folder_with_splits_takes_only_its_train_folder(labelled):
+    assert len(open_images("folder", labelled)) == 3
+    assert len(open_images("folder", labelled / "train")) == 3
+    (labelled / "val").rename(labelled / "other")
+    assert len(open_images("folder", labelled)) == 5
+
+
+@pytest.mark.parametrize("below", ["", "train", "train/"])
+def test_labelled_splits_are_found_from_the_folder_and_from_its_train_folder(labelled, below):
+    for split, expected in (("train", [0, 0, 1]), ("val", [0, 1])):
+        images = open_images("folder", f"{labelled}/{below}", split)
+        assert [label for _, label in images] == expected and images.classes == ["cat", "dog"]
+        assert images[0][0].shape == (3, 12, 20)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_split_or_one_without_class_folders_is_refused(labelled, split):
+    (labelled / split).rename(labelled / "other")
+    with pytest.raises(UserError, match=f"^data_path: .*{split}"):
+        open_images("folder", labelled, split)
+    save(labelled / split / "flat.png")
+    with pytest.raises(UserError, match=f"^data_path: .*{split}"):
+        open_images("folder", labelled, split)
+
+
+# Named sets
+
+
+def write_fashion_mnist(folder):
+    """Write the four files, with 6 training and 3 validation images; returns {prefix: (pixels, labels)}."""
+    rng, contents = np.random.default_rng(0), {}
+    for prefix, count in (("train", 6), ("t10k", 3)):
+        pixels = rng.integers(0, 4, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        images_header = struct.pack(">iiii", 2051, count, 28, 28)
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images_header + pixels.tobytes()))
+        labels_header = struct.pack(">ii", 2049, count)
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels_header + labels.tobytes()))
+        contents[prefix] = pixels, labels
+    return contents
+
+
+@pytest.mark.parametrize("split, prefix", [("pretrain", "train"), ("train", "train"), ("val", "t10k")])
+def test_fashion_mnist_is_read_from_its_four_files(tmp_path, split, prefix):
+    pixels, labels = write_fashion_mnist(tmp_path)[prefix]
+    images = open_images("fashion_mnist", tmp_path, split)
+    assert len(images) == len(pixels)
+    for index, (image, label) in enumerate(images[i] for i in range(len(images))):
+        assert label == labels[index] and np.array_equal(image, np.repeat(pixels[index][None], 3, axis=0))
+
+
+CORRUPT = {
+    "no gzip": lambda content: b"no gzip",
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "only a header": lambda content: gzip.compress(bytes(3)),
+    "checksum": lambda content: content[:-8] + bytes(8),
+    "overwritten": lambda content: content[:40] + bytes(40) + content[80:],
+    "part of an image": lambda content: gzip.compress(gzip.decompress(content)[:-5]),
+}
+
+
+@pytest.mark.parametrize("damage", CORRUPT)
+def test_a_corrupt_fashion_mnist_file_is_named(tmp_path, damage):
+    write_fashion_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(CORRUPT[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=f"^data_path: .*{path.name}"):
+        open_images("fashion_mnist", tmp_path, "train")
+
+
+def test_a_missing_fashion_mnist_file_is_named(tmp_path):
+    write_fashion_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="^data_path: .*t10k-labels-idx1-ubyte.gz"):
+        open_images("fashion_mnist", tmp_path, "val")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10", "fashion_mnist"])
+@pytest.mark.parametrize("split", ["pretrain", "val"])
+def test_a_missing_named_set_is_refused_without_a_download(tmp_path, dataset, split):
+    with pytest.raises(UserError, match=f"^data_path: {dataset} is not in .*nowhere"):
+        open_images(dataset, tmp_path / "nowhere", split)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("dataset", ("imagenet", "somewhere")),
+        ("split", ("shapes", None, "test")),
+        ("data_path", ("folder",)),
+        ("data_path", ("cifar10", None)),
+    ],
+)
+def test_unknown_sets_unknown_splits_and_a_missing_path_are_refused_by_name(name, arguments):
+    with pytest.raises(UserError, match=f"^{name}: "):
+        open_images(*arguments)
+
+
+# Shapes
+
+
+def test_shapes_are_the_same_in_every_call_and_differ_by_split_and_index():
+    assert all(np.array_equal(draw_shape("train", i)[0], draw_shape("train", i)[0]) for i in range(10))
+    shapes = [draw_shape(split, i)[0].tobytes() for split in ("train", "val") for i in range(40)]
+    assert len(set(shapes)) == 80
+
+
+def test_the_first_shape_is_the_stored_one():
+    # Means over squares of 16 pixels. Sines differ in the last bit between processors, so a few pixels differ by one
+    # of 255 steps.
+    stored = [
+        [148.56, 131.51, 112.68, 102.80],
+        [167.07, 163.49, 125.14, 135.73],
+        [142.56, 154.52, 136.43, 131.55],
+        [94.32, 122.37, 131.71, 139.95],
+    ]
+    image, label = draw_shape("train", 0)
+    assert label == 0 and image.shape == (64, 64, 3) and image.dtype == np.uint8
+    np.testing.assert_allclose(image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3, 4)), stored, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("split, count", [("pretrain", 30), ("train", 30), ("val", 20)])
+def test_shapes_are_small_colour_images_with_balanced_labels(monkeypatch, split, count):
+    assert all(full % len(images_module.SHAPES_CLASSES) == 0 for full in images_module.SHAPES_COUNTS.values())
+    monkeypatch.setattr(images_module, "SHAPES_COUNTS", {"train": 30, "val": 20})
+    images = open_images("shapes", split=split)
+    assert images.pixels.shape == (count, 64, 64, 3) and images.pixels.dtype == np.uint8
+    assert np.bincount(images.labels).tolist() == [count // 10] * 10 and len(images.classes) == 10
+    image, label = images[3]
+    assert image.shape == (3, 64, 64) and label == images.labels[3]
+    expected, _ = draw_shape("val" if split == "val" else "train", 3)
+    assert np.array_equal(image.permute(1, 2, 0), expected)
