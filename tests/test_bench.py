@@ -1,7 +1,8 @@
-"""bench.py end to end on tiny sizes. Nothing here looks at how long anything took."""
+"""Run each benchmark end to end on tiny sizes. No test asserts a time."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,32 @@ import torch
 from conftest import DEVICES
 from torch import nn
 
-import bench
+from bench import published
+from bench.__main__ import BENCHMARKS, describe_benchmarks, parse_args
+from bench.loss import fallback_loss
+from bench.pipeline import write_photos
+from bench.scaling import traffic
+from bench.sinkhorn import fallback_sinkhorn, random_scores
+from bench.step import PARTS, lars_candidates
 from data import MultiCrop
+from launch import UserError
 from model import SwAV
 from optim import LARS
+from sinkhorn_ext import sinkhorn_potentials, swav_loss
 
 HOUSE = Path(__file__).resolve().parent.parent
 
 
 def figures_of(tmp_path, *words, device="cpu"):
-    """What `bench.py` prints and writes."""
-    command = [sys.executable, "bench.py", *words, "--device", device, "--json", str(tmp_path / "b.json")]
+    """Run `python -m bench`. Return the figures that it writes, and what it prints."""
+    command = [sys.executable, "-m", "bench", *words, "--device", device, "--json", str(tmp_path / "b.json")]
     result = subprocess.run([*command, "--repetitions", "2"], cwd=HOUSE, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
     return json.loads((tmp_path / "b.json").read_text()), result.stdout
 
 
 def check_row(row, ratios, images=None):
-    """Ratios are quotients of medians, of which images/s follow too."""
+    """Check that ratios are quotients of medians, and that images/s follow from the medians."""
     medians = row["median_ms"]
     assert row["ratios"] == {f"{a}/{b}": pytest.approx(medians[a] / medians[b]) for a, b in ratios}
     if images is not None:
@@ -52,8 +61,8 @@ def test_tables_and_figures_of_tiny_sizes(tmp_path):
     assert sys.platform != "linux" or figures["loss"][0]["peak_bytes"]["scores"] == 8 * 3 * 7 * 4
 
 
-# Whole training processes, which take as long as all else here: once, with compiled kernels, is enough.
-with_kernels = pytest.mark.skipif(os.environ.get("SINKHORN_EXT") == "torch", reason="run with compiled kernels alone")
+# Whole training processes take as long as all else here: once, with compiled kernels, is enough.
+with_kernels = pytest.mark.skipif(os.environ.get("SINKHORN_EXT") == "torch", reason="runs only with compiled kernels")
 
 
 @with_kernels
@@ -84,10 +93,10 @@ def test_step_of_tiny_sizes(device, tmp_path):
     assert lars["params"] == len(list(SwAV("resnet50").parameters()))
     for program in ("published", "ours"):
         parts = row["parts_ms"][program]
-        assert tuple(parts) == bench.PARTS
+        assert tuple(parts) == PARTS
         absent = {"all-reduce"} | ({"augment", "guard"} if program == "published" else set())
-        assert {part for part in bench.PARTS if parts[part] == 0} == absent
-    assert all(part in out for part in bench.PARTS)
+        assert {part for part in PARTS if parts[part] == 0} == absent
+    assert all(part in out for part in PARTS)
 
 
 @with_kernels
@@ -106,7 +115,7 @@ def test_scaling_of_tiny_sizes(tmp_path):
     parameters = sum(p.numel() for p in model.parameters())
     channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
     assert rows[0]["bytes_sent"] == {"gradients": 0, "codes": 0, "BatchNorm": 0}
-    # A process of two sends half of what is summed twice, and once what is gathered.
+    # Each of two processes sends a half of a sum twice, and what is gathered once.
     expected = {"gradients": 4 * parameters, "codes": 3 * 2 * 4 * 7, "BatchNorm": 2 * 8 * 2 * channels}
     assert rows[1]["bytes_sent"] == expected
     assert [row["GPUs"] for row in computed] == [8, 64, 512]
@@ -120,76 +129,96 @@ def test_scaling_of_tiny_sizes(tmp_path):
 
 def test_traffic_of_a_ring():
     model = SwAV("resnet18", hidden_mlp=16, feat_dim=8, nmb_prototypes=30, width=8, blocks=[1, 1, 1, 1])
-    sent = bench.traffic(model, 4, resolutions=2, on_gpu=True)
+    sent = traffic(model, 4, resolutions=2, on_gpu=True)
     assert sent["gradients"] == (2 * 3 / 4 * 4 * sum(p.numel() for p in model.parameters()), 1)
     assert sent["codes"] == ((3 + 2 * 2 * 3 / 4) * 2 * 30 * 4, 3)
-    # Stem, two or three in each of four stages, for two resolutions; one in the head.
+    # The stem and two or three layers in each of four stages, for two resolutions; one layer in the head.
     widths = 2 * (3 * [8] + 3 * [16] + 3 * [32] + 3 * [64]) + [16]
     assert sent["BatchNorm"] == (sum(4 * (3 * (2 * w + 1) + 1.5 * 2 * w) for w in widths), 2 * len(widths))
-    summed = bench.traffic(model, 4, resolutions=2, on_gpu=False)["BatchNorm"]
+    summed = traffic(model, 4, resolutions=2, on_gpu=False)["BatchNorm"]
     assert summed == (sum(2 * 8 * 1.5 * 2 * w for w in widths), 2 * len(widths))
-    assert bench.traffic(model, 1, resolutions=2, on_gpu=True)["gradients"][0] == 0
+    assert traffic(model, 1, resolutions=2, on_gpu=True)["gradients"][0] == 0
 
 
 def test_published_lars_computes_our_weights():
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.zeros(4), torch.randn(7)]
     theirs, ours = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    published = bench.PublishedLARS(theirs)
-    optimizer = LARS(ours, bench.LEARNING_RATE, weight_decay=bench.WEIGHT_DECAY)
+    reference = published.LARS(theirs)
+    optimizer = LARS(ours, published.LEARNING_RATE, weight_decay=published.WEIGHT_DECAY)
     for step in range(3):
         for a, b in zip(theirs, ours, strict=True):
-            gradient = torch.randn(a.shape) * (step != 1)  # without a norm once
+            gradient = torch.randn(a.shape) * (step != 1)  # a norm of zero once
             a.grad, b.grad = gradient.clone(), gradient.clone()
-        published.step()
+        reference.step()
         optimizer.step()
     for p, a, b in zip(start, theirs, ours, strict=True):
         assert not torch.equal(p, b)
         torch.testing.assert_close(a, b)
-    bench.lars_candidates([p.shape for p in start], torch.device("cpu"))  # which checks the same
+    lars_candidates([p.shape for p in start], torch.device("cpu"))  # checks the same
 
 
 def test_published_crops(tmp_path):
-    bench.write_photos(tmp_path, 2, 40, 30)
+    write_photos(tmp_path, 2, 40, 30)
     paths = sorted(str(path) for path in tmp_path.iterdir())
-    crops = bench.PublishedCrops(paths, MultiCrop([16, 8], [2, 1], *bench.SCALES))
+    crops = published.Crops(paths, MultiCrop([16, 8], [2, 1], *published.SCALES))
     assert len(crops) == 2
     assert [tuple(crop.shape) for crop in crops[0]] == [(3, 16, 16), (3, 16, 16), (3, 8, 8)]
     assert not torch.equal(crops[0][0], crops[0][1])
 
 
-def test_peers_compute_the_same():
-    scores = bench.cosines(1, 20, 30, torch.device("cpu"))[0]
+def test_all_candidates_compute_the_same():
+    scores = random_scores(1, 20, 30, torch.device("cpu"))[0]
     out = torch.empty_like(scores)
-    bench.fallback_sinkhorn(scores, out)
-    torch.testing.assert_close(out, bench.published_sinkhorn(scores))
-    scores = bench.cosines(8, 6, 30, torch.device("cpu")).requires_grad_()
-    potentials = bench.sinkhorn_potentials(scores.detach()[:2])
-    published = bench.published_loss(scores, potentials)
-    torch.testing.assert_close(published, bench.batched_loss(scores, potentials))
-    torch.testing.assert_close(published, bench.swav_loss(scores, potentials))
-    (grad,) = torch.autograd.grad(published, scores)
-    torch.testing.assert_close(bench.fallback_loss(scores.detach(), potentials), grad)
-    codes = [bench.published_sinkhorn(of_crop) for of_crop in scores[:2].detach()]
-    torch.testing.assert_close(bench.published_pairs(scores, codes), published)
+    fallback_sinkhorn(scores, out)
+    torch.testing.assert_close(out, published.sinkhorn(scores))
+    scores = random_scores(8, 6, 30, torch.device("cpu")).requires_grad_()
+    potentials = sinkhorn_potentials(scores.detach()[:2])
+    loss = published.loss(scores, potentials)
+    torch.testing.assert_close(loss, published.batched_loss(scores, potentials))
+    torch.testing.assert_close(loss, swav_loss(scores, potentials))
+    (grad,) = torch.autograd.grad(loss, scores)
+    torch.testing.assert_close(fallback_loss(scores.detach(), potentials), grad)
+    codes = [published.sinkhorn(crop_scores) for crop_scores in scores[:2].detach()]
+    torch.testing.assert_close(published.swapped_loss(scores, codes), loss)
 
 
 @pytest.mark.parametrize(
-    "options, name",
+    "options, message",
     [
-        (["speed"], "what"),
-        ([], "what"),
+        (["speed"], "NAME: invalid choice: 'speed'"),
+        ([], "the following arguments are required: NAME"),
         (["loss", "--repetitions", "0"], "--repetitions: expected 1 or more, got 0"),
         (["loss", "--batch_size", "4", "-1"], "--batch_size: expected 1 or more"),
-        (["loss", "--device", "abacus"], "--device abacus: expected a device that is here"),
+        (["loss", "--device", "abacus"], "--device abacus: expected a device of this machine"),
         (["pipeline", "--size_crops", "16", "6"], "--size_crops: expected 7 or more, got [16, 6]"),
         (["step", "--nmb_crops", "1", "6"], "--nmb_crops: expected 2 or more large ones, got 1"),
         (["step", "--steps", "0"], "--steps: expected 1 or more, got 0"),
         (["scaling", "--nmb_small_crops", "2", "-1"], "--nmb_small_crops: expected 0 or more, got [2, -1]"),
         (["scaling", "--step_ms", "nan"], "--step_ms: expected a number above 0, got nan"),
+        (["collapse", "--sets", "shapes", "cats"], "--sets: expected one of shapes, shapes_128, "),
+        (["collapse", "--settings", "K 31"], "got K 31"),
     ],
 )
-def test_bad_options_are_named(options, name, capsys):
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError) as error:
+        parse_args(options)
+    assert message in str(error.value)
+
+
+def test_a_bad_option_ends_the_command_with_one_line():
+    command = [sys.executable, "-m", "bench", "loss", "--repetitions", "0"]
+    result = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "error: --repetitions: expected 1 or more, got 0\n" and not result.stdout
+
+
+def test_help_shows_each_benchmark_with_an_example_that_parses(capsys):
     with pytest.raises(SystemExit):
-        bench.parse_args(options)
-    assert name in capsys.readouterr().err
+        parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert describe_benchmarks() in out and len(out.splitlines()) < 50
+    for name, benchmark in BENCHMARKS.items():
+        words = shlex.split(benchmark.example)
+        assert f"python -m bench {benchmark.example}\n" in out and words[0] == name
+        assert vars(parse_args(words)).keys() >= set(benchmark.options)

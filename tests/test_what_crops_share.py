@@ -1,8 +1,9 @@
-"""What explains a direction of embeddings that is made of it, and nothing else."""
+"""bench.what_crops_share explains a direction of the embeddings by what it is made of, and by nothing else."""
 
 import torch
 import torch.nn.functional as F
-from what_crops_share import agreement, predicted, share_between
+
+from bench.what_crops_share import agreement, predicted_by_brightness, share_between_classes
 
 
 def test_finds_what_crops_share_and_what_explains_it():
@@ -15,12 +16,13 @@ def test_finds_what_crops_share_and_what_explains_it():
     hidden = torch.stack([by_class, upper_half, torch.zeros(2000)], 1)
     mixed = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
 
-    def crop():  # the third dimension is each crop's own, the first two are little disturbed
+    def crop():  # the first two dimensions have little noise; the third is noise of each crop
         noise = torch.randn(2000, 3, generator=generator) * torch.tensor([0.1, 0.3, 1.0])
         return (hidden + noise) @ mixed
 
-    correlations, places = agreement(crop(), crop())
+    correlations, positions = agreement(crop(), crop())
     assert correlations[0] > 0.95 and 0.85 < correlations[1] < 0.93 and correlations[2].abs() < 0.1
-    between, light, level = share_between(labels, places), predicted(grey, 2, places), predicted(grey, 1, places)
+    between = share_between_classes(labels, positions)
+    light, level = (predicted_by_brightness(grey, cells, positions) for cells in (2, 1))
     assert between[0] > 0.95 and between[1:].max() < 0.05
     assert light[1] > 0.9 and light[0] < 0.05 and level[1] < 0.7
