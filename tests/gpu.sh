@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# Show everything that only a GPU can show, in at most eight minutes, for machines that are rented by the minute.
+# It installs nothing and needs no network. tests/gpu.sh --help explains it.
+#
+# To add a part: write a function part_NAME below and add one line to the table PARTS. The limits should add up to
+# at most 480 seconds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# name, limit in seconds, what it does; in order of importance
+PARTS='
+build        110   compile the extension in place, strictly; the other parts need it
+cuda_tests    75   run the tests that need a GPU
+step         150   time a ResNet-50 training step, the original loop and ours (compiled)
+kernels       45   time Sinkhorn and the loss
+photos        60   train on the photographs in PHOTOS and evaluate the features
+images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
+'
+
+usage() {
+  cat <<END
+usage: tests/gpu.sh [PART ...]        (default: all of them, in this order)
+
+parts, each with the seconds that it takes at most ($(awk '{ sum += $2 } END { print sum }' <<<"$PARTS") in all):
+$PARTS
+Environment variables:
+  OUT=DIR             write the results here: a log for each part, and summary.txt (default: gpu_results)
+  PHOTOS=DIR          photographs for the part photos; with train/ and val/ (a folder per class) it evaluates too
+  PHOTOS_EPOCHS=N     epochs on them (default: 20); when time ends before, the last complete epoch counts
+  LIMIT=N             seconds for each part, in place of those above
+  PYTHON=PATH         the Python to use (default: python3)
+  GPU_SH_DEVICE=cpu   try the script with tiny sizes on a CPU
+
+Exit code: 0 if no part failed, 1 if one did, 2 without a GPU or for a wrong name.
+END
+}
+
+# From here on, everything is exported: each part runs in a bash of its own, under a time limit.
+set -a
+SKIPPED=77 # exit code of a part that cannot run here
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu_results}
+PYTHONUNBUFFERED=1 # so that the logs hold every line when a part is stopped
+device=${GPU_SH_DEVICE:-cuda}
+network='' run='' step='' kernels='' files=64 links=150
+if [ "$device" = cpu ]; then
+  network='--arch resnet18 --width 8 --blocks 1 1 1 1 --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 10'
+  run='--batch_size 8 --size_crops 32 16 --workers 1'
+  step='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --images 4 --workers 1 --steps 2'
+  kernels='--batch_size 16 --nmb_prototypes 30 --repetitions 2'
+  files=4 links=4
+fi
+
+part_build() {
+  # For this GPU only, which is quicker.
+  if [ "$device" = cuda ] && [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    TORCH_CUDA_ARCH_LIST=$($PYTHON -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+  fi
+  SINKHORN_EXT_BUILD=strict $PYTHON setup.py build_ext --inplace
+  $PYTHON -m sinkhorn_ext
+  [ "$device" = cpu ] || $PYTHON -c 'import sinkhorn_ext; assert sinkhorn_ext.backend("cuda") == "cuda"'
+}
+
+part_cuda_tests() {
+  has_module pytest || { echo "skipped: pytest is not installed"; return $SKIPPED; }
+  # The tests that need a GPU, and no others: those with the mark needs_gpu of conftest.py.
+  cat >"$temporary/gpu_tests_only.py" <<'END'
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if any(m.kwargs.get("reason") == "no GPU" for m in item.iter_markers("skipif"))]
+END
+  # -v writes a line when a test ends. A test file that cannot be imported does not stop the others.
+  local parallel=''
+  if has_module xdist; then parallel='-n 4'; fi
+  PYTHONPATH="$temporary:${PYTHONPATH:-}" $PYTHON -m pytest -v --tb=short --durations=5 -p no:cacheprovider \
+    -p gpu_tests_only --continue-on-collection-errors $parallel
+}
+
+part_step() {
+  # The steps of a turn have to be a multiple of the workers: their batches arrive in bursts.
+  $PYTHON -m bench step --device "$device" --repetitions 2 --steps 10 --workers 10 --json "$temporary/step.json" $step
+}
+
+part_kernels() {
+  $PYTHON -m bench sinkhorn loss --device "$device" --repetitions 5 --json "$temporary/kernels.json" $kernels
+}
+
+part_photos() {
+  if [ -z "${PHOTOS:-}" ]; then
+    echo "skipped: set PHOTOS to a folder of photographs"
+    return $SKIPPED
+  fi
+  local code=0 checkpoint=$temporary/photos/checkpoint.pth
+  # The evaluation gets the last 30 seconds. 124: training reached its limit, which is no failure.
+  timeout --foreground --signal=INT --kill-after=5 $((limit - 30)) \
+    $PYTHON train.py --data_path "$PHOTOS" --arch resnet18 --epochs "${PHOTOS_EPOCHS:-20}" --log_freq 20 \
+    --device "$device" --dump_path "$temporary/photos" $network || code=$?
+  [ $code = 0 ] || [ $code = 124 ] || return $code
+  [ -e "$checkpoint" ] || { echo "no epoch was completed in $((limit - 30)) s: raise LIMIT"; return 1; }
+  if [ -d "$PHOTOS/train" ] && [ -d "$PHOTOS/val" ]; then
+    $PYTHON eval_linear.py "$checkpoint" --cached --data_path "$PHOTOS" --device "$device"
+  else
+    echo "not evaluated: $PHOTOS has no train/ and val/"
+  fi
+}
+
+part_images_per_s() {
+  $PYTHON - "$temporary/jpeg" "$files" "$links" <<'END'
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "")
+from bench.pipeline import PHOTO, write_photos
+folder, files, links = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder.mkdir()
+size = write_photos(folder, files, *PHOTO)
+for path in list(folder.iterdir()):
+    for i in range(1, links):
+        os.link(path, path.with_name(f"{path.stem}-{i}.jpg"))
+print(f"{files} JPEG files of {PHOTO[0]}x{PHOTO[1]} pixels, {size / 1e3:.0f} KB, {links} names each", flush=True)
+END
+  $PYTHON train.py @recipes/200ep_bs256.args --batch_size 256 --data_path "$temporary/jpeg" --epochs 1 --cache off \
+    --log_freq 10 --compile off --device "$device" --dump_path "$temporary/images_per_s" $network $run
+  # The log lines of the run, in full.
+  cat "$temporary/images_per_s/metrics.jsonl"
+}
+
+has_module() {
+  $PYTHON -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"
+}
+set +a
+
+# What to run
+
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+names=$(awk 'NF { print $1 }' <<<"$PARTS")
+for name in "$@"; do
+  grep -qx -- "$name" <<<"$names" || {
+    echo "error: no part is named $name; the parts are:" $names >&2
+    exit 2
+  }
+done
+if [ "$device" != cpu ] && ! $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: no GPU here; GPU_SH_DEVICE=cpu tries the parts with tiny sizes" >&2
+  exit 2
+fi
+
+mkdir -p "$OUT"
+export temporary=$(mktemp -d)
+part_pid=''
+clean_up() {
+  if [ -n "$part_pid" ]; then kill -KILL -- "-$part_pid" 2>/dev/null || true; fi
+  rm -rf "$temporary"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+{
+  date -u '+%F %T UTC'
+  echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+  $PYTHON -c 'import platform, torch
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}")'
+  echo 'part, seconds, exit code (0: passed, 77: skipped, 124 or 137: stopped by its time limit)'
+} | tee "$OUT/summary.txt"
+
+failed=0
+set -m # each part gets a process group of its own, so that nothing of it is left when the next one starts
+for name in ${@:-$names}; do
+  read -r limit text <<<"$(awk -v name="$name" '$1 == name { $1 = ""; print }' <<<"$PARTS")"
+  export limit=${LIMIT:-$limit}
+  started=$SECONDS code=0
+  echo "== $name, at most $limit s: $text" | tee "$OUT/$name.log"
+  # SIGINT lets Python print what it has. tee is not waited for: a process that outlives its part would keep it open.
+  timeout --signal=INT --kill-after=10 "$limit" bash -euo pipefail -c "part_$name" > >(tee -a "$OUT/$name.log") 2>&1 &
+  part_pid=$!
+  wait "$part_pid" || code=$?
+  kill -KILL -- "-$part_pid" 2>/dev/null || true
+  part_pid=''
+  sleep 0.2 # for tee's last lines
+  echo "$name $((SECONDS - started)) $code" | tee -a "$OUT/summary.txt"
+  if [ $code != 0 ] && [ $code != $SKIPPED ]; then failed=1; fi
+done
+echo "results: $OUT/summary.txt and a log for each part"
+exit $failed
