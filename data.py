@@ -32,9 +32,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 # Multi-crop: sample a box of the image and augmentation parameters for each crop, crop the box (uint8), augment it.
 # `augment` does the last step for a batch on the training device, `augment_one_by_one` in a loader's worker.
 
-FLIP_PROBABILITY, JITTER_PROBABILITY, GREY_PROBABILITY, BLUR_PROBABILITY = 0.5, 0.8, 0.2, 0.5
-JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8}  # strengths
-HUE_JITTER = 0.2  # in turns of the colour circle
+JITTER_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5
+JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8}  # at a color_strength of 1
+HUE_JITTER = 0.2  # in turns of the colour circle, at a color_strength of 1
 JITTER_ORDERS = tuple(permutations((*JITTER, "hue")))
 MIN_BLUR, MAX_BLUR = 0.1, 2.0  # sigmas in pixels, published for crops of 224 and of 96 pixels
 BLUR_REACH = 6  # pixels to each side of the largest blur kernel
@@ -43,7 +43,7 @@ BOX_ATTEMPTS = 10
 BOX_UNIFORMS = 2 * BOX_ATTEMPTS + 2  # random numbers that decide a box
 UNIFORMS = BOX_UNIFORMS + 10  # random numbers that decide a crop
 BLENDS = 6  # slots for colour operations: three before the hue shift, three after it
-PARAMS = 4 + 3 * BLENDS  # augmentation parameters of a crop
+PARAMS = 5 + 3 * BLENDS  # augmentation parameters of a crop
 
 
 class CropParams(NamedTuple):
@@ -55,7 +55,8 @@ class CropParams(NamedTuple):
     stay unused: their weight is 0.
     """
 
-    flip: np.ndarray | torch.Tensor  # [...], 1 for a horizontal flip, else 0
+    vflip: np.ndarray | torch.Tensor  # [...], 1 for a vertical flip, else 0; MultiCrop.crop does it
+    hflip: np.ndarray | torch.Tensor  # [...], 1 for a horizontal flip, else 0
     grey: np.ndarray | torch.Tensor  # [...], 1 for greyscale, else 0
     sigma: np.ndarray | torch.Tensor  # [...], of the blur in pixels, 0 for none
     hue: np.ndarray | torch.Tensor  # [...], shift in turns of the colour circle
@@ -64,8 +65,8 @@ class CropParams(NamedTuple):
 
 def by_name(params: np.ndarray | torch.Tensor) -> CropParams:
     """Views of parameters [..., PARAMS] by name."""
-    blends = params[..., 4:].reshape(*params.shape[:-1], BLENDS, 3)
-    return CropParams(params[..., 0], params[..., 1], params[..., 2], params[..., 3], blends)
+    blends = params[..., 5:].reshape(*params.shape[:-1], BLENDS, 3)
+    return CropParams(*(params[..., column] for column in range(5)), blends)
 
 
 def blend_slot(name: str, order: Sequence[str]) -> int:
@@ -83,8 +84,10 @@ class MultiCrop:
 
     size_crops, nmb_crops, min_scale_crops, max_scale_crops: for each resolution the side of its crops in pixels, their
     number, and the range of their area as a share of the image. blur_sigma: sigma of the strongest blur in pixels, 0
-    for none. Use it as the transform of any Dataset of images, PIL or uint8 [3, H, W]. Randomness comes from `rng`, or
-    from torch's global generator (which DataLoader seeds in each worker).
+    for none. hflip, vflip, grayscale: probabilities of a horizontal and a vertical flip and of greyscale.
+    color_strength: of the jitter of brightness, contrast, saturation and hue; 1 as in the paper, 0 for none.
+    Use it as the transform of any Dataset of images, PIL or uint8 [3, H, W]. Randomness comes from `rng`, or from
+    torch's global generator (which DataLoader seeds in each worker).
     Raises ValueError for lists of different lengths or values out of range.
     """
 
@@ -95,6 +98,11 @@ class MultiCrop:
         min_scale_crops: Sequence[float],
         max_scale_crops: Sequence[float],
         blur_sigma: float = MAX_BLUR,
+        *,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_strength: float = 1.0,
+        grayscale: float = 0.2,
     ) -> None:
         lists = dict(size_crops=size_crops, nmb_crops=nmb_crops)
         lists |= dict(min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
@@ -116,9 +124,13 @@ class MultiCrop:
                 )
         if not 0 <= blur_sigma <= MAX_BLUR:
             raise ValueError(f"blur_sigma: expected 0 to {MAX_BLUR:g} pixels, got {blur_sigma:g}")
+        for name, value in dict(hflip=hflip, vflip=vflip, color_strength=color_strength, grayscale=grayscale).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {value:g}")
         self.size_crops, self.nmb_crops = tuple(size_crops), tuple(nmb_crops)
         self.scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
-        self.blur_sigma = blur_sigma
+        self.blur_sigma, self.hflip, self.vflip = blur_sigma, hflip, vflip
+        self.color_strength, self.grayscale = color_strength, grayscale
 
     def sample(
         self, sizes: Sequence[tuple[int, int]], rngs: Sequence[np.random.Generator]
@@ -130,12 +142,17 @@ class MultiCrop:
         uniforms = np.stack([rng.random((sum(self.nmb_crops), UNIFORMS)) for rng in rngs])  # [B, V, UNIFORMS]
         scales = np.repeat(self.scales, self.nmb_crops, axis=0)  # [V, 2]
         boxes = sample_boxes(np.array(sizes)[:, None], scales, uniforms[..., :BOX_UNIFORMS])
-        return boxes, sample_params(uniforms[..., BOX_UNIFORMS:], self.blur_sigma)
+        strengths = dict(hflip=self.hflip, color_strength=self.color_strength, grayscale=self.grayscale)
+        params = sample_params(uniforms[..., BOX_UNIFORMS:], self.blur_sigma, **strengths)
+        if self.vflip:  # drawn after the others, which are the same with and without it
+            flips = np.stack([rng.random(sum(self.nmb_crops)) for rng in rngs])  # [B, V]
+            by_name(params).vflip[...] = flips < self.vflip
+        return boxes, params
 
     def crop(
         self, images: Sequence[Image.Image | torch.Tensor], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[torch.Tensor, np.ndarray]]:
-        """Crop B images, without augmentation.
+        """Crop B images, without augmentation except for vertical flips.
 
         Returns for each resolution of n crops: uint8 crops [n * B, 3, S, S] and their params [n * B, PARAMS], in the
         order of crops (the first crop of all images, then the second one).
@@ -147,8 +164,10 @@ class MultiCrop:
             crops = []
             with torch.inference_mode():  # entered once, as entering it for each crop takes a sixth of the time
                 for nth in range(start, start + count):
-                    for image, box in zip(pixels, boxes[:, nth].tolist(), strict=True):
-                        crops.append(crop_and_resize(image, box, size))
+                    vflips = by_name(params[:, nth]).vflip.tolist()
+                    for image, box, vflip in zip(pixels, boxes[:, nth].tolist(), vflips, strict=True):
+                        crop = crop_and_resize(image, box, size)
+                        crops.append(crop[:, ::-1] if vflip else crop)
             # numpy stacks and splits colour planes three times as fast as torch
             params_of_crops = params[:, start : start + count].swapaxes(0, 1).reshape(-1, PARAMS)
             resolutions.append((torch.from_numpy(np.stack(crops)), params_of_crops))
@@ -185,10 +204,12 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
     return np.stack([top, left, box_height, box_width], axis=-1).astype(np.int64)
 
 
-def sample_params(uniforms: np.ndarray, blur_sigma: float) -> np.ndarray:
+def sample_params(
+    uniforms: np.ndarray, blur_sigma: float, *, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
+) -> np.ndarray:
     """Sample augmentation parameters float32 [..., PARAMS], from uniforms [..., 10] in [0, 1).
 
-    blur_sigma: sigma of the strongest blur, in pixels.
+    The other arguments are those of MultiCrop. Vertical flips are left at 0.
     """
     min_sigma = min(MIN_BLUR, blur_sigma)
     flip, grey, is_blurred, sigma, is_jittered, order, hue, *factors = np.moveaxis(uniforms, -1, 0)
@@ -196,14 +217,14 @@ def sample_params(uniforms: np.ndarray, blur_sigma: float) -> np.ndarray:
     order = (order * len(JITTER_ORDERS)).astype(np.int64)
     params = np.zeros((*uniforms.shape[:-1], PARAMS))
     named = by_name(params)
-    named.flip[...] = flip < FLIP_PROBABILITY
-    named.grey[...] = grey < GREY_PROBABILITY
+    named.hflip[...] = flip < hflip
+    named.grey[...] = grey < grayscale
     named.sigma[...] = (is_blurred < BLUR_PROBABILITY) * (min_sigma + (blur_sigma - min_sigma) * sigma)
-    named.hue[...] = is_jittered * HUE_JITTER * (2 * hue - 1)
+    named.hue[...] = is_jittered * color_strength * HUE_JITTER * (2 * hue - 1)
     blends = [
         np.stack(
             [
-                is_jittered * strength * (1 - 2 * factor),
+                is_jittered * color_strength * strength * (1 - 2 * factor),
                 is_jittered * (name == "saturation"),
                 is_jittered * (name == "contrast"),
             ],
@@ -248,8 +269,8 @@ def augment_one_by_one(pixels: torch.Tensor, params: np.ndarray) -> np.ndarray:
     images = pixels.float()
     black = images.new_zeros(1)
     values = (column.tolist() for column in by_name(params))
-    for image, flip, grey, sigma, hue, blends in zip(images.split(1), *values, strict=True):
-        if flip:
+    for image, _, hflip, grey, sigma, hue, blends in zip(images.split(1), *values, strict=True):
+        if hflip:
             image.copy_(image.flip(3))
         for slot, (weight, of_luminance, of_mean) in enumerate(blends):
             if slot == BLENDS // 2 and hue:
@@ -330,9 +351,9 @@ def augment(pixels: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     values, and the host never waits for the device.
     """
     params = by_name(params)
-    flip, grey, hue = (column.view(-1, 1, 1, 1) for column in (params.flip, params.grey, params.hue))
+    hflip, grey, hue = (column.view(-1, 1, 1, 1) for column in (params.hflip, params.grey, params.hue))
     images = pixels.float()
-    images = images.lerp_(images.flip(3), flip)
+    images = images.lerp_(images.flip(3), hflip)
     for slot, blend_params in enumerate(params.blends.unbind(1)):
         if slot == BLENDS // 2:
             images = adjust_hue(images, hue)
@@ -396,7 +417,7 @@ class ProbeCrop:
         size = np.array([pixels.shape[2], pixels.shape[1]])
         box = sample_boxes(size, np.array([0.08, 1.0]), np.array(uniforms))
         crop = torch.from_numpy(crop_and_resize(pixels, box.tolist(), self.size))
-        return normalize((crop.flip(2) if flip < FLIP_PROBABILITY else crop).float())
+        return normalize((crop.flip(2) if flip < 0.5 else crop).float())
 
 
 class CentreCrop:

@@ -74,6 +74,11 @@ def option_parser() -> launch.OptionParser:
     add("min_scale_crops", None, positive, "smallest area of a crop as a share of the image; raise it if images are "
         "centred objects, such as letters", nargs="+")  # fmt: skip
     add("max_scale_crops", None, positive, "largest area of a crop as a share of the image", nargs="+")
+    add("hflip", 0.5, nonnegative, "probability of a horizontal flip; 0 for letters, digits and signs")
+    add("vflip", 0.0, nonnegative, "probability of a vertical flip; 0.5 for images without a top, such as aerial ones")
+    add("color_strength", 1.0, nonnegative, "strength of the colour jitter: 1 as in the paper, 0 for none; lower it if "
+        "colours tell your images apart")  # fmt: skip
+    add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
 
@@ -246,7 +251,8 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
     scales = args.min_scale_crops, args.max_scale_crops
-    return MultiCrop(args.size_crops, args.nmb_crops, *scales, blur_sigma=args.blur_sigma)
+    names = "blur_sigma", "hflip", "vflip", "color_strength", "grayscale"
+    return MultiCrop(args.size_crops, args.nmb_crops, *scales, **{name: getattr(args, name) for name in names})
 
 
 def build_loader(

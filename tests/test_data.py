@@ -101,7 +101,7 @@ def params_of(flip=False, jitter=(), grey=False, sigma=0.0):
     order = [name for name, _ in jitter] + ["hue"]
     params = np.zeros(PARAMS, np.float32)
     named = by_name(params)  # views: values written to them end up in params
-    named.flip[...], named.grey[...], named.sigma[...] = flip, grey, sigma
+    named.hflip[...], named.grey[...], named.sigma[...] = flip, grey, sigma
     for name, factor in jitter:
         if name == "hue":
             named.hue[...] = factor
@@ -119,7 +119,7 @@ def operations_of(params):
         if weight:
             name = "saturation" if of_luminance else "contrast" if of_mean else "brightness"
             jitter.append((name, float(1 - weight)))
-    return dict(flip=bool(named.flip), jitter=tuple(jitter), grey=bool(named.grey), sigma=float(named.sigma))
+    return dict(flip=bool(named.hflip), jitter=tuple(jitter), grey=bool(named.grey), sigma=float(named.sigma))
 
 
 def torchvision_augment(image, flip=False, jitter=(), grey=False, sigma=0.0, kernel=33):
@@ -304,7 +304,7 @@ def test_a_weaker_blur_changes_nothing_else(boxes, params, blur_sigma, min_sigma
     (new_boxes,), (new_params,) = transform.sample([(4000, 3000)], [np.random.default_rng(0)])
     before, now = by_name(params), by_name(new_params)
     assert (new_boxes == boxes).all()
-    for name in ("flip", "grey", "hue", "blends"):
+    for name in ("hflip", "vflip", "grey", "hue", "blends"):
         assert (getattr(now, name) == getattr(before, name)).all(), name
     is_blurred = before.sigma > 0
     assert (now.sigma[~is_blurred] == 0).all()
@@ -319,6 +319,53 @@ def test_a_blur_out_of_range_is_refused(blur_sigma):
         MultiCrop(*TWO_SIZES, blur_sigma=blur_sigma)
 
 
+def named_params(count=4000, **options):
+    """The augmentation parameters of some crops, by name."""
+    transform = MultiCrop([96], [count], [0.05], [0.14], **options)
+    return by_name(transform.sample([(4000, 3000)], [np.random.default_rng(0)])[1][0])
+
+
+@pytest.mark.parametrize("probability", [0, 0.1, 0.9, 1])
+@pytest.mark.parametrize("option, column", [("hflip", "hflip"), ("vflip", "vflip"), ("grayscale", "grey")])
+def test_flips_and_greyscale_have_the_probability_that_is_asked_for(option, column, probability):
+    given, default = named_params(**{option: probability}), named_params()
+    assert getattr(given, column).mean() == pytest.approx(probability, abs=0.02 if 0 < probability < 1 else 0)
+    for name in set(given._fields) - {column}:
+        assert (getattr(given, name) == getattr(default, name)).all(), f"{option} changes {name}"
+
+
+@pytest.mark.parametrize("strength", [0, 0.25, 0.5, 1])
+def test_the_strength_of_colours_scales_the_jitter_and_nothing_else(strength):
+    given, paper = named_params(color_strength=strength), named_params()
+    np.testing.assert_allclose(given.hue, strength * paper.hue, rtol=1e-6, atol=0)
+    np.testing.assert_allclose(given.blends[..., 0], strength * paper.blends[..., 0], rtol=1e-6, atol=0)
+    for name in ("hflip", "vflip", "grey", "sigma"):
+        assert (getattr(given, name) == getattr(paper, name)).all()
+    jittered = paper.hue != 0
+    factors = 1 - given.blends[jittered][..., 0]
+    assert np.abs(factors - 1).max() == pytest.approx(0.8 * strength, abs=0.01)
+    assert np.abs(given.hue).max() == pytest.approx(0.2 * strength, abs=0.001)
+
+
+def test_a_vertical_flip_turns_the_same_crop_upside_down():
+    options = dict(hflip=0, color_strength=0, grayscale=0, blur_sigma=0)
+    upright = MultiCrop(*TWO_SIZES, **options)(noise(), np.random.default_rng(0))
+    flipped = MultiCrop(*TWO_SIZES, **options, vflip=1)(noise(), np.random.default_rng(0))
+    assert equal(flipped, [crop.flip(1) for crop in upright])
+    mixed = MultiCrop([24], [200], [0.3], [1.0], **options, vflip=0.5)(noise(), np.random.default_rng(0))
+    expected = MultiCrop([24], [200], [0.3], [1.0], **options)(noise(), np.random.default_rng(0))
+    turned = [torch.equal(crop, other.flip(1)) for crop, other in zip(mixed, expected, strict=True)]
+    assert 0.35 < np.mean(turned) < 0.65
+    assert all(t or torch.equal(crop, other) for t, crop, other in zip(turned, mixed, expected, strict=True))
+
+
+@pytest.mark.parametrize("option", ["hflip", "vflip", "color_strength", "grayscale"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_flips_and_colours_out_of_range_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option}: expected 0 to 1, got "):
+        MultiCrop(*TWO_SIZES, **{option: value})
+
+
 def test_jitter_comes_in_all_24_orders_equally_often(params):
     orders = [tuple(name for name, _ in jitter) for jitter in jitters_of(params)]
     counts = [orders.count(order) for order in set(orders)]
@@ -330,7 +377,7 @@ def test_what_is_sampled_is_independent(boxes, params):
     """No two of flip, grey, blur, hue, the first blend and the box are correlated."""
     named = by_name(params)
     first_weight = named.blends[:, 0, 0]
-    columns = np.stack([named.flip, named.grey, named.sigma, named.hue, first_weight, *boxes.T])
+    columns = np.stack([named.hflip, named.grey, named.sigma, named.hue, first_weight, *boxes.T])
     correlations = np.corrcoef(columns[:, named.hue != 0])
     correlations[-2:, :] = correlations[:, -2:] = 0  # height and width share one area, and bound the place
     assert np.abs(correlations - np.diag(np.diag(correlations))).max() < 4 / math.sqrt(0.8 * 4000)

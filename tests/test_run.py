@@ -298,6 +298,8 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--data_path {tmp}", "data_path: expected image files .* found none"),
         ("--nmb_crops 2 6 --size_crops 224", "--nmb_crops: expected 1 values.* got .2, 6"),
         ("--blur_sigma 3", "--blur_sigma: expected 0 to 2 pixels, got 3"),
+        ("--vflip 2", "--vflip: expected 0 to 1, got 2"),
+        ("--color_strength 1.5", "--color_strength: expected 0 to 1, got 1.5"),
         ("--min_scale_crops 0.5 0.5 --max_scale_crops 1 0.3", "--min_scale_crops, max_scale_crops: expected 0 < min"),
         ("--crops_for_assign 0 3", "--crops_for_assign: expected crops of 0..2, got .0, 3"),
         ("--nmb_prototypes 1", "--nmb_prototypes: expected .* from 2, got 1"),
@@ -348,7 +350,7 @@ def batchnorm_ranks(rank: int, world_size: int, folder: str) -> list:
             raise Found(model.bn1.group and dist.get_process_group_ranks(model.bn1.group))
         raise Found([rank])
 
-    train.data_parallel = find_ranks  # the model is complete when it comes to this
+    train.data_parallel = find_ranks  # train calls it once the model is complete
     images, ranks = ImageArrays(np.zeros((8, 20, 24, 3), np.uint8), np.zeros(8)), []
     for words in ("pytorch", "apex", "apex --syncbn_process_group_size 1", "none"):
         args = train.parse_args([*TINY, "--data_path", folder, "--dump_path", folder, "--sync_bn", *words.split()])
