@@ -127,7 +127,8 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
         architecture = architecture_of(weights)
     if arch not in (None, architecture["arch"]):
         raise UserError(f"--arch: {path} holds a {architecture['arch']}, got {arch}")
-    backbone = ResNet(**architecture)
+    with user_errors(f"checkpoint: {path} holds no whole ResNet: "):
+        backbone = ResNet(**architecture)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
