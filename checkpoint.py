@@ -8,7 +8,7 @@ torch.load(path, map_location="cpu", weights_only=True):
     optimizer, scaler   state of LARS, and of fp16's loss scaling (empty without)
     queue               embeddings [A, Q, D] over all processes, newest batch first; started, filled
     options             every option of train.py with its value in this run, and global_batch_size
-    user_options        the options that the user set, as far as they change what is learned
+    user_options        the options before any were derived, as far as they change what is learned
     recovered           options that --on_collapse recover changed, one name for each time
 """
 
@@ -81,8 +81,9 @@ def load_run(path: Path) -> dict:
         checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
     except (UserError, KeyError, TypeError) as error:
+        reason = error if isinstance(error, UserError) else "it is not a checkpoint of train.py"
         raise UserError(
-            f"--dump_path: cannot resume from {path}: {error}; delete it, put one of checkpoints/ in its place, "
+            f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "
             "or write another --dump_path"
         ) from None
     # Older versions kept these two among the options.
@@ -239,6 +240,14 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
 # Log
 
 
+def _epoch_of(row: str) -> float:
+    """The epoch of a row of metrics.jsonl; infinite for a row that an interruption cut short."""
+    try:
+        return json.loads(row)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class RunLog:
     """Logs a run: metrics.jsonl, a progress line, and TensorBoard if asked for. Every process needs one.
 
@@ -271,7 +280,7 @@ class RunLog:
             return
         path = dump / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["epoch"] <= epochs_done]
+        kept = [row for row in rows if _epoch_of(row) <= epochs_done]
         path.write_text("".join(row + "\n" for row in kept))
         self.file = path.open("a", buffering=1)
         if tensorboard:

@@ -74,7 +74,7 @@ def test_an_unreadable_checkpoint_is_refused_and_kept(images, tmp_path):
 @pytest.mark.parametrize("contents", [{"state_dict": {}}, [1, 2], {"epoch": 1, "state_dict": {}}])
 def test_a_file_that_is_no_checkpoint_of_train_is_refused(contents, tmp_path):
     torch.save(contents, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match="^--dump_path: cannot resume from .*checkpoint.pth"):
+    with pytest.raises(UserError, match="^--dump_path: cannot resume from .*pth: it is not a checkpoint of train.py"):
         checkpoint.load_run(tmp_path / "checkpoint.pth")
 
 
@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_is_found(bad, tmp_path):
 
 def test_rows_of_later_epochs_and_half_written_rows_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"epoch": 1, "step": 3}\n{"epoch": 2, "step": 4}\n{"epoch": 1, "st')
+    path.write_text('{"epoch": 1, "step": 3}\n{"epoch": 2, "step": 4}\n{"epoch": 1, "st{"epoch": 1}\n{"epoch": 1, "st')
     new_log(tmp_path, epochs_done=1)
     assert path.read_text() == '{"epoch": 1, "step": 3}\n'
 

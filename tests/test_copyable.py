@@ -163,12 +163,12 @@ def test_a_piece_copied_alone_works(tmp_path, piece):
 
 
 def test_multi_crop_is_in_data():
-    program = "from data import MultiCrop; print(MultiCrop.__module__)"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.stdout == "data\n", result.stderr
+    from data import MultiCrop  # people's programs import it by this name
+
+    assert MultiCrop.__module__ == "data"
 
 
-# Imports between the top-level files, as the table in design.md allows
+# Imports between the top-level files: arrows point down, from scripts to files that import nothing of ours
 
 
 SCRIPTS = {"train", "eval_linear", "export", "look"}  # all but other scripts
