@@ -4,7 +4,7 @@
     features = backbone(images)  # [B, 3, S, S], normalised as in data.py -> [B, F]
     backbone = torch.hub.load("OWNER/REPOSITORY", "resnet50")  # of a copy on GitHub; weights are random
 
-They need torch and model.py alone.
+They need only torch and model.py.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-# By its path, as the program that asks may have a model.py of its own.
+# By its path, as the calling program may have a model.py of its own.
 spec = importlib.util.spec_from_file_location("swav_model", os.path.join(os.path.dirname(__file__), "model.py"))
 sys.modules["swav_model"] = model = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(model)
@@ -24,9 +24,9 @@ resnet50w2, resnet50w4, resnet50w5 = model.resnet50w2, model.resnet50w4, model.r
 
 
 def from_checkpoint(path: str | os.PathLike) -> model.ResNet:
-    """The backbone in a file, in evaluation mode: of train.py, a published SwAV one or torchvision's ResNet.
+    """Load the backbone of a file, in evaluation mode: of train.py, a published SwAV one or torchvision's ResNet.
 
-    Architecture and size are read off the weights. Raises ValueError where they are no ResNet's.
+    Reads architecture and size off the weights. Raises ValueError if they are not those of a ResNet.
     """
     weights = model.backbone_weights(torch.load(path, map_location="cpu", weights_only=True))
     backbone = model.ResNet(**model.architecture_of(weights))

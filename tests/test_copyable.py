@@ -1,4 +1,4 @@
-"""Files that people may copy work alone, the top-level files import only what design allows, functions stay short.
+"""Files that people may copy work by themselves, top-level files import only what lies below, functions stay short.
 
 Each piece is copied to an empty folder, imported there in a fresh process, and used.
 """
