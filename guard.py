@@ -176,9 +176,8 @@ def diagnose_collapse(options: Mapping[str, Any]) -> tuple[str, dict[str, str | 
     return cause, {name: float(f"{lr / 3:.4g}") for name, lr in lrs.items()}
 
 
-def describe_collapse(row: Mapping[str, float], options: Mapping[str, Any], step: int) -> str:
-    """Say what a row of `CollapseGuard.measure` shows of a collapsing run, with the likely cause."""
-    cause, _ = diagnose_collapse(options)
+def describe_collapse(row: Mapping[str, float], cause: str, step: int) -> str:
+    """Say what a row of `CollapseGuard.measure` shows of a collapsing run, with the cause from `diagnose_collapse`."""
     patience = f" (or it is slow: some runs need {SLOW_STEPS} steps to leave ln K)" if step < SLOW_STEPS else ""
     return (
         f"collapsing: the loss is {row['loss_per_ln_k']:.3f} ln K, codes have {row['code_entropy']:.0%} of the largest "

@@ -31,8 +31,7 @@ if sys.platform == "linux":
     # torch ships GCC's OpenMP, and a second copy would compete with it for cores. Clang needs its own.
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS += ["-fopenmp"] if "clang" in os.environ.get("CXX", "") else []
-    # Some compilers link a static C++ library. Error messages that contain numbers then crash, as torch uses the shared
-    # one.
+    # Some compilers link a static C++ library. Error messages with numbers then crash, as torch uses the shared one.
     LINK_FLAGS.append("-l:libstdc++.so.6")
 elif sys.platform == "darwin":
     CXX_FLAGS.append("-fopenmp-simd")

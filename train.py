@@ -482,9 +482,8 @@ class Collapse(Exception):
 
 def handle_collapse(args: argparse.Namespace, settings: dict, measures: dict, step: int) -> None:
     """Do what --on_collapse says: print a warning with the cause, stop (RunStopped), or recover (Collapse)."""
-    _, change = diagnose_collapse(settings["options"])
-    message = describe_collapse(measures, settings["options"], step)
-    message += f"; try {launch.as_command_line(change)}"
+    cause, change = diagnose_collapse(settings["options"])
+    message = f"{describe_collapse(measures, cause, step)}; try {launch.as_command_line(change)}"
     if args.on_collapse != "recover":
         message += " with another --dump_path"  # this one would resume from the collapsed weights
     if args.on_collapse == "stop":

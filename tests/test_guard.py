@@ -187,10 +187,10 @@ def test_the_likely_cause_of_a_collapse_and_the_options_to_change(options, cause
     text, changed = diagnose_collapse(OPTIONS | options)
     assert cause in text and changed == change
     row = dict(loss_per_ln_k=0.9991, code_entropy=1.0, prototypes_in_use=0.25, embedding_std=0.04)
-    message = describe_collapse(row, OPTIONS | options, step=200)
+    message = describe_collapse(row, diagnose_collapse(OPTIONS | options)[0], step=200)
     assert message.startswith("collapsing: the loss is 0.999 ln K") and message.endswith(text)
     assert all(share in message for share in ("100%", "25%", "4%"))
-    assert "some runs need 200 steps" in describe_collapse(row, OPTIONS | options, step=199)
+    assert "some runs need 200 steps" in describe_collapse(row, diagnose_collapse(OPTIONS | options)[0], step=199)
 
 
 def test_the_safe_epsilon_is_the_default_of_small_sets():
