@@ -86,6 +86,7 @@ def load_run(path: Path) -> dict:
             f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "
             "or write another --dump_path"
         ) from None
+    options.setdefault("color_strength", 1.0)  # older versions had no option for it
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
     return {"recovered": recovered, "user_options": asked} | checkpoint

@@ -14,22 +14,33 @@ LARGE_BATCH = 2048  # images per step from which the paper's recipes for batches
 APEX_GROUP_SIZE = 8  # processes that share BatchNorm statistics in these recipes
 PAPER_SIDE = 224  # pixels of an image from which the paper's crops are used
 RELATIVE_EPSILON = 0.3  # in units of the scores' standard deviation
+# What images show, by the shares that features.describe_images measures
+PLAIN_GROUND = 0.25  # from here on objects lie on a plain ground (photographs 0.14, patches of them 0.18, digits 0.35)
+MEAN_IMAGE = 0.1  # from here on images are aligned (photographs 0.02, digits and clothes 0.3)
+BETWEEN_CELLS = 0.27  # below, images are textures (drawn ones 0.2, photographs 0.5, noise of 1 / frequency 0.34)
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
-    "batch_size", *CROP_LISTS, "crops_for_assign", "blur_sigma", "stem", "nmb_prototypes", "temperature",
-    "relative_epsilon", "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
+    "batch_size", *CROP_LISTS, "crops_for_assign", "color_strength", "blur_sigma", "stem", "nmb_prototypes",
+    "temperature", "relative_epsilon", "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
     "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
 Choose = Callable[[str, object, str], object]  # (option, value, reason) -> the value in effect
 
 
 def derive(
-    *, images: int, image_side: int, world_size: int, epochs: int, given: Mapping[str, object]
+    *,
+    images: int,
+    image_side: int,
+    world_size: int,
+    epochs: int,
+    given: Mapping[str, object],
+    described: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[object, str]]:
     """Derive every option of DERIVED that is not given: {option: (value, reason)}.
 
     images: number in the training set. image_side: median of their shorter sides in pixels. world_size: processes.
-    given: what the user set. It is kept, and the other options adapt to it. From half a million images on the values
+    given: what the user set. It is kept, and the other options adapt to it. described: the images, by
+    features.describe_images; None if unknown. From half a million images on the values
     are the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or
     more; below, those that `python -m bench collapse` supports.
     """
@@ -42,7 +53,8 @@ def derive(
         return value
 
     resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), None)
-    side = crop_options(choose, images=images, image_side=image_side, resolutions=resolutions)
+    kind = "unknown" if described is None or images >= LARGE_SET else kind_of_images(described)
+    side = crop_options(choose, images=images, image_side=image_side, resolutions=resolutions, kind=kind)
     if images >= LARGE_SET:
         paper_options(choose, images=images, world_size=world_size, epochs=epochs)
     else:
@@ -50,20 +62,36 @@ def derive(
     return derived
 
 
-def crop_options(choose: Choose, *, images: int, image_side: int, resolutions: int | None) -> int:
-    """Choose crops, what follows from them, and the stem. resolutions: as many as the user's lists have, or None.
+def kind_of_images(described: Mapping[str, float]) -> str:
+    """What images show: "objects on a plain ground", "aligned objects", "textures" or "photographs"."""
+    if described["plain_ground"] >= PLAIN_GROUND:
+        return "objects on a plain ground"
+    if described["mean_image"] >= MEAN_IMAGE:
+        return "aligned objects"
+    return "textures" if described["between_cells"] < BETWEEN_CELLS else "photographs"
 
-    Returns the side of the largest crops in pixels.
+
+def crop_options(choose: Choose, *, images: int, image_side: int, resolutions: int | None, kind: str) -> int:
+    """Choose crops, what follows from them, jitter, blur and the stem.
+
+    resolutions: as many as the user's lists have, or None. kind: of `kind_of_images`, or "unknown". Returns the side
+    of the largest crops in pixels.
     """
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
-    crops = [4], [large], [0.4], [1.0]
-    reason = f"for {images:,} images of {image_side} pixels: milder crops than the paper's"
+    crops, reason = ([4], [large], [0.4], [1.0]), f"for {images:,} images of {image_side} pixels"
+    color_strength, why = 1.0, "as in the paper"
     if images >= LARGE_SET and image_side >= PAPER_SIDE:
         crops, reason = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "as in the paper, for a million images"
     elif resolutions not in (None, 1):
         crops = [2, 4], [large, max(16, 8 * round(large * 96 / 224 / 8))], [0.4, 0.15], [1.0, 0.5]
+    scales_reason = reason if images >= LARGE_SET else f"milder crops than the paper's, for {kind}"
+    if kind == "photographs":
+        crops = *crops[:2], [0.14, 0.05][: len(crops[0])], crops[3]
+        scales_reason = "as in the paper: these look like photographs, of which small parts tell much"
+        color_strength, why = 0.5, "half the paper's: these look like photographs, whose colours mean something"
+    reasons = reason, reason, scales_reason, scales_reason
     nmb_crops, size_crops, *_ = (
-        choose(name, values[:resolutions], reason) for name, values in zip(CROP_LISTS, crops, strict=True)
+        choose(name, values[:resolutions], text) for name, values, text in zip(CROP_LISTS, crops, reasons, strict=True)
     )
     side = max(size_crops)
     if images >= LARGE_SET:
@@ -71,6 +99,7 @@ def crop_options(choose: Choose, *, images: int, image_side: int, resolutions: i
     else:
         reason = "all crops of the first resolution get codes, so each predicts several others"
         choose("crops_for_assign", list(range(max(2, nmb_crops[0]))), reason)
+    choose("color_strength", color_strength, why)
     if images <= SMALL_SET and side < PAPER_SIDE:
         reason = f"the paper's 2 for {PAPER_SIDE} pixels, in proportion for {side}: more would hide textures"
         choose("blur_sigma", round(2 * side / PAPER_SIDE, 2), reason)

@@ -9,14 +9,16 @@ Whatever evaluates a backbone calls this file; it works with any module that map
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import CentreCrop, ordered_loader
+from data import CentreCrop, MultiCrop, augment, ordered_loader, to_grey
 from launch import log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
@@ -274,3 +276,173 @@ def assigned_prototypes(model: nn.Module, codes: Callable, images: torch.Tensor,
         scores = torch.cat([model([batch])[1] for batch in images.to(dtype).split(batch_size)])
     model.train()
     return codes(scores).argmax(1)
+
+
+# What the images are, for defaults.derive
+
+
+def describe_images(images: Dataset, count: int = 200, size: int = 32) -> dict[str, float]:
+    """Measure what defaults depend on, from at most `count` images as squares of `size` pixels; the same in every run.
+
+    Shares, from 0 to 1:
+    plain_ground: of an image's pixels, within a tenth of its std of one brightness (median over the images).
+    mean_image: of the brightness's variance over images and places, in the mean image; high where images are aligned.
+    between_cells: of the brightness's variance within images, between 4 x 4 cells; low for textures.
+    """
+    chosen = range(0, len(images), -(-len(images) // count))
+    crop = CentreCrop(size, size)
+    pixels = torch.stack([crop(images[i][0]) for i in track(chosen, "looking at the images")])
+    brightness = to_grey(pixels).squeeze(1).double()  # [N, size, size]
+    variances, stds = brightness.var((1, 2), correction=0), brightness.std((1, 2)).clamp_min(1e-2)
+    cells = F.avg_pool2d(brightness.unsqueeze(1), size // 4).flatten(1)
+    values = brightness.flatten(1).sort(1).values
+    above = torch.searchsorted(values, values + 0.2 * stds.unsqueeze(1), right=True)
+    plain = (above - torch.arange(values.shape[1])).amax(1) / values.shape[1]
+    mean_image = brightness.mean(0).var(correction=0)
+    if len(brightness) > 1:  # the mean of few images differs from place to place by chance
+        mean_image = mean_image - brightness.var(0).mean() / len(brightness)
+    return {
+        "plain_ground": plain.median().item(),
+        "mean_image": max(0.0, (mean_image / brightness.var(correction=0).clamp_min(1e-4)).item()),
+        "between_cells": (cells.var(1, correction=0).sum() / variances.sum().clamp_min(1e-4)).item(),
+    }
+
+
+# Quality without labels
+
+QUALITY_IMAGES = 1000
+QUALITY_SHARE = 0.015  # of a run's time
+
+
+def quality_interval(images: int, multi_crop: MultiCrop) -> int:
+    """Epochs between two calls of `measure_quality`, so that they take 1.5 % of the run, counted in crops."""
+    areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
+    crops = sum(areas) / multi_crop.size_crops[0] ** 2
+    epoch = 3 * images * crops  # a step costs about three forward passes
+    return math.ceil(2 * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
+
+
+def quality_crops(
+    images: Dataset, multi_crop: MultiCrop, rank: int = 0, world_size: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two crops of each of this process's share of QUALITY_IMAGES images, as in training; the same in every run.
+
+    Returns uint8 [N, 2, 3, S, S] of the first resolution and their augmentation parameters [N, 2, PARAMS].
+    """
+    two = copy(multi_crop)
+    two.size_crops, two.nmb_crops, two.scales = multi_crop.size_crops[:1], (2,), multi_crop.scales[:1]
+    count = min(QUALITY_IMAGES, len(images))
+    chosen = [len(images) * i // count for i in range(rank, count, world_size)]
+    crops = []
+    for index in track(chosen, "crops to measure quality on"):
+        ((pixels, params),) = two.crop([images[index][0]], [np.random.default_rng((0, index))])
+        crops.append((pixels, torch.from_numpy(params)))
+    pixels, params = zip(*crops, strict=True)
+    return torch.stack(pixels), torch.stack(params)
+
+
+@torch.no_grad()
+def measure_quality(
+    model: nn.Module, crops: tuple[torch.Tensor, torch.Tensor], device: torch.device, batch_size: int
+) -> dict[str, float]:
+    """Measure what a model learned without labels, with BatchNorm's running statistics. Every process must call it.
+
+    model: SwAV. crops: of `quality_crops`. batch_size: in images. Returns rankme, lidar, unique_prototypes,
+    neighbour_agreement and trivial_r2, see the functions of these names.
+    """
+    embeddings, seen, is_training = [], [], model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), bf16_on_gpus(device):
+        for pixels, params in zip(*(part.split(batch_size) for part in crops), strict=True):
+            batch = augment(pixels.flatten(0, 1).to(device), params.flatten(0, 1).to(device))
+            embeddings.append(model([batch.contiguous(memory_format=torch.channels_last)])[0].unflatten(0, (-1, 2)))
+            seen.append(F.adaptive_avg_pool2d(batch, 4).unflatten(0, (-1, 2)))
+    model.train(is_training)
+    total = torch.tensor(len(crops[0]), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    embeddings, seen = (_gather(torch.cat(parts).float(), int(total)) for parts in (embeddings, seen))
+    return {
+        "rankme": rankme(embeddings[:, 0]),
+        "lidar": lidar(embeddings),
+        "unique_prototypes": unique_prototypes(model.prototypes.weight.detach()),
+        "neighbour_agreement": neighbour_agreement(*embeddings.unbind(1)),
+        "trivial_r2": trivial_r2(embeddings[:, 0], seen[:, 0]),
+    }
+
+
+def rankme(features: torch.Tensor) -> float:
+    """Effective rank of features [N, F], 1 to min(N, F): exp of the entropy of their singular values' shares.
+
+    Source: Garrido et al. 2023 (RankMe, arXiv 2210.02885), equation 1, there for 25,600 images.
+    """
+    return _effective_rank(torch.linalg.svdvals(features.double()))
+
+
+def lidar(embeddings: torch.Tensor, delta: float = 1e-4) -> float:
+    """Effective rank of what tells images apart, in units of what differs between crops of an image; 1 to D.
+
+    embeddings [N, Q, D]: of Q crops of each of N images; more than D images. delta: added to the variance within
+    images. Source: Thilak et al. 2023 (LiDAR, arXiv 2312.04000), section 4, there for 1,000 images of 50 crops.
+    """
+    embeddings = embeddings.double()
+    means = embeddings.mean(1)  # [N, D]
+    centred = means - means.mean(0)
+    between = centred.T @ centred / max(1, len(means) - 1)
+    around = (embeddings - means.unsqueeze(1)).flatten(0, 1)
+    within = around.T @ around / (len(means) * max(1, embeddings.shape[1] - 1))
+    variances, axes = torch.linalg.eigh(within)
+    whitening = axes * (variances.clamp_min(0) + delta).rsqrt()
+    return _effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
+
+
+def _effective_rank(values: torch.Tensor) -> float:
+    shares = values / values.sum().clamp_min(1e-30)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def unique_prototypes(prototypes: torch.Tensor, distance: float = 0.025) -> float:
+    """Share of prototypes [K, D] that are left when those within a cosine distance of each other are merged.
+
+    Each prototype joins the first one kept before it that is near enough. Source: Govindarajan et al. 2024 (partial
+    prototype collapse, arXiv 2410.14060), with their distance.
+    """
+    directions = F.normalize(prototypes.double(), dim=1)
+    is_near = (directions @ directions.T > 1 - distance).cpu()  # [K, K]
+    kept = torch.zeros(len(directions), dtype=torch.bool)
+    for i in range(len(directions)):
+        kept[i] = not (is_near[i] & kept).any()
+    return kept.double().mean().item()
+
+
+def neighbour_agreement(first: torch.Tensor, second: torch.Tensor, k: int = 10) -> float:
+    """Share of an image's k nearest by the embeddings [N, D] of one crop that are among those by another crop's.
+
+    1 if crops make no difference, about k / N by chance. Nearest by cosine, the image itself left out. A mutual-kNN
+    alignment (Huh et al. 2024, arXiv 2405.07987) of two crops in the place of two networks.
+    """
+    neighbours = []
+    for embeddings in (first, second):
+        directions = F.normalize(embeddings.double(), dim=1)
+        cosines = (directions @ directions.T).fill_diagonal_(-2)
+        nearest = cosines.topk(min(k, len(first) - 1), dim=1).indices
+        neighbours.append(torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True))
+    return ((neighbours[0] & neighbours[1]).sum() / neighbours[0].sum()).item()
+
+
+def trivial_r2(embeddings: torch.Tensor, images: torch.Tensor, cells: int = 4) -> float:
+    """R squared of embeddings [N, D] as a linear function of mean colour and of brightness in cells x cells.
+
+    images [N, 3, S, S]: what the network saw. Fitted to one half of the images, measured on the other. Near 1: a run
+    learned little more than colour and brightness.
+    """
+    brightness = F.adaptive_avg_pool2d(images.double().mean(1, keepdim=True), cells).flatten(1)  # [N, cells^2]
+    inputs = torch.cat([images.double().mean((2, 3)), brightness], dim=1)
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
+    inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+    embeddings, half = embeddings.double(), len(embeddings) // 2
+    fit, rest = inputs[:half], embeddings[half:]
+    ridge = 1e-3 * torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)  # grey: equal columns
+    weights = torch.linalg.solve(fit.T @ fit / half + ridge, fit.T @ embeddings[:half] / half)
+    unexplained = (rest - inputs[half:] @ weights).square().sum()
+    return max(0.0, 1 - (unexplained / (rest - rest.mean(0)).square().sum().clamp_min(1e-30)).item())

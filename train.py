@@ -31,8 +31,15 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoint
 import launch
 from data import MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
-from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, derive
-from features import assigned_prototypes, tracked_images
+from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
+from features import (
+    assigned_prototypes,
+    describe_images,
+    measure_quality,
+    quality_crops,
+    quality_interval,
+    tracked_images,
+)  # fmt: skip
 from guard import CollapseGuard, describe_collapse, diagnose_collapse
 from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
@@ -76,8 +83,8 @@ def option_parser() -> launch.OptionParser:
     add("max_scale_crops", None, positive, "largest area of a crop as a share of the image", nargs="+")
     add("hflip", 0.5, nonnegative, "probability of a horizontal flip; 0 for letters, digits and signs")
     add("vflip", 0.0, nonnegative, "probability of a vertical flip; 0.5 for images without a top, such as aerial ones")
-    add("color_strength", 1.0, nonnegative, "strength of the colour jitter: 1 as in the paper, 0 for none; lower it if "
-        "colours tell your images apart")  # fmt: skip
+    add("color_strength", None, nonnegative, "strength of the colour jitter: 1 as in the paper, 0 for none; lower "
+        "it if colours tell your images apart")  # fmt: skip
     add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
@@ -145,6 +152,8 @@ def option_parser() -> launch.OptionParser:
     add("checkpoint_freq", 25, positive_int, "epochs between checkpoints that are kept; checkpoint.pth is written "
         "after every epoch")  # fmt: skip
     add("log_freq", 50, positive_int, "steps between log lines")
+    add("eval_every", None, nonnegative_int, "epochs between measures of quality without labels (RankMe, LiDAR and "
+        "others, see features.py); 0: never (default: so that they take 1.5 %% of the run)")  # fmt: skip
     add("tensorboard", "off", str, "Also log to dump_path/tensorboard: on or off.", common="NAME",
         choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("on_collapse", "warn", str, "If the run collapses, warn, stop, or recover.", common="NAME",
@@ -225,9 +234,10 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         )
     given = {name: user_options[name] for name in DERIVED if name in user_options}
     given |= {name: value for name, (value, _) in chosen.items()}
-    chosen |= derive(
-        images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs, given=given
-    )
+    facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
+    if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
+        facts["described"] = describe_images(images)
+    chosen |= derive(**facts, given=given)
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
         log(f"  {launch.as_command_line({name: value})}  ({reason})")
@@ -384,6 +394,9 @@ def train(
     )
     guard = CollapseGuard(args.nmb_prototypes, device)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
+    every = quality_interval(len(images), build_multicrop(args)) if args.eval_every is None else args.eval_every
+    measured_epochs = range(args.epochs, 0, -every)[: args.epochs // every] if every else ()  # the last one, ...
+    measured_on = quality_crops(images, build_multicrop(args), rank, world_size) if measured_epochs else None
     print_run_summary(args, images, loader, model, device, dtype)
 
     batches = start_epoch(loader, first_epoch) if first_epoch < args.epochs else None
@@ -430,7 +443,9 @@ def train(
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
         codes = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
-        run_log.log_epoch(codes_changed=guard.share_changed(codes))
+        is_measured = epoch + 1 in measured_epochs
+        quality = measure_quality(model, measured_on, device, args.batch_size) if is_measured else {}
+        run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
         queue = criterion.gather_queue(args.batch_size)
         if rank == 0:
             checkpoint.save_epoch(

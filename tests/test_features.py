@@ -1,15 +1,34 @@
-"""features.py: kNN, logistic regression, BatchNorm statistics, and the images whose codes a run tracks."""
+"""features.py: kNN, logistic regression, BatchNorm statistics, what images show, quality without labels."""
 
 import math
 
 import numpy as np
+import pytest
 import torch
+from conftest import run_processes
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from data import CentreCrop
-from features import accuracies, knn, logistic_regression, recompute_batchnorm, tracked_images
-from images import ImageArrays
-from model import ResNet
+from data import CentreCrop, MultiCrop
+from defaults import kind_of_images
+from features import (
+    accuracies,
+    describe_images,
+    knn,
+    lidar,
+    logistic_regression,
+    measure_quality,
+    neighbour_agreement,
+    quality_crops,
+    quality_interval,
+    rankme,
+    recompute_batchnorm,
+    tracked_images,
+    trivial_r2,
+    unique_prototypes,
+)
+from images import ImageArrays, draw_shapes
+from model import ResNet, SwAV
 
 
 def test_classifiers_separate_what_is_linearly_separable():
@@ -77,3 +96,147 @@ def test_each_of_many_processes_tracks_at_least_one_image():
     counts = [len(tracked_images(images, 8, rank, 512)) for rank in (0, 255, 256, 511)]
     assert counts == [1, 1, 1, 1]
     assert [len(tracked_images(images, 8, rank, 2)) for rank in (0, 1)] == [28, 27]  # 55 together, a twentieth
+
+
+# What the images are
+
+
+def photographs(count: int, side: int = 48) -> ImageArrays:
+    """Coloured noise whose amplitude falls as 1 / frequency, as in photographs (Field 1987), with shared colours."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
+    frequency[0, 0] = 1 / side
+    fields = np.fft.ifft2(np.fft.fft2(rng.standard_normal((count, 4, side, side))) / frequency).real
+    fields /= fields.std((2, 3), keepdims=True)
+    colours = fields[:, :3] * 15 + fields[:, 3:] * 40 + 120
+    return ImageArrays(colours.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1), np.zeros(count))
+
+
+def letters(count: int, side: int = 32, spread: int = 0, paper: int = 0) -> ImageArrays:
+    """Letters in many sizes; spread: shift them by up to this many pixels; paper: std of noise on the white ground."""
+    rng, pixels = np.random.default_rng(0), []
+    for i in range(count):
+        image = Image.new("L", (side, side), 255)
+        place = side // 2 + rng.integers(-spread, spread + 1, 2)
+        font = ImageFont.load_default(size=int(rng.integers(side // 2, side)))
+        ImageDraw.Draw(image).text(tuple(int(p) for p in place), "ABCDEFGHIJ"[i % 10], 0, font=font, anchor="mm")
+        pixels.append(np.array(image) + paper * rng.standard_normal((side, side)))
+    return ImageArrays(np.array(pixels).clip(0, 255).astype(np.uint8), np.zeros(count))
+
+
+KINDS = {
+    "photographs": (photographs(300), "photographs"),
+    "few photographs": (photographs(12), "photographs"),
+    "letters": (letters(200), "objects on a plain ground"),
+    "letters anywhere": (letters(200, 64, spread=20), "objects on a plain ground"),
+    "letters on paper": (letters(200, paper=6), "objects on a plain ground"),
+    "white letters": (ImageArrays(255 - letters(200).pixels, np.zeros(200)), "objects on a plain ground"),
+    "shapes": (draw_shapes("val"), "textures"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_are_described_so_that_defaults_tell_what_they_show(name):
+    images, kind = KINDS[name]
+    described = describe_images(images)
+    assert all(0 <= value <= 1 for value in described.values())
+    assert kind_of_images(described) == kind
+    assert describe_images(images) == described
+
+
+def test_aligned_images_share_their_mean_image():
+    faces, noise = photographs(200), photographs(200, 32)
+    aligned = faces.pixels // 2 + photographs(1).pixels // 2
+    described = describe_images(ImageArrays(aligned, faces.labels))
+    assert kind_of_images(described) == "aligned objects" and describe_images(noise)["mean_image"] < 0.02
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_images_of_one_value_are_described(value):
+    images = ImageArrays(np.full((3, 20, 30, 3), value, np.uint8), np.zeros(3))
+    assert all(math.isfinite(share) for share in describe_images(images).values())
+
+
+# Quality without labels
+
+
+def test_rankme_is_the_number_of_directions_in_use():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 8, generator=generator)).Q  # orthonormal columns
+    for rank in (1, 3, 8):
+        assert rankme(basis[:, :rank] @ torch.eye(8)[:rank]) == pytest.approx(rank, rel=1e-4)
+    assert rankme(torch.zeros(10, 4)) == pytest.approx(1)
+    shares = torch.tensor([0.7, 0.2, 0.1])
+    expected = math.exp(-(shares * shares.log()).sum())
+    assert rankme(5 * basis[:, :3] * shares) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lidar_counts_directions_in_which_images_differ_more_than_their_crops():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2000, 1, 6, generator=generator)
+    noise = torch.randn(2000, 4, 6, generator=generator)
+    assert lidar(images + 0.1 * noise) == pytest.approx(6, rel=0.02)
+    wide = torch.tensor([10.0, 10, 1, 1, 1, 1])
+    assert lidar(images * wide + 0.1 * noise * wide) == pytest.approx(6, rel=0.02)  # whatever their scale
+    some = torch.tensor([1.0, 1, 0, 0, 0, 0])
+    assert lidar(images * some + 0.1 * noise) == pytest.approx(2, rel=0.1)
+    assert math.isfinite(lidar(torch.zeros(20, 2, 6)))
+
+
+def test_prototypes_within_the_distance_count_once():
+    generator = torch.Generator().manual_seed(0)
+    prototypes = F.normalize(torch.randn(20, 64, generator=generator), dim=1)
+    near = prototypes + 0.1 * F.normalize(torch.randn(20, 64, generator=generator), dim=1)  # cosine distance 0.005
+    assert unique_prototypes(prototypes) == 1
+    assert unique_prototypes(torch.cat([prototypes, 3 * near])) == 0.5
+    assert unique_prototypes(prototypes[:1].expand(50, -1)) == 1 / 50
+
+
+def test_neighbours_agree_if_crops_do_and_by_chance_otherwise():
+    first, second = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(0))
+    assert neighbour_agreement(first, 2 * first) == 1
+    assert neighbour_agreement(first, second) == pytest.approx(10 / 399, abs=0.01)
+    assert neighbour_agreement(first, first + 0.1 * second) > 0.6
+    assert neighbour_agreement(first[:5], second[:5]) == 1  # all others are neighbours
+
+
+def test_trivial_r2_is_the_share_that_colour_and_brightness_explain():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(600, 3, 16, 16, generator=generator) + 3 * torch.randn(600, 3, 1, 1, generator=generator)
+    colours = images.mean((2, 3)) @ torch.randn(3, 8, generator=generator)
+    noise = torch.randn(600, 8, generator=generator) * colours.std(0)
+    assert trivial_r2(colours, images) > 0.99
+    assert trivial_r2(colours + noise, images) == pytest.approx(0.5, abs=0.06)
+    assert trivial_r2(noise, images) < 0.02
+    grey = images[:, :1].expand(-1, 3, -1, -1)
+    assert trivial_r2(grey.mean((2, 3)), grey) > 0.99
+    assert trivial_r2(torch.ones(20, 4), images[:20]) == 0
+
+
+MULTI_CROP = MultiCrop([16, 8], [2, 3], [0.4, 0.2], [1, 0.5])
+
+
+def test_measures_of_quality_take_less_than_two_percent_of_a_run():
+    for images in (50, 1000, 3452, 100_000):
+        interval = quality_interval(images, MULTI_CROP)
+        measured = 2 * min(1000, images)  # forward passes of large crops
+        epoch = 3 * images * (2 + 3 / 4)
+        assert measured / (interval * epoch) <= 0.02 < 2 * measured / ((interval - 1) * epoch or 1e-9)
+
+
+def quality(rank: int, world_size: int) -> dict[str, float]:
+    images = photographs(101)
+    torch.manual_seed(0)
+    model = SwAV("resnet18", 16, 8, 12, width=8, blocks=[1, 1, 1, 1], stem="small")
+    crops = quality_crops(images, MULTI_CROP, rank, world_size)
+    assert crops[0].shape[1:] == (2, 3, 16, 16) and crops[0].dtype == torch.uint8
+    measured = measure_quality(model, crops, torch.device("cpu"), batch_size=17)
+    assert model.training
+    return measured
+
+
+def test_quality_is_the_same_on_any_number_of_processes():
+    alone = quality(0, 1)
+    assert alone.keys() == {"rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2"}
+    for shared in run_processes(quality, 2):
+        assert shared == pytest.approx(alone, rel=1e-4)

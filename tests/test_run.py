@@ -31,6 +31,7 @@ import guard
 import train
 from data import ShuffledBatches
 from defaults import derive
+from features import describe_images
 from images import ImageArrays
 from launch import RunStopped, UserError
 from model import CPUSyncBatchNorm, SwAV
@@ -65,6 +66,28 @@ def test_run_writes_checkpoints_metrics_and_lines(images, tmp_path, capsys):
     assert contents["options"]["nmb_prototypes"] == 6
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["ckp-2.pth", "ckp-4.pth"]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+QUALITY = {"rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2"}
+
+
+@pytest.mark.parametrize("every, epochs", [("1", [1, 2, 3, 4]), ("3", [4]), ("2", [2, 4]), ("0", []), ("5", [])])
+def test_quality_is_logged_every_few_epochs_and_changes_nothing_else(every, epochs, images, tmp_path):
+    measured = run_training(images, tmp_path / "run", "--eval_every", every)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "rankme" in row] == epochs
+    assert all(row.keys() >= QUALITY and row["lidar"] >= 1 for row in rows if "rankme" in row)
+    assert_same(measured["state_dict"], run_training(images, tmp_path / "off", "--eval_every", "0")["state_dict"])
+
+
+def test_what_images_show_is_not_looked_at_if_the_user_decides(images, tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(train, "describe_images", lambda images: looked.append(1) or describe_images(images))
+    run_training(images, tmp_path / "one", "--epochs", "1")
+    assert looked == [1]  # TINY has crops, but no --color_strength
+    run_training(images, tmp_path / "two", "--epochs", "1", "--color_strength", "0.5")
+    run_training(images, tmp_path / "one", "--epochs", "2")  # resumes: as in the run so far
+    assert looked == [1]
 
 
 def test_workers_do_not_change_what_is_learned(images, tmp_path):

@@ -1,0 +1,183 @@
+"""Other methods on the same images with the same network, for as many seconds as a run of ours took: see learn.py.
+
+Each method is a function (backbone, size) -> (transform, step, optimizer). transform: PIL image -> views. step: (views,
+labels) -> loss. Settings of lightly's methods are those of its Imagenette benchmark, but for crops of our size.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
+
+from data import MEAN, STD, CentreCrop, ordered_loader
+from eval_linear import choose_sizes, parse_args
+from features import accuracies, evaluate_features
+from images import open_images, typical_side
+from model import ResNet
+
+WARM_UP_STEPS, TIMED_STEPS = 5, 15
+Method = tuple[Callable, Callable, torch.optim.Optimizer, int]
+
+
+class PeerRun(NamedTuple):
+    """A run of one of PEERS. ours: folder of the run of ours whose images, network and seconds it gets."""
+
+    peer: str
+    ours: Path
+    seed: int
+    folder: Path
+
+
+def with_labels(backbone: ResNet, size: int, classes: int) -> Method:
+    """Cross-entropy, on crops from 0.2 of the area with flips and colour jitter: the ceiling for this network."""
+    classifier = nn.Linear(backbone.num_features, classes)
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, (0.2, 1), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    network = nn.Sequential(backbone, classifier)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    backbone.classify = classifier  # evaluated with it
+
+    def step(views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(network(views), labels)
+
+    return transform, step, optimizer, 64
+
+
+def lightly_simclr(backbone: ResNet, size: int, classes: int) -> Method:
+    """SimCLR: two crops from 0.08 of the area, jitter 0.5, NT-Xent at a temperature of 0.5, SGD."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    head, criterion = SimCLRProjectionHead(backbone.num_features, backbone.num_features, 128), NTXentLoss()
+    network = nn.Sequential(backbone, head)
+    optimizer = torch.optim.SGD(network.parameters(), 0.06, momentum=0.9, weight_decay=5e-4)
+
+    def step(views: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        return criterion(*(network(view) for view in views))
+
+    return SimCLRTransform(input_size=size, cj_strength=0.5), step, optimizer, 128
+
+
+def lightly_swav(backbone: ResNet, size: int, classes: int) -> Method:
+    """SwAV: two crops and six of half their size, jitter 0.5, 3,000 prototypes, Adam."""
+    from lightly.loss import SwaVLoss
+    from lightly.models.modules.heads import SwaVProjectionHead, SwaVPrototypes
+    from lightly.transforms import SwaVTransform
+
+    head, prototypes = SwaVProjectionHead(backbone.num_features, 2048, 128), SwaVPrototypes(128, 3000)
+    network, criterion = nn.Sequential(backbone, head), SwaVLoss()
+    optimizer = torch.optim.Adam([*network.parameters(), *prototypes.parameters()], 5e-4, weight_decay=1e-6)
+
+    def step(views: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        prototypes.normalize()
+        scores = [prototypes(nn.functional.normalize(network(view), dim=1)) for view in views]
+        return criterion(scores[:2], scores[2:])
+
+    transform = SwaVTransform(crop_sizes=(size, size // 2), crop_counts=(2, 6), cj_strength=0.5)
+    return transform, step, optimizer, 128
+
+
+PEERS = {"with labels": with_labels, "lightly SimCLR": lightly_simclr, "lightly SwAV": lightly_swav}
+
+
+class Views(Dataset):
+    """(transform(PIL image), label) of a data set."""
+
+    def __init__(self, images: Dataset, transform: Callable) -> None:
+        self.images = [(to_pil_image(pixels), label) for pixels, label in images]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | list[torch.Tensor], int]:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+def do_peer(run: PeerRun, threads: int) -> None:
+    """Train, evaluate and write result.json to the run's folder."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(run.seed)
+    ours = json.loads((run.ours / "result.json").read_text())
+    options = ours["all_options"]
+    train_images, val_images = (
+        open_images(options["dataset"], options["data_path"], split) for split in ("train", "val")
+    )
+    network = {name: options[name] for name in ("width", "blocks", "stem")}
+    backbone = ResNet(options["arch"], **network).to(memory_format=torch.channels_last)
+    transform, step, optimizer, batch_size = PEERS[run.peer](
+        backbone, options["size_crops"][0], len(train_images.classes)
+    )
+    batch_size = min(batch_size, len(train_images))
+    loader = DataLoader(Views(train_images, transform), batch_size, shuffle=True, drop_last=True)
+    steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, is_one_cycle=run.peer == "with labels")
+    side = typical_side(val_images)
+    size, resize = choose_sizes(parse_args([]), options, options["dataset"], side)
+    evaluation = dict(device=torch.device("cpu"), classes=len(train_images.classes), batch_size=256)
+    result = evaluate_features(backbone, train_images, val_images, CentreCrop(resize, size), **evaluation)
+    result = {kind: result[kind]["top1"] for kind in ("knn", "linear")}
+    if run.peer == "with labels":
+        result["top1"] = accuracy_of_classifier(backbone, val_images, CentreCrop(resize, size))
+    result |= {"steps": steps, "epochs": steps / len(loader), "seconds": seconds, "loss": loss}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "result.json").write_text(json.dumps(result))
+
+
+def train_for(
+    seconds: float, loader: DataLoader, step: Callable, optimizer: torch.optim.Optimizer, *, is_one_cycle: bool
+) -> tuple[int, float, float]:
+    """Train for about these seconds, with a cosine or one-cycle schedule of that length. Returns steps, seconds, loss.
+
+    The first steps, at the learning rate that they start with, tell how many fit.
+    """
+    start, total, steps, schedule = time.perf_counter(), None, 0, None
+    while total is None or steps < total:
+        for views, labels in loader:
+            if steps == WARM_UP_STEPS:
+                warm = time.perf_counter()
+            if steps == WARM_UP_STEPS + TIMED_STEPS:
+                now = time.perf_counter()
+                total = max(steps + 1, steps + round((seconds - (now - start)) / ((now - warm) / TIMED_STEPS)))
+                left = total - steps
+                lr = optimizer.param_groups[0]["lr"]
+                kinds = torch.optim.lr_scheduler
+                schedule = (
+                    kinds.OneCycleLR(optimizer, lr, left) if is_one_cycle else kinds.CosineAnnealingLR(optimizer, left)
+                )
+            loss = step(views, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            steps += 1
+            if steps == total:
+                break
+    return steps, time.perf_counter() - start, loss.item()
+
+
+@torch.no_grad()
+def accuracy_of_classifier(backbone: ResNet, images: Dataset, transform: Callable) -> float:
+    """Top-1 in % of the classifier that was trained with the backbone."""
+    scores, labels = [], []
+    for batch, batch_labels in ordered_loader(images, transform, 256):
+        scores.append(backbone.classify(backbone(batch)))
+        labels.append(batch_labels)
+    return accuracies(torch.cat(scores), torch.cat(labels))["top1"]
