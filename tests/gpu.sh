@@ -3,7 +3,7 @@
 # It installs nothing and needs no network. tests/gpu.sh --help explains it.
 #
 # To add a part: write a function part_NAME below and add one line to the table PARTS. The limits should add up to
-# at most 480 seconds.
+# at most 480 seconds; a part that takes longer belongs to BY_NAME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,17 +16,27 @@ kernels       45   time Sinkhorn and the loss
 photos        60   train on the photographs in PHOTOS and evaluate the features
 images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
 '
+# these run only if they are named
+BY_NAME='
+imagenette   360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
+'
 
 usage() {
   cat <<END
-usage: tests/gpu.sh [PART ...]        (default: all of them, in this order)
+usage: tests/gpu.sh [PART ...]        (default: all of the first table, in this order)
 
 parts, each with the seconds that it takes at most ($(awk '{ sum += $2 } END { print sum }' <<<"$PARTS") in all):
 $PARTS
+only if named, after build:
+$BY_NAME
 Environment variables:
   OUT=DIR             write the results here: a log for each part, and summary.txt (default: gpu_results)
   PHOTOS=DIR          photographs for the part photos; with train/ and val/ (a folder per class) it evaluates too
   PHOTOS_EPOCHS=N     epochs on them (default: 20); when time ends before, the last complete epoch counts
+  IMAGENETTE=DIR      Imagenette for the part imagenette, with train/ and val/. A copy of 128 pixels, some 50 MB:
+                      python -c "from bench.sets import *; dataset_options('imagenette128', Path('sets'), Path('DIR'))"
+                      writes sets/imagenette128, where DIR/imagenette has train/ and val/
+  IMAGENETTE_EPOCHS=N epochs on it (default: as many as fit into the limit)
   LIMIT=N             seconds for each part, in place of those above
   PYTHON=PATH         the Python to use (default: python3)
   GPU_SH_DEVICE=cpu   try the script with tiny sizes on a CPU
@@ -103,6 +113,32 @@ part_photos() {
   fi
 }
 
+part_imagenette() {
+  if [ -z "${IMAGENETTE:-}" ]; then
+    echo "skipped: set IMAGENETTE to its folder"
+    return $SKIPPED
+  fi
+  local started=$SECONDS common="--data_path $IMAGENETTE --arch resnet18 --compile off --device $device --seed 1 $network"
+  local epochs=${IMAGENETTE_EPOCHS:-} whole=$temporary/imagenette checkpoint=$temporary/imagenette/checkpoint.pth
+  if [ -z "$epochs" ]; then
+    # The second of two epochs tells how many fit. The evaluation gets 45 seconds.
+    $PYTHON train.py $common --epochs 2 --dump_path "$temporary/two_epochs"
+    epochs=$($PYTHON - "$temporary/two_epochs/metrics.jsonl" $((limit - 45 - (SECONDS - started))) <<'END'
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+seconds = [row["epoch_seconds"] for row in rows if "epoch_seconds" in row][-1]
+print(max(1, int(0.93 * float(sys.argv[2]) / seconds)))
+END
+    )
+    echo "$epochs epochs fit into the $limit seconds"
+  fi
+  $PYTHON train.py $common --epochs "$epochs" --checkpoint_freq 1000 --dump_path "$whole"
+  # lightly's protocol; it publishes the best of all epochs, this is the last one.
+  $PYTHON eval_linear.py "$checkpoint" --cached --data_path "$IMAGENETTE" --device "$device" \
+    --size 128 --resize 128 --knn_k 200 --knn_temperature 0.1
+  tail -n 2 "$whole/metrics.jsonl" # with images/s and memory
+}
+
 part_images_per_s() {
   $PYTHON - "$temporary/jpeg" "$files" "$links" <<'END'
 import os, sys
@@ -133,8 +169,8 @@ set +a
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 names=$(awk 'NF { print $1 }' <<<"$PARTS")
 for name in "$@"; do
-  grep -qx -- "$name" <<<"$names" || {
-    echo "error: no part is named $name; the parts are:" $names >&2
+  awk 'NF { print $1 }' <<<"$PARTS$BY_NAME" | grep -qx -- "$name" || {
+    echo "error: no part is named $name; the parts are:" $(awk 'NF { print $1 }' <<<"$PARTS$BY_NAME") >&2
     exit 2
   }
 done
@@ -165,7 +201,7 @@ print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {pla
 failed=0
 set -m # each part gets a process group of its own, so that nothing of it is left when the next one starts
 for name in ${@:-$names}; do
-  read -r limit text <<<"$(awk -v name="$name" '$1 == name { $1 = ""; print }' <<<"$PARTS")"
+  read -r limit text <<<"$(awk -v name="$name" '$1 == name { $1 = ""; print }' <<<"$PARTS$BY_NAME")"
   export limit=${LIMIT:-$limit}
   started=$SECONDS code=0
   echo "== $name, at most $limit s: $text" | tee "$OUT/$name.log"
