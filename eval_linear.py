@@ -47,6 +47,8 @@ from launch import (
 )
 from model import ARCHS, ResNet, architecture_of, backbone_weights
 
+LARGER = 1.4  # images of up to this many times the crops keep their size: derived crops are 3/4 of small images
+
 
 def option_parser() -> OptionParser:
     parser = OptionParser(
@@ -70,7 +72,7 @@ def option_parser() -> OptionParser:
         default_text="folder with --data_path, else as in training")  # fmt: skip
     add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="size of the large crops, else 224")  # fmt: skip
+        default_text="their own; of large ones that of the crops, or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
         "larger images, else --size)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
@@ -161,12 +163,14 @@ def open_splits(dataset: str, data_path: str | None, world_size: int) -> tuple[D
 def choose_sizes(args: argparse.Namespace, trained: dict, dataset: str, side: int) -> tuple[int, int]:
     """(size, resize) of the images in pixels; side: their typical shorter side. Raises UserError.
 
-    Images of a folder get the size of the large crops in training, 224 if unknown. Those of a named set keep their
-    own size, unless training used larger crops. Only images larger than that lose their border to the centre crop.
+    By default images keep their own size, as the border that a crop would leave out and the pixels that shrinking
+    would lose both cost accuracy. Images of a folder much larger than the training's crops (224 pixels if unknown), or
+    than 224 pixels, are shrunk and cropped as in the paper. None are smaller than the training's crops.
     """
     is_folder = dataset == "folder"
-    crops = trained.get("size_crops", [224] if is_folder else [])
-    size = args.size or max(crops if is_folder else [side, *crops])
+    crop = max(trained.get("size_crops", [224 if is_folder else 0]))
+    is_cropped = is_folder and side > min(LARGER * crop, max(224, crop))
+    size = args.size or (crop if is_cropped else max(side, crop))
     is_cropped = is_folder and side > size
     resize = args.resize or (round(size * 8 / 7) if is_cropped else size)
     if resize < size:

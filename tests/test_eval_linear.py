@@ -54,7 +54,7 @@ def test_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch
     monkeypatch.chdir(trained.parent.parent.parent)
     result = evaluate("--cached")
     assert result["checkpoint"] == "runs/tiny/checkpoint.pth"
-    assert (result["dataset"], result["data_path"], result["size"]) == ("folder", str(images), 16)
+    assert (result["dataset"], result["data_path"], result["size"]) == ("folder", str(images), 20)
     monkeypatch.chdir(images)
     with pytest.raises(UserError, match="no runs/"):
         evaluate()
@@ -65,7 +65,13 @@ def test_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch
     [
         ([16, 9], "", 16, (16, 16)),  # images no larger than the crops: not cropped
         ([16, 9], "", 24, (16, 18)),  # larger images: their centre, 7/8 of a side, as published
+        ([48], "", 64, (64, 64)),  # not much larger: their own size
+        ([48], "", 68, (48, 55)),
+        ([96], "", 128, (128, 128)),
+        ([192], "", 256, (192, 219)),  # large ones as published
+        ([224, 96], "", 256, (224, 256)),
         (None, "", 24, (224, 224)),
+        (None, "", 256, (224, 256)),
         (None, "--size 20", 24, (20, 23)),
         ([16, 9], "--dataset fashion_mnist", 28, (28, 28)),
         ([32], "--dataset fashion_mnist", 28, (32, 32)),
