@@ -367,9 +367,10 @@ class RunLog:
         row = {"epoch": self.epoch + 1, "step": self.step, "epoch_loss": self.epoch_loss, "ln_k": self.ln_k}
         row |= {"epoch_seconds": self.epoch_seconds, "epoch_images_per_s": images_per_s, **measures}
         self._write(row)
+        quality = "  LiDAR {lidar:.1f}  trivial R2 {trivial_r2:.2f}".format(**measures) if "lidar" in measures else ""
         show_progress(
             f"epoch {self.epoch + 1}/{self.epochs} done: loss {self.epoch_loss:.4f} (ln K {self.ln_k:.3f})  "
-            f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s",
+            f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s{quality}",
             keep=True,
         )
 

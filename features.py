@@ -314,12 +314,17 @@ QUALITY_IMAGES = 1000
 QUALITY_SHARE = 0.015  # of a run's time
 
 
-def quality_interval(images: int, multi_crop: MultiCrop) -> int:
-    """Epochs between two calls of `measure_quality`, so that they take 1.5 % of the run, counted in crops."""
-    areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
-    crops = sum(areas) / multi_crop.size_crops[0] ** 2
-    epoch = 3 * images * crops  # a step costs about three forward passes
-    return math.ceil(2 * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
+def quality_epochs(epochs: int, every: int | None, *, images: int, multi_crop: MultiCrop) -> range:
+    """After which epochs to call `measure_quality`: the last one, and others `every` epochs apart; 0 for none.
+
+    every None: so that it takes QUALITY_SHARE of the run, counted in crops. A shorter run than `every` has none.
+    """
+    if every is None:
+        areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
+        crops = sum(areas) / multi_crop.size_crops[0] ** 2
+        epoch = 3 * images * crops  # a step costs about three forward passes
+        every = math.ceil(2 * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
+    return range(epochs, 0, -every)[: epochs // every] if every else range(0)
 
 
 def quality_crops(

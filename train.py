@@ -37,7 +37,7 @@ from features import (
     describe_images,
     measure_quality,
     quality_crops,
-    quality_interval,
+    quality_epochs,
     tracked_images,
 )  # fmt: skip
 from guard import CollapseGuard, describe_collapse, diagnose_collapse
@@ -394,9 +394,9 @@ def train(
     )
     guard = CollapseGuard(args.nmb_prototypes, device)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
-    every = quality_interval(len(images), build_multicrop(args)) if args.eval_every is None else args.eval_every
-    measured_epochs = range(args.epochs, 0, -every)[: args.epochs // every] if every else ()  # the last one, ...
-    measured_on = quality_crops(images, build_multicrop(args), rank, world_size) if measured_epochs else None
+    multi_crop = build_multicrop(args)
+    measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
+    measured_on = quality_crops(images, multi_crop, rank, world_size) if measured_epochs else None
     print_run_summary(args, images, loader, model, device, dtype)
 
     batches = start_epoch(loader, first_epoch) if first_epoch < args.epochs else None
@@ -443,8 +443,7 @@ def train(
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
         codes = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
-        is_measured = epoch + 1 in measured_epochs
-        quality = measure_quality(model, measured_on, device, args.batch_size) if is_measured else {}
+        quality = measure_quality(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
         queue = criterion.gather_queue(args.batch_size)
         if rank == 0:

@@ -20,7 +20,7 @@ from features import (
     measure_quality,
     neighbour_agreement,
     quality_crops,
-    quality_interval,
+    quality_epochs,
     rankme,
     recompute_batchnorm,
     tracked_images,
@@ -218,10 +218,14 @@ MULTI_CROP = MultiCrop([16, 8], [2, 3], [0.4, 0.2], [1, 0.5])
 
 def test_measures_of_quality_take_less_than_two_percent_of_a_run():
     for images in (50, 1000, 3452, 100_000):
-        interval = quality_interval(images, MULTI_CROP)
         measured = 2 * min(1000, images)  # forward passes of large crops
         epoch = 3 * images * (2 + 3 / 4)
-        assert measured / (interval * epoch) <= 0.02 < 2 * measured / ((interval - 1) * epoch or 1e-9)
+        for epochs in (1, 10, 50, 400):
+            chosen = quality_epochs(epochs, None, images=images, multi_crop=MULTI_CROP)
+            assert len(chosen) * measured <= 0.016 * epochs * epoch
+            assert not chosen or chosen[0] == epochs
+    assert list(quality_epochs(10, 4, images=50, multi_crop=MULTI_CROP)) == [10, 6]
+    assert not quality_epochs(10, 0, images=50, multi_crop=MULTI_CROP)
 
 
 def quality(rank: int, world_size: int) -> dict[str, float]:
