@@ -351,9 +351,8 @@ def train(
     reuse_freed_memory()
     loader = build_loader(args, images, rank, world_size, device)
     steps_per_epoch = len(loader)
-    learning_rates = warmup_cosine(
-        steps_per_epoch, args.epochs, args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
-    )
+    schedule = args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
+    learning_rates = warmup_cosine(steps_per_epoch, args.epochs, *schedule)
     model = build_model(args)
     layout = memory_layout(model, device)
     model = model.to(device, memory_format=layout)
@@ -364,13 +363,9 @@ def train(
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)  # each step sets its learning rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    options, affects = settings["options"], option_parser().affects
     first_epoch = checkpoint.resume(
-        dump,
-        settings["options"],
-        option_parser().affects,
-        **parts,
-        criterion=criterion,
-        steps_per_epoch=steps_per_epoch,
+        dump, options, affects, **parts, criterion=criterion, steps_per_epoch=steps_per_epoch
     )
     augment_crops = augment
     steps_left = (args.epochs - first_epoch) * steps_per_epoch
@@ -415,9 +410,7 @@ def train(
             if not run_log.record_loss(loss):  # on a GPU losses are read only when a line is due
                 last_batch = dict(crops=crops, embeddings=embeddings.detach(), scores=scores.detach())
                 indices = list(loader.batch_sampler)
-                checkpoint.stop_on_bad_loss(
-                    dump, run_log, options=settings["options"], model=model, indices=indices, **last_batch
-                )
+                checkpoint.stop_on_bad_loss(dump, run_log, options=options, model=model, indices=indices, **last_batch)
             # 5. Backward
             optimizer.zero_grad()
             scaler.scale(loss).backward()
