@@ -86,7 +86,7 @@ def load_run(path: Path) -> dict:
             f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "
             "or write another --dump_path"
         ) from None
-    options.setdefault("color_strength", 1.0)  # older versions had no option for it
+    options.setdefault("color_strength", 1.0)  # of versions without this option
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
     return {"recovered": recovered, "user_options": asked} | checkpoint
@@ -367,7 +367,8 @@ class RunLog:
         row = {"epoch": self.epoch + 1, "step": self.step, "epoch_loss": self.epoch_loss, "ln_k": self.ln_k}
         row |= {"epoch_seconds": self.epoch_seconds, "epoch_images_per_s": images_per_s, **measures}
         self._write(row)
-        quality = "  LiDAR {lidar:.1f}  trivial R2 {trivial_r2:.2f}".format(**measures) if "lidar" in measures else ""
+        shown = {"LiDAR": measures.get("lidar"), "trivial R2": measures.get("trivial_r2")}
+        quality = "".join(f"  {name} {value:.3g}" for name, value in shown.items() if value is not None)
         show_progress(
             f"epoch {self.epoch + 1}/{self.epochs} done: loss {self.epoch_loss:.4f} (ln K {self.ln_k:.3f})  "
             f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s{quality}",

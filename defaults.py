@@ -40,7 +40,7 @@ def derive(
 
     images: number in the training set. image_side: median of their shorter sides in pixels. world_size: processes.
     given: what the user set. It is kept, and the other options adapt to it. described: the images, by
-    features.describe_images; None if unknown. From half a million images on the values
+    features.describe_images; None if unknown (it counts below half a million images only). From there on the values
     are the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or
     more; below, those that `python -m bench collapse` supports.
     """
@@ -78,17 +78,20 @@ def crop_options(choose: Choose, *, images: int, image_side: int, resolutions: i
     of the largest crops in pixels.
     """
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
-    crops, reason = ([4], [large], [0.4], [1.0]), f"for {images:,} images of {image_side} pixels"
+    small = max(16, 8 * round(large * 96 / 224 / 8))
+    has_small = resolutions not in (None, 1)
+    reason = f"for {images:,} images of {image_side} pixels"
     color_strength, why = 1.0, "as in the paper"
     if images >= LARGE_SET and image_side >= PAPER_SIDE:
         crops, reason = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "as in the paper, for a million images"
-    elif resolutions not in (None, 1):
-        crops = [2, 4], [large, max(16, 8 * round(large * 96 / 224 / 8))], [0.4, 0.15], [1.0, 0.5]
-    scales_reason = reason if images >= LARGE_SET else f"milder crops than the paper's, for {kind}"
-    if kind == "photographs":
-        crops = *crops[:2], [0.14, 0.05][: len(crops[0])], crops[3]
+        scales_reason = reason
+    elif kind == "photographs":
+        crops = ([2, 4], [large, small], [0.14, 0.05], [1.0, 0.14]) if has_small else ([4], [large], [0.14], [1.0])
         scales_reason = "as in the paper: these look like photographs, of which small parts tell much"
-        color_strength, why = 0.5, "half the paper's: these look like photographs, whose colours mean something"
+        color_strength, why = 0.5, "half the paper's, which is better for photographs"
+    else:
+        crops = ([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]) if has_small else ([4], [large], [0.4], [1.0])
+        scales_reason = "milder crops than the paper's" + (f", for {kind}" if kind != "unknown" else "")
     reasons = reason, reason, scales_reason, scales_reason
     nmb_crops, size_crops, *_ = (
         choose(name, values[:resolutions], text) for name, values, text in zip(CROP_LISTS, crops, reasons, strict=True)

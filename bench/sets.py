@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import images
 
@@ -103,14 +103,14 @@ def labelled_images(name: str, split: str, photographs: Path | None) -> Iterable
 def some_photographs(root: Path, split: str, count: int | None, side: int | None) -> Iterator[tuple[np.ndarray, int]]:
     """Yield `count` training images (None: all), the same ones in every run, or all validation images.
 
-    side: resize square images to this many pixels; None: leave them.
+    side: crop the square at their centre and resize it to this many pixels; None: leave them as they are.
     """
     whole = images.open_images("folder", root, split)
     order = np.random.default_rng(0).permutation(len(whole))
     for i in sorted(order[:count] if split == "train" else order):
         pixels, label = whole[int(i)]
         photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        yield np.array(photo.resize((side, side), Image.Resampling.BICUBIC) if side else photo), label
+        yield np.array(ImageOps.fit(photo, (side, side), Image.Resampling.BICUBIC) if side else photo), label
 
 
 def fashion_mnist(split: str, count: int) -> list[tuple[np.ndarray, int]]:

@@ -119,7 +119,7 @@ part_imagenette() {
     return $SKIPPED
   fi
   local started=$SECONDS common="--data_path $IMAGENETTE --arch resnet18 --compile off --device $device --seed 1 $network"
-  local epochs=${IMAGENETTE_EPOCHS:-} whole=$temporary/imagenette checkpoint=$temporary/imagenette/checkpoint.pth
+  local code=0 epochs=${IMAGENETTE_EPOCHS:-} whole=$temporary/imagenette checkpoint=$temporary/imagenette/checkpoint.pth
   if [ -z "$epochs" ]; then
     # The second of two epochs tells how many fit. The evaluation gets 45 seconds.
     $PYTHON train.py $common --epochs 2 --dump_path "$temporary/two_epochs"
@@ -127,12 +127,15 @@ part_imagenette() {
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 seconds = [row["epoch_seconds"] for row in rows if "epoch_seconds" in row][-1]
-print(max(1, int(0.93 * float(sys.argv[2]) / seconds)))
+print(max(1, int(0.9 * float(sys.argv[2]) / seconds)))
 END
     )
     echo "$epochs epochs fit into the $limit seconds"
   fi
-  $PYTHON train.py $common --epochs "$epochs" --checkpoint_freq 1000 --dump_path "$whole"
+  # 124: training reached its limit, which is no failure; then the last complete epoch counts.
+  timeout --foreground --signal=INT --kill-after=5 $((limit - 45 - (SECONDS - started))) \
+    $PYTHON train.py $common --epochs "$epochs" --checkpoint_freq 1000 --dump_path "$whole" || code=$?
+  [ $code = 0 ] || [ $code = 124 ] || return $code
   # lightly's protocol; it publishes the best of all epochs, this is the last one.
   $PYTHON eval_linear.py "$checkpoint" --cached --data_path "$IMAGENETTE" --device "$device" \
     --size 128 --resize 128 --knn_k 200 --knn_temperature 0.1

@@ -175,7 +175,9 @@ def test_photographs_get_the_papers_small_crops_and_half_its_jitter():
     assert derived["min_scale_crops"][0] == [0.14] and derived["color_strength"][0] == 0.5
     assert all("photographs" in derived[name][1] for name in ("min_scale_crops", "color_strength"))
     two = values(**SMALL, given={"nmb_crops": [2, 4]}, described=PHOTOGRAPHS)
-    assert two["min_scale_crops"] == [0.14, 0.05] and len(two["size_crops"]) == 2
+    assert (
+        two["min_scale_crops"] == [0.14, 0.05] and two["max_scale_crops"] == [1, 0.14] and len(two["size_crops"]) == 2
+    )
     unchanged = values(**SMALL, given={}) | {"min_scale_crops": [0.14], "color_strength": 0.5}
     assert values(**SMALL, given={}, described=PHOTOGRAPHS) == unchanged
 
