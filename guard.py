@@ -31,6 +31,8 @@ STREAK_SHARE = 0.1  # share of the run that it must last
 STREAK_LINES = 3  # log lines in which it must show
 MIN_STEPS = 80  # no warning before this step: no run learns in so few
 SLOW_STEPS = 200  # healthy runs can stay near ln K this long
+TRIVIAL_R2 = 0.5  # colour and brightness explain this much of the embeddings: little else is learned
+TRIVIAL_SHARE = 0.25  # share of the run at its start in which that is normal
 
 SAFE_EPSILON = 0.3  # in units of the scores' std, see loss.py
 
@@ -45,6 +47,7 @@ class CollapseGuard:
         self.recent_stds: deque[float] = deque(maxlen=STREAK_LINES)  # embedding_std of the latest log lines
         self.last_row: dict[str, float] = {}
         self.streak: list[tuple[float, int]] = []  # (share of the run, step) of the latest log lines, all stuck
+        self.knows_that_run_is_slow = False
 
     @torch.no_grad()
     def count(self, code_logits: torch.Tensor) -> None:
@@ -124,6 +127,12 @@ class CollapseGuard:
         was_long, is_long = (_is_long(streak) for streak in (self.streak[:-1], self.streak))
         return is_long and not was_long
 
+    def is_slow(self, trivial_r2: float | None, share_done: float) -> bool:
+        """Whether the run has learned little but colour and brightness; True once. trivial_r2: see features.py."""
+        is_slow = trivial_r2 is not None and trivial_r2 >= TRIVIAL_R2 and share_done >= TRIVIAL_SHARE
+        is_new, self.knows_that_run_is_slow = is_slow and not self.knows_that_run_is_slow, is_slow
+        return is_new
+
     def epoch_is_stuck(self, epoch_loss: float) -> bool:
         """Whether the epoch that ends now learned nothing, by its mean loss and the latest rows given to `update`.
 
@@ -183,4 +192,13 @@ def describe_collapse(row: Mapping[str, float], cause: str, step: int) -> str:
         f"collapsing: the loss is {row['loss_per_ln_k']:.3f} ln K, codes have {row['code_entropy']:.0%} of the largest "
         f"entropy and use {row['prototypes_in_use']:.0%} of the prototypes, embeddings have "
         f"{row['embedding_std']:.0%} of the largest std; likely cause: {cause}{patience}"
+    )
+
+
+def describe_slow(trivial_r2: float, epoch: int) -> str:
+    """Say what a run that `CollapseGuard.is_slow` has learned, and what to do."""
+    return (
+        f"slow: after epoch {epoch} colour and brightness explain {trivial_r2:.0%} of the embeddings, so the run has "
+        "learned little else; it may still learn more; otherwise try another --seed, or a smaller --blur_sigma if you "
+        "set it, with another --dump_path"
     )

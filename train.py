@@ -40,7 +40,7 @@ from features import (
     quality_epochs,
     tracked_images,
 )  # fmt: skip
-from guard import CollapseGuard, describe_collapse, diagnose_collapse
+from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
 from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
@@ -440,6 +440,7 @@ def train(
         codes = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
         quality = measure_quality(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
+        warn_if_slow(guard, quality, epoch + 1, args.epochs)
         queue = criterion.gather_queue(args.batch_size)
         if rank == 0:
             checkpoint.save_epoch(
@@ -504,6 +505,12 @@ def handle_collapse(args: argparse.Namespace, settings: dict, measures: dict, st
     launch.show_progress(message, keep=True)
     if args.on_collapse == "recover" and not gives_up:
         raise Collapse
+
+
+def warn_if_slow(guard: CollapseGuard, quality: dict, epoch: int, epochs: int) -> None:
+    """Print once that a run has learned little but colour and brightness. quality: of `measure_quality`, or empty."""
+    if guard.is_slow(quality.get("trivial_r2"), epoch / epochs):
+        launch.show_progress(describe_slow(quality["trivial_r2"], epoch), keep=True)
 
 
 def recover(args: argparse.Namespace, settings: dict) -> None:

@@ -14,8 +14,11 @@ from guard import (
     SAFE_EPSILON,
     STUCK_LOSS,
     STUCK_LOSS_CROWDED,
+    TRIVIAL_R2,
+    TRIVIAL_SHARE,
     CollapseGuard,
     describe_collapse,
+    describe_slow,
     diagnose_collapse,
     is_stuck,
 )
@@ -195,3 +198,12 @@ def test_the_likely_cause_of_a_collapse_and_the_options_to_change(options, cause
 
 def test_the_safe_epsilon_is_the_default_of_small_sets():
     assert SAFE_EPSILON == RELATIVE_EPSILON
+
+
+def test_a_run_that_learned_only_colour_and_brightness_is_slow_once():
+    guard = CollapseGuard(8)
+    late, high = TRIVIAL_SHARE, TRIVIAL_R2
+    assert not guard.is_slow(high, late - 0.01) and not guard.is_slow(high - 0.01, late) and not guard.is_slow(None, 1)
+    assert [guard.is_slow(high, share) for share in (late, 0.5, 0.6)] == [True, False, False]
+    assert not guard.is_slow(0.1, 0.7) and guard.is_slow(0.9, 0.8)  # it came back
+    assert describe_slow(0.62, 7).startswith("slow: after epoch 7 colour and brightness explain 62% of the embeddings")

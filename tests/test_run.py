@@ -82,6 +82,15 @@ def test_quality_is_logged_every_few_epochs_and_changes_nothing_else(every, epoc
     assert_same(measured["state_dict"], run_training(images, tmp_path / "off", "--eval_every", "0")["state_dict"])
 
 
+def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):
+    low = dict.fromkeys(QUALITY, 1.0) | {"trivial_r2": 0.1}
+    rows = iter([low | {"trivial_r2": 0.9}, low | {"trivial_r2": 0.8}, low, low])
+    monkeypatch.setattr(train, "measure_quality", lambda *_: next(rows))
+    run_training(images, tmp_path, "--eval_every", "1")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow: ")]
+    assert len(warnings) == 1 and "after epoch 1 colour and brightness explain 90% of the embeddings" in warnings[0]
+
+
 def test_what_images_show_is_not_looked_at_if_the_user_decides(images, tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(train, "describe_images", lambda images: looked.append(1) or describe_images(images))
