@@ -7,6 +7,7 @@ half of its own too; SimCLR keeps its own, with which it learns faster in minute
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,6 @@ from images import open_images, typical_side
 from launch import choose_precision
 from model import ResNet
 
-WARM_UP_STEPS, TIMED_STEPS = 5, 15
 Method = tuple[Callable, Callable, torch.optim.Optimizer, int]
 
 
@@ -131,8 +131,8 @@ def do_peer(run: PeerRun, threads: int) -> None:
     batch_size = min(batch_size, len(train_images))
     loader = DataLoader(Views(train_images, transform), batch_size, shuffle=True, drop_last=True)
     dtype = choose_precision(options["precision"], torch.device("cpu"))  # as train.py does
-    schedule = dict(is_one_cycle=run.peer == "with labels", dtype=dtype)
-    steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, **schedule)
+    schedule = one_cycle if run.peer == "with labels" else cosine
+    steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, schedule=schedule, dtype=dtype)
     side = typical_side(val_images)
     size, resize = choose_sizes(parse_args([]), options, options["dataset"], side)
     evaluation = dict(device=torch.device("cpu"), classes=len(train_images.classes), batch_size=256)
@@ -151,38 +151,38 @@ def train_for(
     step: Callable,
     optimizer: torch.optim.Optimizer,
     *,
-    is_one_cycle: bool,
-    dtype=torch.float32,
+    schedule: Callable[[float], float],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[int, float, float]:
-    """Train for about these seconds, with a cosine or one-cycle schedule of that length. Returns steps, seconds, loss.
+    """Train until these seconds are over. Returns steps, seconds and the last loss.
 
-    The first steps, at the learning rate that they start with, tell how many fit.
+    schedule: share of the seconds that is over -> share of the optimizer's learning rate. It follows the clock, so that
+    it is whole however fast the machine is.
     """
-    start, total, steps, schedule = time.perf_counter(), None, 0, None
-    while total is None or steps < total:
+    start, steps, base_lr, loss = time.perf_counter(), 0, optimizer.param_groups[0]["lr"], torch.tensor(math.nan)
+    while True:
         for views, labels in loader:
-            if steps == WARM_UP_STEPS:
-                warm = time.perf_counter()
-            if steps == WARM_UP_STEPS + TIMED_STEPS:
-                now = time.perf_counter()
-                total = max(steps + 1, steps + round((seconds - (now - start)) / ((now - warm) / TIMED_STEPS)))
-                left = total - steps
-                lr = optimizer.param_groups[0]["lr"]
-                kinds = torch.optim.lr_scheduler
-                schedule = (
-                    kinds.OneCycleLR(optimizer, lr, left) if is_one_cycle else kinds.CosineAnnealingLR(optimizer, left)
-                )
+            share = (time.perf_counter() - start) / seconds
+            if share >= 1:
+                return steps, time.perf_counter() - start, loss.item()
+            for group in optimizer.param_groups:
+                group["lr"] = base_lr * schedule(share)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = step(views, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if schedule:
-                schedule.step()
             steps += 1
-            if steps == total:
-                break
-    return steps, time.perf_counter() - start, loss.item()
+
+
+def cosine(share: float) -> float:
+    """Share of the learning rate, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def one_cycle(share: float) -> float:
+    """Share of the learning rate: rises from 0.04 for 30 % of the run, then falls along a cosine."""
+    return 0.04 + 0.96 * share / 0.3 if share < 0.3 else cosine((share - 0.3) / 0.7)
 
 
 @torch.no_grad()
