@@ -31,7 +31,7 @@ STREAK_SHARE = 0.1  # share of the run that it must last
 STREAK_LINES = 3  # log lines in which it must show
 MIN_STEPS = 80  # no warning before this step: no run learns in so few
 SLOW_STEPS = 200  # healthy runs can stay near ln K this long
-TRIVIAL_R2 = 0.5  # colour and brightness explain this much of the embeddings: little else is learned
+TRIVIAL_R2 = 0.5  # share of the embeddings that colour and brightness explain in a run that learned little else
 TRIVIAL_SHARE = 0.25  # share of the run at its start in which that is normal
 
 SAFE_EPSILON = 0.3  # in units of the scores' std, see loss.py
@@ -199,6 +199,6 @@ def describe_slow(trivial_r2: float, epoch: int) -> str:
     """Say what a run that `CollapseGuard.is_slow` has learned, and what to do."""
     return (
         f"slow: after epoch {epoch} colour and brightness explain {trivial_r2:.0%} of the embeddings, so the run has "
-        "learned little else; it may still learn more; otherwise try another --seed, or a smaller --blur_sigma if you "
-        "set it, with another --dump_path"
+        "learned little else; it may still learn more; otherwise leave out --nmb_prototypes and --blur_sigma if you "
+        "set them, or try another --seed, with another --dump_path"
     )
