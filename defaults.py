@@ -42,7 +42,7 @@ def derive(
     given: what the user set. It is kept, and the other options adapt to it. described: the images, by
     features.describe_images; None if unknown (it counts below half a million images only). From there on the values
     are the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or
-    more; below, those that `python -m bench collapse` supports.
+    more; below, those that `python -m bench collapse` and `learn` support.
     """
     derived: dict[str, tuple[object, str]] = {}
 

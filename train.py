@@ -39,7 +39,7 @@ from features import (
     quality_crops,
     quality_epochs,
     tracked_images,
-)  # fmt: skip
+)
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
 from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
