@@ -1,12 +1,18 @@
-"""A run on disk: checkpoints, how to resume from them, and metrics.jsonl.
+"""A run on disk: one folder per run, safe checkpoints, exact resume.
 
-A run's folder has checkpoint.pth (of the last finished epoch), checkpoints/ckp-N.pth (kept after N epochs),
-last_good.pth (with --on_collapse recover) and metrics.jsonl. Keys of a checkpoint, for
+A run's folder has checkpoint.pth, the newest state, and checkpoint_previous.pth, the one before; checkpoints/ckp-N.pth
+(kept after N epochs), last_good.pth (with --on_collapse recover), run.json (command, options with reasons, versions),
+run.lock (while a process trains), metrics.jsonl and log.txt. Keys of a checkpoint, for
 torch.load(path, map_location="cpu", weights_only=True):
     epoch, step         epochs and steps done
+    step_of_epoch       steps done of the epoch after these; 0 at an epoch's end
+    losses              of these steps, means over processes
     state_dict          weights of the model, under the published names
     optimizer, scaler   state of LARS, and of fp16's loss scaling (empty without)
     queue               embeddings [A, Q, D] over all processes, newest batch first; started, filled
+    guard               what guard.CollapseGuard remembers
+    rng                 state of torch's random generator on the CPU
+    images              number and hash of the images' paths, by images.fingerprint
     options             every option of train.py with its value in this run, and global_batch_size
     user_options        the options before any were derived, as far as they change what is learned
     recovered           options that --on_collapse recover changed, one name for each time
@@ -15,55 +21,273 @@ torch.load(path, map_location="cpu", weights_only=True):
 import json
 import math
 import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from launch import RunStopped, UserError, environment, log, mean_over_processes, show_progress
+from launch import STOP_CODES, RunStopped, UserError, Votes, environment, log, show_progress
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
+NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+LOCK_SECONDS, LOCK_STALE = (
+    60,
+    600,
+)  # how often a lock is renewed; age from which one of another machine is not respected
 
 
-# Write and read
+# Write
 
 
-def save(contents: dict, path: Path) -> None:
-    """Write a checkpoint under a temporary name first, so that an interruption leaves the old file as it was."""
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(contents, unfinished)
-    os.replace(unfinished, path)
+def write(contents: dict, path: Path, previous: Path | None = None) -> None:
+    """Write a checkpoint so that a crash at any moment leaves a whole one: `path`, or `previous`.
 
-
-def save_epoch(
-    dump: Path,
-    contents: dict,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    keep: bool,
-    is_good: bool,
-) -> None:
-    """Write checkpoint.pth after an epoch; also last_good.pth (is_good), also checkpoints/ckp-N.pth (keep).
-
-    contents: the keys that the other arguments do not give.
+    The new file gets its name once it is on the disk and has been read back. The old one becomes `previous`. Raises
+    OSError if that fails, and removes what it has written.
     """
-    states = {name: part.state_dict() for name, part in (("optimizer", optimizer), ("scaler", scaler))}
-    contents = contents | {"state_dict": model.state_dict()} | states
-    save(contents, dump / "checkpoint.pth")
-    if is_good:
-        save(contents, dump / "last_good.pth")
-    if keep:
-        (dump / "checkpoints").mkdir(exist_ok=True)
-        save(contents, dump / "checkpoints" / f"ckp-{contents['epoch']}.pth")
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(contents, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # torch's writer hides the system's error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else None
+            raise cause or OSError(0, str(error).splitlines()[0]) from None
+        if damage := find_damage(unfinished):
+            raise OSError(0, f"the file read back differs from what was written: {damage}")
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, by the checksums that torch writes; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        return str(error) or "it ends early"
+    return damaged and f"the checksum of {damaged} is wrong"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder permanent, where the system can."""
+    with suppress(OSError):  # not on Windows, nor on some network disks
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a checkpoint, which never changes in place, another name. Copies it where disks have no links."""
+    target.parent.mkdir(exist_ok=True)
+    unfinished = target.with_name(target.name + ".tmp")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
+
+
+def on_host(value: Any) -> Any:
+    """Copy the tensors in dicts and lists to the host. A GPU's copies are complete once its current stream is."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        is_on_gpu = value.device.type == "cuda"
+        copy = torch.empty_like(value, device="cpu", pin_memory=is_on_gpu)
+        return copy.copy_(value, non_blocking=is_on_gpu)
+    if isinstance(value, Mapping):
+        return {name: on_host(part) for name, part in value.items()}
+    return [on_host(part) for part in value] if isinstance(value, list) else value
+
+
+class Saver:
+    """Saves a run: after each epoch, every few minutes, and when it is asked to stop. One per process.
+
+    The first process copies the state to the host and writes it in a thread, so that training goes on meanwhile. A
+    write that fails is reported in one line and tried again at the next time.
+    parts: model, optimizer, scaler, criterion, guard, run_log. settings: further keys of a checkpoint. sampler: of the
+    loader (data.ShuffledBatches). minutes: between two saves. requested_stop: () -> name of a signal, or None
+    (launch.stop_signals).
+    """
+
+    def __init__(
+        self,
+        dump: Path,
+        parts: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        sampler: Any,
+        minutes: float,
+        requested_stop: Callable[[], str | None],
+    ) -> None:
+        self.dump, self.parts, self.settings, self.sampler = dump, parts, settings, sampler
+        self.seconds, self.requested_stop = 60 * minutes, requested_stop
+        self.votes, self.is_first = Votes(), environment("RANK", 0) == 0
+        self.stop: str | None = None  # the signal that all processes agreed on
+        self.last_save = time.monotonic()
+        self.thread: threading.Thread | None = None
+        self.unsaved: str | None = None  # why the newest state is not on the disk
+
+    def save_if_due(self) -> None:
+        """After a step: save if it is time, and stop if a signal came (SystemExit). Every process must call it.
+
+        All processes do so after the same step, at most two after the signal.
+        """
+        is_due = self.is_first and time.monotonic() - self.last_save >= self.seconds
+        if is_due:  # not asked for twice, as the answer comes a step later
+            self.last_save = time.monotonic()
+        wanted = (None, "save", *STOP_CODES).index(self.requested_stop() or ("save" if is_due else None))
+        agreed = (None, "save", *STOP_CODES)[self.votes.largest(wanted)]
+        self.stop = agreed if agreed in STOP_CODES else self.stop
+        run_log = self.parts["run_log"]
+        if agreed and run_log.step_of_epoch < run_log.steps_per_epoch:  # else the epoch's end saves
+            self._save(epoch=run_log.epoch, step_of_epoch=run_log.step_of_epoch)
+
+    def save_epoch(self, keep: bool, is_good: bool) -> None:
+        """After an epoch: save; also as last_good.pth (is_good), also as checkpoints/ckp-N.pth (keep)."""
+        epoch = self.parts["run_log"].epoch + 1
+        names = [
+            name for name, wanted in (("last_good.pth", is_good), (f"checkpoints/ckp-{epoch}.pth", keep)) if wanted
+        ]
+        self._save(epoch=epoch, step_of_epoch=0, links=names)
+
+    def _save(self, epoch: int, step_of_epoch: int, links: Sequence[str] = ()) -> None:
+        self.stop_on_bad_step()
+        contents = self.state(epoch, step_of_epoch)
+        self.last_save = time.monotonic()
+        if self.is_first:
+            self.wait()
+            contents = on_host(contents)
+            copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+            if copied:
+                copied.record()
+            self.thread = threading.Thread(target=self._write, args=(contents, copied, links), daemon=True)
+            self.thread.start()
+        if self.stop:
+            self.leave()
+
+    def state(self, epoch: int, step_of_epoch: int) -> dict:
+        """The contents of a checkpoint. Every process must call it."""
+        parts = self.parts
+        run_log = parts["run_log"]
+        return {
+            "epoch": epoch,
+            "step": run_log.step,
+            "step_of_epoch": step_of_epoch,
+            "losses": list(run_log.read_losses()) if step_of_epoch else [],
+            "state_dict": parts["model"].state_dict(),
+            "optimizer": parts["optimizer"].state_dict(),
+            "scaler": parts["scaler"].state_dict(),
+            "queue": parts["criterion"].gather_queue(self.sampler.batch_size),
+            "guard": parts["guard"].gather(),
+            "rng": torch.get_rng_state(),
+            **self.settings,
+        }
+
+    def _write(self, contents: dict, copied: Any, links: Sequence[str]) -> None:
+        if copied:
+            copied.synchronize()
+        try:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            write(contents, self.dump / NEWEST, self.dump / PREVIOUS)
+            for name in links:
+                link(self.dump / NEWEST, self.dump / name)
+            self.unsaved = None
+        except OSError as error:
+            self.unsaved = error.strerror or str(error)
+            show_progress(
+                f"warning: the state after step {contents['step']} is not saved in {self.dump}: {self.unsaved}; "
+                "training continues and saves again at the next time",
+                keep=True,
+            )
+
+    def stop_on_bad_step(self) -> None:
+        """Raise RunStopped if a loss or gradient was inf or nan since the last call. Every process must call it.
+
+        LARS has changed nothing since then, so the weights of that step are still there: for train.py --replay, each
+        process saves them in bad_step-RANK.pth with its image indices. In fp16, where gradients that overflow are
+        normal, later steps may have changed them.
+        """
+        run_log, optimizer = self.parts["run_log"], self.parts["optimizer"]
+        losses, skipped = run_log.read_losses(), int(optimizer.skipped) if optimizer.skipped is not None else 0
+        bad = [i - len(losses) + 1 for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad and not skipped:
+            return
+        steps_ago = min(bad + [1 - skipped] * (skipped > 0))
+        loss = losses[steps_ago - 1]
+        what = "gradients are inf or nan" if math.isfinite(loss) else f"the loss is {loss}"
+        index = run_log.step_of_epoch - 1 + steps_ago
+        keys = list(self.sampler)[index - self.sampler.first_step]
+        contents = {"epoch": run_log.epoch + 1, "step": run_log.step + steps_ago, "steps_since": -steps_ago}
+        contents |= {"image_indices": [image for _, image in keys], "reason": what, **self.settings}
+        contents |= {"state_dict": self.parts["model"].state_dict(), "queue": self.parts["criterion"].state_dict()}
+        path = self.dump / f"bad_step-{environment('RANK', 0)}.pth"
+        with suppress(OSError):
+            write(contents, path)
+        self.wait()
+        self.votes.close()  # torchrun ends all processes with the first: wait until each has saved
+        raise RunStopped(
+            f"{what} at step {contents['step']} (epoch {contents['epoch']}), so the run stopped; checkpoint.pth is "
+            f"from before it; python train.py --replay {path} runs that step again and names the first bad tensor; "
+            "try a lower --base_lr, or --precision fp32",
+            code=4,
+        )
+
+    def wait(self) -> None:
+        """Wait for the write that is under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def leave(self) -> None:
+        """Stop as a signal asked for: wait until the state is on the disk, print how to resume, raise SystemExit."""
+        self.wait()
+        self.votes.close()
+        step = self.parts["run_log"].step
+        if self.unsaved:
+            log(f"{self.stop}: stopped after step {step}, whose state is not saved: {self.unsaved}")
+            raise SystemExit(3)
+        log(f"\n{self.stop}: stopped after step {step}, saved in {self.dump / NEWEST}; the same command resumes")
+        raise SystemExit(STOP_CODES[self.stop])
+
+    def finish(self) -> None:
+        """At the end of a run: wait for the last write. Raises RunStopped, with exit code 3, if it failed."""
+        self.wait()
+        self.votes.close()
+        if self.unsaved:
+            raise RunStopped(
+                f"the run is complete, but its last state is not saved in {self.dump}: {self.unsaved}; make room and "
+                "run the same command again, which repeats what came after the newest checkpoint",
+                code=3,
+            )
+
+
+# Read
 
 
 def load(path: str | Path) -> dict:
@@ -81,15 +305,42 @@ def load_run(path: Path) -> dict:
         checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
     except (UserError, KeyError, TypeError) as error:
-        reason = error if isinstance(error, UserError) else "it is not a checkpoint of train.py"
-        raise UserError(
-            f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "
-            "or write another --dump_path"
-        ) from None
+        raise error if isinstance(error, UserError) else UserError(f"{path} is not a checkpoint of train.py") from None
     options.setdefault("color_strength", 1.0)  # of versions without this option
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
-    return {"recovered": recovered, "user_options": asked} | checkpoint
+    defaults = {"recovered": recovered, "user_options": asked, "step_of_epoch": 0, "losses": [], "guard": None}
+    return defaults | checkpoint
+
+
+def find(dump: Path, quiet: bool = False) -> dict | None:
+    """Find the newest state of a run whose bytes are whole; None if the folder holds no run.
+
+    A damaged or missing checkpoint.pth is reported (unless quiet), and checkpoint_previous.pth is used. Raises
+    UserError if no file is left, so that a run never starts from scratch unasked.
+    """
+    problems = []
+    for path in (dump / NEWEST, dump / PREVIOUS):
+        if not path.exists():
+            problems.append(f"{path} is missing")
+            continue
+        damage = find_damage(path)
+        try:
+            contents = None if damage else load_run(path)
+        except UserError as error:
+            damage = str(error)
+        if not damage:
+            if problems and not quiet:
+                log(f"warning: {problems[0]}; using {path}, the state after step {contents['step']}")
+            return contents
+        problems.append(f"cannot resume from {path}: {damage}")
+    damaged = [problem for problem in problems if not problem.endswith("is missing")]
+    if not damaged:
+        return None
+    raise UserError(
+        f"--dump_path: {'; '.join(damaged)}; put one of {dump / 'checkpoints'} in the place of {NEWEST}, write another "
+        f"--dump_path, or delete {dump}"
+    )
 
 
 def newest_checkpoint() -> Path:
@@ -130,6 +381,7 @@ def inherited_options(
     These are the `derived` ones that the user did not set, and those that a recovery changed, unless the user sets
     others now. Not inherited, as they follow from what the user may have changed: the batch per process, BatchNorm's
     groups, one of epsilon and its unit where the other is set, and which crops get codes where other crops are set.
+    Raises UserError if the processes cannot share the global batch.
     """
     before, user_before = checkpoint["options"], checkpoint["user_options"]
     inherited: dict[str, tuple[object, str]] = {}
@@ -146,66 +398,94 @@ def inherited_options(
     for name in derived:
         if name not in given and name not in left_out and before.get(name) is not None:
             inherited[name] = before[name], "as in the run so far"
-    batch_size, remainder = divmod(before.get("global_batch_size", 0), world_size)
-    if batch_size > 1 and not remainder and "batch_size" not in given:
-        inherited["batch_size"] = batch_size, "over all processes as many as in the run so far"
+    if (global_batch := before.get("global_batch_size")) and "batch_size" not in given:
+        if global_batch % world_size or global_batch < 2 * world_size:
+            fitting = [str(n) for n in range(1, global_batch // 2 + 1) if global_batch % n == 0]
+            raise UserError(
+                f"--nproc_per_node: {world_size} processes cannot share this run's global batch of {global_batch} "
+                f"images; expected {', '.join(fitting)} processes in all, or another --dump_path"
+            )
+        inherited["batch_size"] = global_batch // world_size, "over all processes as many as in the run so far"
     return inherited
 
 
-def resume(
-    dump: Path,
-    options: Mapping[str, Any],
-    affects: Mapping[str, str],
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    criterion: nn.Module,
-    steps_per_epoch: int,
-) -> int:
-    """Load dump/checkpoint.pth if it exists; returns the number of epochs done.
+def check_same_run(
+    dump: Path, checkpoint: dict, settings: Mapping[str, Any], affects: Mapping[str, str], resume_anyway: bool
+) -> None:
+    """Raise UserError if dump_path holds a run of other images, or with other options that change what is learned.
 
-    options: of this run, by name. affects: as in `changed_options`. Every process must call it. The number of processes
-    may change: `inherited_options` keeps the global batch, data.ShuffledBatches the images of each step, and
-    loss.SwAVLoss.scatter_queue the queue. Raises UserError if the checkpoint does not fit.
+    checkpoint: its newest state. settings: options and images of this run. affects: as in `changed_options`.
+    resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture.
     """
-    path = dump / "checkpoint.pth"
-    checkpoint = load_run(path) if path.exists() else None
-    epochs_done = 0 if checkpoint is None else checkpoint["epoch"]
+    options, changes = settings["options"], changed_options(settings["options"], checkpoint, affects)
+    images_before, images_now = checkpoint.get("images"), settings["images"]
+    if images_before is not None:
+        changes.pop("data_path", None)  # a folder may move
+        if images_before != images_now:
+            changes["images"] = tuple(
+                f"{known['images']} ({known['paths'][:8]})" for known in (images_before, images_now)
+            )
+    if not changes:
+        return
+    text = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
+    advice = f"write another --dump_path, or delete {dump}"
+    if any(affects.get(name) == "model" for name in changes):
+        raise UserError(f"--dump_path: {dump} holds a run of another architecture ({text}); {advice}")
+    if checkpoint["epoch"] >= options["epochs"]:
+        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}); {advice}")
+    if not resume_anyway:
+        raise UserError(
+            f"--dump_path: {dump} holds an unfinished run with other options ({text}); write another --dump_path, "
+            f"add --resume_anyway to continue it with the new ones, or delete {dump}"
+        )
+    log(f"--resume_anyway: options changed: {text}")
+
+
+def resume(
+    dump: Path, settings: Mapping[str, Any], parts: Mapping[str, Any], steps_per_epoch: int
+) -> tuple[int, int, list[float]]:
+    """Load the newest state in dump, if any, into the parts of a run. Every process must call it.
+
+    Returns the epochs done, the steps done of the next one, and their losses. settings: options of this run, under
+    their key. parts: as in `Saver`. The number of processes may change: `inherited_options` keeps the global batch,
+    data.ShuffledBatches the images of each step, and loss.SwAVLoss.scatter_queue the queue. Raises UserError if the
+    state does not fit, or if processes see different ones.
+    """
+    checkpoint = find(dump, quiet=True)
+    step = 0 if checkpoint is None else checkpoint["step"]
     if dist.is_initialized():
-        epochs_seen = [None] * dist.get_world_size()
-        dist.all_gather_object(epochs_seen, epochs_done)
-        if len(set(epochs_seen)) > 1:
+        steps_seen = [None] * dist.get_world_size()
+        dist.all_gather_object(steps_seen, step)
+        if len(set(steps_seen)) > 1:
             raise UserError(
                 f"--dump_path: expected a folder that all machines share, but they see different runs in {dump}"
             )
     if checkpoint is None:
         if environment("RANK", 0) == 0:
             (dump / "last_good.pth").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
-        return 0
-    changes = changed_options(options, checkpoint, affects)
-    changes_text = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
-    advice = f"write another --dump_path, or delete {dump}"
-    if any(affects.get(name) == "model" for name in changes):
-        raise UserError(f"--dump_path: {path} is of another architecture ({changes_text}); {advice}")
-    if changes and epochs_done >= options["epochs"]:
-        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({changes_text}); {advice}")
+        return 0, 0, []
+    options, criterion = settings["options"], parts["criterion"]
     try:
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        parts["model"].load_state_dict(checkpoint["state_dict"])
+        parts["optimizer"].load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--dump_path: {path} does not fit this model: {error}; {advice}".replace("\n", " ")) from None
-    for group in optimizer.param_groups:
+        reason = f"--dump_path: {dump} does not fit this model: {error}; write another --dump_path, or delete {dump}"
+        raise UserError(reason.replace("\n", " ")) from None
+    for group in parts["optimizer"].param_groups:
         group["weight_decay"] = options["wd"]
     if checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
-    log(
-        f"resuming from {path}: {epochs_done} of {options['epochs']} epochs done"
-        + (f"; options changed: {changes_text}" if changes else "")
-    )
-    if checkpoint["step"] != epochs_done * steps_per_epoch:
-        before = checkpoint["step"] // epochs_done
-        log(f"steps per epoch: now {steps_per_epoch}, before {before}: the schedule follows the new number")
+        parts["scaler"].load_state_dict(checkpoint["scaler"])
+    if checkpoint["guard"]:
+        parts["guard"].load_state(checkpoint["guard"])
+    if "rng" in checkpoint:
+        torch.set_rng_state(checkpoint["rng"])
+    epochs_done, step_of_epoch, losses = (checkpoint[name] for name in ("epoch", "step_of_epoch", "losses"))
+    if step != epochs_done * steps_per_epoch + step_of_epoch:  # another global batch, or other images
+        before = (step - step_of_epoch) / max(1, epochs_done)
+        log(f"steps per epoch: now {steps_per_epoch}, before {before:.0f}: the schedule follows the new number")
+        step_of_epoch, losses = 0, []
+    within = f", and {step_of_epoch} of {steps_per_epoch} steps of the next" if step_of_epoch else ""
+    log(f"resuming from {dump}: {epochs_done} of {options['epochs']} epochs done{within}")
     queues, queue_length, _ = checkpoint["queue"]["embeddings"].shape
     if (queues, queue_length) == (len(options["crops_for_assign"]), options["queue_length"]):
         criterion.scatter_queue(checkpoint["queue"], options["batch_size"])
@@ -214,7 +494,7 @@ def resume(
             f"--queue_length: now {options['queue_length']} for {len(options['crops_for_assign'])} assigning crops, "
             f"before {queue_length} for {queues}: the queue starts empty"
         )
-    return epochs_done
+    return epochs_done, step_of_epoch, losses
 
 
 def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
@@ -223,13 +503,15 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
     settings: the keys options, user_options and recovered. Without a last_good.pth the run starts from scratch, and
     checkpoint.pth gets another name. Returns the epochs done now, and that other name (on the first process).
     """
-    good, path = dump / "last_good.pth", dump / "checkpoint.pth"
+    good, path = dump / "last_good.pth", dump / NEWEST
     is_first = environment("RANK", 0) == 0
     contents, renamed = load_run(good) if good.exists() else None, None
     if dist.is_initialized():
         dist.barrier()  # all have read it
+    if is_first:
+        (dump / PREVIOUS).unlink(missing_ok=True)
     if is_first and contents:
-        save(contents | settings, path)
+        write(contents | settings, path)
     elif is_first and path.exists():
         renamed = next(name for i in count(1) if not (name := dump / f"collapsed-{i}.pth").exists())
         os.replace(path, renamed)
@@ -238,172 +520,121 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
     return contents["epoch"] if contents else 0, renamed
 
 
-# Log
+# One run, one folder
 
 
-def _epoch_of(row: str) -> float:
-    """The epoch of a row of metrics.jsonl; infinite for a row that an interruption cut short."""
+@contextmanager
+def locked(dump: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. For the first process only. Raises UserError if another run is in it.
+
+    The lock holds host, process and Slurm job, and is renewed each minute. It is taken over when its process is gone,
+    when it is of this Slurm job, or when it is of another host and ten minutes old.
+    """
+    path, done = dump / "run.lock", threading.Event()
+    ours = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_of_process(os.getpid())}
+    ours |= {"since": time.strftime("%Y-%m-%d %H:%M:%S"), "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
+    text = json.dumps(ours)
     try:
-        return json.loads(row)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        holder = read_lock(path)
+        if holder and is_running(holder, path):
+            raise UserError(
+                f"--dump_path: another run writes to {dump}: process {holder['pid']} on {holder['host']}, since "
+                f"{holder['since']}; wait for it, or write another --dump_path"
+            ) from None
+        log(f"{path}: taken over from a run that ended without removing it")
+        path.write_text(text)
+    else:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+
+    def renew() -> None:
+        while not done.wait(LOCK_SECONDS):
+            with suppress(OSError):
+                os.utime(path)
+
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        if read_lock(path) == ours:
+            with suppress(OSError):
+                path.unlink()
 
 
-class RunLog:
-    """Logs a run: metrics.jsonl, a progress line, and TensorBoard if asked for. Every process needs one.
-
-    It also counts what a log line reports: steps, time, time spent waiting for data, losses.
-    epochs_done: rows of later epochs, from an interrupted run, are dropped. ln_k: ln(nmb_prototypes).
-    """
-
-    def __init__(
-        self,
-        dump: Path,
-        *,
-        epochs: int,
-        epochs_done: int,
-        steps_per_epoch: int,
-        images_per_step: int,
-        log_freq: int,
-        ln_k: float,
-        device: torch.device,
-        tensorboard: bool = False,
-    ) -> None:
-        self.epochs, self.steps_per_epoch, self.images_per_step = epochs, steps_per_epoch, images_per_step
-        self.log_freq, self.ln_k, self.device = log_freq, ln_k, device
-        self.steps_resumed, self.total_steps = epochs_done * steps_per_epoch, epochs * steps_per_epoch
-        self.epoch, self.step = epochs_done, self.steps_resumed  # step: steps done, with the current one
-        self.epoch_losses: list[float] = []
-        self.unread_losses: list[torch.Tensor] = []  # still on the device
-        self.line_is_due = False
-        self.file = self.board = None
-        if environment("RANK", 0) != 0:
-            return
-        path = dump / "metrics.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
-        kept = [row for row in rows if _epoch_of(row) <= epochs_done]
-        path.write_text("".join(row + "\n" for row in kept))
-        self.file = path.open("a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # needs a package that few have
-
-            last_step = json.loads(kept[-1])["step"] if kept else -1
-            self.board = SummaryWriter(str(dump / "tensorboard"), purge_step=last_step + 1)
-
-    def timed_steps(self, epoch: int, batches: Iterator) -> Iterator[tuple[int, Any]]:
-        """Yield (step, batch) for the steps of an epoch; step counts from the start of the run, from 0."""
-        self.epoch = epoch
-        self.epoch_losses, self.unread_losses = [], []
-        epoch_start = time.perf_counter()
-        self._start_interval(epoch_start)
-        for step_of_epoch in range(1, self.steps_per_epoch + 1):
-            self.step = epoch * self.steps_per_epoch + step_of_epoch
-            self.line_is_due = (
-                self.step == self.steps_resumed + 1
-                or step_of_epoch % self.log_freq == 0
-                or step_of_epoch == self.steps_per_epoch
-            )
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - wait_start
-            self.interval_steps += 1
-            yield self.step - 1, batch
-        self.epoch_seconds = time.perf_counter() - epoch_start
-
-    def _start_interval(self, now: float) -> None:
-        self.interval_start, self.interval_steps, self.waited = now, 0, 0.0
-
-    def record_loss(self, loss: torch.Tensor) -> bool:
-        """Record the loss of a step; False if it, or an earlier one that is read only now, is NaN or infinite.
-
-        To read a loss means to wait for the GPU, so there they are read when a line is due; on a CPU at each step.
-        """
-        self.unread_losses.append(loss.detach())
-        if not self.line_is_due and self.device.type != "cpu":
-            return True
-        losses = mean_over_processes(torch.stack(self.unread_losses)).tolist()
-        self.epoch_losses += losses
-        self.unread_losses = []
-        return all(map(math.isfinite, losses))
-
-    @property
-    def share_done(self) -> float:
-        return self.step / self.total_steps
-
-    @property
-    def interval_loss(self) -> float:
-        """Mean loss since the last line."""
-        return sum(self.epoch_losses[-self.interval_steps :]) / self.interval_steps
-
-    @property
-    def epoch_loss(self) -> float:
-        return sum(self.epoch_losses) / self.steps_per_epoch
-
-    def log_step(self, measures: Mapping[str, float], lr: float) -> dict:
-        """Log the steps since the last line; measures: more numbers for metrics.jsonl. Returns the row."""
-        now = time.perf_counter()
-        seconds_per_step = (now - self.interval_start) / self.interval_steps
-        row = {"epoch": self.epoch + 1, "step": self.step, "loss": self.interval_loss, "ln_k": self.ln_k, **measures}
-        row |= {
-            "lr": lr,
-            "images_per_s": self.images_per_step / seconds_per_step,
-            "data_wait_percent": 100 * self.waited / (now - self.interval_start),
-            "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
-            "eta_s": (self.total_steps - self.step) * seconds_per_step,
-        }
-        self._write(row)
-        memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
-        show_progress(
-            f"epoch {row['epoch']}/{self.epochs}  step {row['step']}/{self.total_steps}  "
-            f"loss {row['loss']:.4f} (ln K {self.ln_k:.3f})  lr {lr:.4g}  {row['images_per_s']:.0f} images/s  "
-            f"data wait {row['data_wait_percent']:.0f}%  {memory}ETA {timedelta(seconds=round(row['eta_s']))}"
-        )
-        self._start_interval(now)
-        return row
-
-    def log_epoch(self, **measures: float | None) -> None:
-        """Log the epoch that ended."""
-        images_per_s = self.steps_per_epoch * self.images_per_step / self.epoch_seconds
-        row = {"epoch": self.epoch + 1, "step": self.step, "epoch_loss": self.epoch_loss, "ln_k": self.ln_k}
-        row |= {"epoch_seconds": self.epoch_seconds, "epoch_images_per_s": images_per_s, **measures}
-        self._write(row)
-        shown = {"LiDAR": measures.get("lidar"), "trivial R2": measures.get("trivial_r2")}
-        quality = "".join(f"  {name} {value:.3g}" for name, value in shown.items() if value is not None)
-        show_progress(
-            f"epoch {self.epoch + 1}/{self.epochs} done: loss {self.epoch_loss:.4f} (ln K {self.ln_k:.3f})  "
-            f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s{quality}",
-            keep=True,
-        )
-
-    def _write(self, row: dict) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-        if self.board is not None:
-            for name, value in row.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, row["step"])
-            self.board.flush()
+def read_lock(path: Path) -> dict | None:
+    """The contents of a lock; None if it is gone or was cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
-def stop_on_bad_loss(
-    dump: Path, run_log: RunLog, *, options: dict, model: nn.Module, indices: Sequence, **last_batch: Any
-) -> NoReturn:
-    """Save what led to a loss of NaN or infinity in bad_loss-RANK.pth, and raise RunStopped. Every process calls it.
+def is_running(holder: Mapping[str, Any], path: Path) -> bool:
+    """Whether the process that holds a lock still runs, as far as this machine can know."""
+    if holder["host"] == socket.gethostname():
+        return holder["pid"] != os.getpid() and start_of_process(holder["pid"]) == holder["started"]
+    job = os.environ.get("SLURM_JOB_ID")
+    return (job is None or holder["slurm_job_id"] != job) and time.time() - path.stat().st_mtime < LOCK_STALE
 
-    indices: this process's (epoch, image index) of each step of the epoch. last_batch: tensors of the latest step. On
-    a CPU that is the bad step, and the weights are still good. On a GPU losses are read when a log line is due: weights
-    may be NaN by then, and the bad batch has to be loaded again from its image indices.
-    """
-    losses = run_log.epoch_losses
-    bad = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-    epoch = run_log.epoch + 1
-    contents = {"epoch": epoch, "step": run_log.epoch * run_log.steps_per_epoch + bad + 1, "losses": losses}
-    contents |= {"image_indices": [index for _, index in indices[bad]], "last_batch": last_batch, "options": options}
-    save(contents | {"state_dict": model.state_dict()}, dump / f"bad_loss-{environment('RANK', 0)}.pth")
-    if dist.is_initialized():
-        dist.barrier()  # torchrun ends all processes with the first: wait until each has saved
-    raise RunStopped(
-        f"the loss is {losses[bad]} at step {contents['step']} (epoch {epoch}), so the run stopped; its images, the "
-        f"latest batch and the weights are in {dump / 'bad_loss-*.pth'}, one file per process; checkpoint.pth is that "
-        "of the last finished epoch; try a lower --base_lr, or --precision fp32"
-    )
+
+def start_of_process(pid: int) -> str | None:
+    """When a process started, in the system's units; "running" where the system does not tell; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def write_facts(dump: Path, settings: Mapping[str, Any], reasons: Mapping[str, str], **facts: object) -> None:
+    """Write run.json: the command, every option with its reason, versions, machine, and more facts."""
+
+    def reason(name: str) -> str:
+        return reasons.get(name) or ("set by the user" if name in settings["user_options"] else "default")
+
+    options = {name: {"value": value, "reason": reason(name)} for name, value in settings["options"].items()}
+    contents = {
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "options": options,
+        "images": settings["images"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "git": git_revision(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **facts,
+    }
+    unfinished = dump / "run.json.tmp"
+    with suppress(OSError):  # a full disk is reported where it loses something
+        unfinished.write_text(json.dumps(contents, indent=1, default=str) + "\n")
+        os.replace(unfinished, dump / "run.json")
+
+
+def git_revision() -> str | None:
+    """The revision of this code, with "+" if files differ from it; None outside of a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

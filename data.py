@@ -439,20 +439,21 @@ class ShuffledBatches(Sampler):
 
     The order is a permutation of (seed, epoch). Step s takes the s-th block of it, of batch_size * world_size images,
     and this process its own part of that block. So the images of a step depend only on the global batch size, and a
-    run may resume on another number of processes. An incomplete last batch is dropped. Set `epoch` before iterating.
+    run may resume on another number of processes. An incomplete last batch is dropped. Set `epoch` before iterating,
+    and `first_step` to begin with a later step.
     """
 
     def __init__(self, images: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
     def __len__(self) -> int:
         return self.images // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
@@ -529,9 +530,9 @@ def training_loader(
     )
 
 
-def start_epoch(loader: DataLoader, epoch: int) -> Iterator:
-    """Begin an epoch of a `training_loader`: its batches. Workers start to load at once."""
-    loader.batch_sampler.epoch = epoch
+def start_epoch(loader: DataLoader, epoch: int, first_step: int = 0) -> Iterator:
+    """Begin an epoch of a `training_loader`: its batches from `first_step` on. Workers start to load at once."""
+    loader.batch_sampler.epoch, loader.batch_sampler.first_step = epoch, first_step
     return iter(loader)
 
 

@@ -28,6 +28,7 @@ CROWDED_SHARE = 1 / 8  # distinct codes below this share crowd (0.05 in runs mad
 COLLAPSED_STD = 0.05  # embedding_std below this: one embedding for all images (0.1 and more in 125 healthy runs)
 GRACE_SHARE = 0.1  # share of the run at its start in which a loss near ln K is normal: first codes mean nothing yet
 STREAK_SHARE = 0.1  # share of the run that it must last
+GRACE_STEPS = STREAK_STEPS = 500  # in long runs these shares are at most so many steps
 STREAK_LINES = 3  # log lines in which it must show
 MIN_STEPS = 80  # no warning before this step: no run learns in so few
 SLOW_STEPS = 200  # healthy runs can stay near ln K this long
@@ -44,6 +45,7 @@ class CollapseGuard:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
         self.counted = 0  # codes of this process since the last log line
         self.previous_codes: torch.Tensor | None = None  # of `share_changed`
+        self.resumed_codes: torch.Tensor | None = None  # of all processes, from before an interruption
         self.recent_stds: deque[float] = deque(maxlen=STREAK_LINES)  # embedding_std of the latest log lines
         self.last_row: dict[str, float] = {}
         self.streak: list[tuple[float, int]] = []  # (share of the run, step) of the latest log lines, all stuck
@@ -116,11 +118,12 @@ class CollapseGuard:
         """Apply the rule to a row of `measure`; True once for each time that the run is found to collapse.
 
         Rule: after the first tenth of the run, it has been stuck (`is_stuck`) for another tenth and three log lines,
-        and 80 steps are done. share_done: share of the run's steps. step: steps done.
+        and 80 steps are done. Each tenth counts as 500 steps in longer runs. share_done: share of the run's steps.
+        step: steps done.
         """
         self.recent_stds.append(row["embedding_std"])
         self.last_row = row | {"embedding_std": min(self.recent_stds)}
-        if not is_stuck(self.last_row) or share_done < GRACE_SHARE:
+        if not is_stuck(self.last_row) or (share_done < GRACE_SHARE and step < GRACE_STEPS):
             self.streak = []
             return False
         self.streak.append((share_done, step))
@@ -147,6 +150,8 @@ class CollapseGuard:
         process must call it.
         """
         before, self.previous_codes = self.previous_codes, codes
+        if self.resumed_codes is not None:
+            before, self.resumed_codes = _share(self.resumed_codes, _total(len(codes))), None
         if before is None:
             return None
         changed = torch.stack([(before != codes).sum(), torch.tensor(len(before), device=before.device)]).double()
@@ -155,12 +160,57 @@ class CollapseGuard:
         changed, images = changed.tolist()
         return changed / images
 
+    def gather(self) -> dict[str, Any]:
+        """Gather what the guards of all processes remember, for a checkpoint. Every process must call it."""
+        used, codes = self.used.clone(), self.resumed_codes
+        if dist.is_initialized():
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        if self.previous_codes is not None:
+            rank, world_size = _rank_and_world_size()
+            codes = self.previous_codes.new_zeros(_total(len(self.previous_codes)))
+            codes[rank::world_size] = self.previous_codes
+            if dist.is_initialized():
+                dist.all_reduce(codes)
+        counted, names = _total(self.counted), ("last_row", "knows_that_run_is_slow")
+        remembered = {name: getattr(self, name) for name in names}
+        streak, stds = [list(line) for line in self.streak], list(self.recent_stds)
+        return {"used": used, "counted": counted, "codes": codes, "streak": streak, "recent_stds": stds, **remembered}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load what `gather` gave, also on another number of processes than then."""
+        if len(state["used"]) == len(self.used):
+            self.used.copy_(state["used"])
+            self.counted = state["counted"] if _rank_and_world_size()[0] == 0 else 0
+        self.resumed_codes = state["codes"] if state["codes"] is None else state["codes"].to(self.used.device)
+        self.streak = [tuple(line) for line in state["streak"]]
+        self.recent_stds.extend(state["recent_stds"])
+        self.last_row, self.knows_that_run_is_slow = state["last_row"], state["knows_that_run_is_slow"]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _total(number: int) -> int:
+    """The sum over processes."""
+    if not dist.is_initialized():
+        return number
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
+def _share(codes: torch.Tensor, total: int) -> torch.Tensor | None:
+    """This process's share of the codes of all; None if there are other images now."""
+    rank, world_size = _rank_and_world_size()
+    return codes[rank::world_size] if len(codes) == total else None
+
 
 def _is_long(streak: list[tuple[float, int]]) -> bool:
     if len(streak) < STREAK_LINES:
         return False
-    (first, _), (last, step) = streak[0], streak[-1]
-    return last - first >= STREAK_SHARE and step >= MIN_STEPS
+    (first, first_step), (last, step) = streak[0], streak[-1]
+    return (last - first >= STREAK_SHARE or step - first_step >= STREAK_STEPS) and step >= MIN_STEPS
 
 
 def is_stuck(row: Mapping[str, float]) -> bool:

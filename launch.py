@@ -11,7 +11,9 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,11 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """The run ended itself, for example at a loss of NaN. `run_script` prints it as one line."""
+    """The run ended itself, for example at a loss of NaN. `run_script` prints it as one line and exits with `code`."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
         *_, message = str(error).splitlines() or [repr(error)]  # a loader worker's error comes below its traceback
         print(f"error: {message.removeprefix('launch.UserError: ')}", file=sys.stderr, flush=True)
         leave = os._exit if dist.is_initialized() else sys.exit  # a normal exit would wait for the other processes
-        leave(2 if isinstance(error, UserError) else 1)
+        leave(error.code if isinstance(error, RunStopped) else 2)
     except KeyboardInterrupt:
         log(f"\ninterrupted{after_interrupt}")
         sys.exit(130)
@@ -328,6 +334,68 @@ def use_compile(choice: str, device: torch.device, world_size: int, *, steps: in
         log(f"--compile off: torch.compile does not work here ({reason}); it would make steps faster")
         return False
     return True
+
+
+# Signals
+
+STOP_CODES = {"SIGUSR1": 75, "SIGINT": 130, "SIGTERM": 143}  # exit codes of a run that a signal stopped; 75: try again
+REPEAT_SECONDS = 1  # torchrun passes on a SIGINT that the terminal has sent to all processes already
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Note SIGTERM, SIGUSR1 and a first SIGINT instead of ending at once. A second SIGINT interrupts as usual.
+
+    Yields a function that gives the name of the signal that came, or None. Does nothing outside of the main thread.
+    """
+    came: list[tuple[str, float]] = []
+
+    def note(number: int, _frame: object) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if name == "SIGINT" and any(n == name and now - then > REPEAT_SECONDS for n, then in came):
+            raise KeyboardInterrupt
+        came.append((name, now))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    numbers = [getattr(signal, name) for name in STOP_CODES if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: came[-1][0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Votes:
+    """Lets all processes act after the same step: each gives a number, and all get the largest a step later.
+
+    Nobody waits for a GPU, as the numbers go through gloo. A single process gets its own number at once.
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=PROCESS_TIMEOUT) if dist.is_initialized() else None
+        self.pending: dist.Work | None = None
+
+    def largest(self, number: int) -> int:
+        """Give a number of 0 or more; get the largest of those that processes gave at the last call, first 0."""
+        if self.group is None:
+            return number
+        agreed = 0
+        if self.pending is not None:
+            self.pending.wait()
+            agreed = int(self.numbers)
+        self.numbers = torch.tensor(number)
+        self.pending = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        """Wait until all processes have called it."""
+        if self.group is not None:
+            if self.pending is not None:
+                self.pending.wait()
+            dist.barrier(self.group)
 
 
 # Messages

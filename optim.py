@@ -22,8 +22,10 @@ class LARS(torch.optim.Optimizer):
              (g unchanged, without weight decay, where ||p|| or ||g|| is zero)
         buffer <- momentum * buffer + g        (the first buffer is g)
         p <- p - lr * buffer
-    A parameter without a gradient (None) is skipped, and so is its buffer. All parameters of a group must be on one
-    device. On a GPU, the step never waits for the device. Raises ValueError for values out of range.
+    A parameter without a gradient (None) is skipped, and so is its buffer. All parameters must be on one device. On a
+    GPU, the step never waits for the device. Raises ValueError for values out of range.
+    If a gradient is inf or nan, this step and all later ones change nothing, and `skipped`, a tensor on the device,
+    counts them: parameters and buffers stay as they were before. steps: calls of `step`.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class LARS(torch.optim.Optimizer):
             lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps
         )
         super().__init__(params, defaults)
+        self.steps = 0
+        self.skipped: torch.Tensor | None = None  # int64, once a step is done
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -52,19 +56,23 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(params, group)
+        self.steps += 1
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        groups = [(group, params, _norms([p.grad for p in params])) for group, params in groups if params]
+        if not groups:
+            return loss
+        total = torch.stack([grad_norms.sum() for _, _, grad_norms in groups]).sum()
+        if self.skipped is None:
+            self.skipped = torch.zeros_like(total, dtype=torch.int64)
+        applies = total.isfinite() & (self.skipped == 0)
+        self.skipped += ~applies
+        if total.device.type != "cpu" or applies:  # the host waits for no device
+            for group, params, grad_norms in groups:
+                self._step_group(params, grad_norms, applies, group)
         return loss
 
-    def _step_group(self, params: list[torch.Tensor], group: dict) -> None:
-        grads = [p.grad for p in params]
-        on_cpu = params[0].device.type == "cpu"
-        param_norms, grad_norms = (
-            torch.stack([_norm(tensor) for tensor in tensors] if on_cpu else torch._foreach_norm(tensors))
-            for tensors in (params, grads)
-        )  # [number of parameters]
+    def _step_group(self, params: Tensors, grad_norms: torch.Tensor, applies: torch.Tensor, group: dict) -> None:
+        grads, param_norms = [p.grad for p in params], _norms(params)  # norms: [number of parameters]
         trust_ratios = (
             group["trust_coefficient"] * param_norms / (grad_norms + group["weight_decay"] * param_norms + group["eps"])
         )
@@ -77,8 +85,16 @@ class LARS(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        update = _update_one_by_one if on_cpu else _update_together
-        update(params, grads, buffers, trust_ratios, group)
+        if params[0].device.type == "cpu":
+            _update_one_by_one(params, grads, buffers, trust_ratios, group)
+        else:
+            _update_together(params, grads, buffers, trust_ratios, group, applies)
+
+
+def _norms(tensors: Tensors) -> torch.Tensor:
+    """Compute the 2-norm of each tensor: [number of tensors]."""
+    on_cpu = tensors[0].device.type == "cpu"
+    return torch.stack([_norm(tensor) for tensor in tensors] if on_cpu else torch._foreach_norm(tensors))
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,15 +104,31 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor)
 
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+
+
 def _update_together(
-    params: Tensors, grads: Tensors, buffers: Tensors, trust_ratios: torch.Tensor, group: dict
+    params: Tensors,
+    grads: Tensors,
+    buffers: Tensors,
+    trust_ratios: torch.Tensor,
+    group: dict,
+    applies: torch.Tensor,
 ) -> None:
-    """Update many parameters per kernel, for GPUs, where launching kernels takes most of the time."""
+    """Update many parameters per kernel, for GPUs, where launching kernels takes most of the time.
+
+    applies: a bool on the device. If it is False, nothing changes but the gradients, which become 0: as integers, since
+    nan times 0 is nan.
+    """
+    bits = INTEGERS[grads[0].element_size()]
+    torch._foreach_mul_([grad.view(bits) for grad in grads], applies.to(bits))
     updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-    torch._foreach_mul_(updates, list(trust_ratios.unbind()))
-    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_mul_(updates, list(torch.where(applies, trust_ratios, 0.0).unbind()))
+    share = applies.to(buffers[0].dtype)  # 1 or 0
+    torch._foreach_mul_(buffers, share * group["momentum"] + (1 - share))
     torch._foreach_add_(buffers, updates)
-    torch._foreach_add_(params, buffers, alpha=-group["lr"])
+    del updates  # of the size of the model
+    torch._foreach_add_(params, torch._foreach_mul(buffers, share * -group["lr"]))
 
 
 def _update_one_by_one(

@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,11 +42,21 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
+from images import (
+    DATASETS,
+    CachedImages,
+    ImageFiles,
+    cache_images,
+    fingerprint,
+    open_images,
+    sizes_to_cache,
+    typical_side,
+)
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
 from optim import LARS, warmup_cosine
+from run_log import RunLog
 from sinkhorn_ext import backend
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
@@ -148,9 +159,14 @@ def option_parser() -> launch.OptionParser:
         affects="learning")  # fmt: skip
 
     parser.start_group("output", affects="nothing")
-    add("dump_path", "runs/swav", str, "Write, or resume, the run in this folder.", common="DIR")
+    parser.add("dump_path", None, str, "Write, or resume, the run in this folder.", common="DIR",
+        default_text="runs/ and the name of the images")  # fmt: skip
     add("checkpoint_freq", 25, positive_int, "epochs between checkpoints that are kept; checkpoint.pth is written "
         "after every epoch")  # fmt: skip
+    add("checkpoint_minutes", 15.0, positive, "also write checkpoint.pth this often within an epoch")
+    parser.add("resume_anyway", None, str, "resume an unfinished run in dump_path with other images or options: on "
+        "or off", choices=("on", "off"), nargs="?", const="on", default_text="off")  # fmt: skip
+    add("replay", None, str, "run the step of a bad_step-RANK.pth again and name its first bad tensor; no training")
     add("log_freq", 50, positive_int, "steps between log lines")
     add("eval_every", None, nonnegative_int, "epochs between label-free quality measures (RankMe, LiDAR and others, "
         "see features.py); 0: never (default: as often as about 1.5 %% of the time allows)")  # fmt: skip
@@ -166,14 +182,23 @@ def option_parser() -> launch.OptionParser:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, after those of recipes/shapes.args if it names no images. Raises UserError."""
     names = {word.partition("=")[0].replace("_", "-") for word in argv}
-    names_images = names & {"--data-path", "--dataset", "--help", "--help-all", "-h"}
+    names_images = names & {"--data-path", "--dataset", "--help", "--help-all", "-h", "--replay"}
     if not names_images and not any(word.startswith("@") for word in argv):
         log(f"no images named: running the recipe {SHAPES_RECIPE}")
         argv = [f"@{SHAPES_RECIPE}", *argv]
     args = option_parser().parse_args(argv)
     if args.use_fp16:
         args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
+    args.dump_path = args.dump_path or str(Path("runs", name_of_images(args)))
     return args
+
+
+def name_of_images(args: argparse.Namespace) -> str:
+    """The data set's name, or that of its folder: imagenet for imagenet/train."""
+    if args.dataset != "folder" or not args.data_path:
+        return args.dataset
+    folder = Path(args.data_path).absolute()
+    return (folder.parent if folder.name == "train" else folder).name or "folder"
 
 
 def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
@@ -214,20 +239,20 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         build_loss(args, world_size)
 
 
-def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) -> dict:
+def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) -> tuple[dict, dict[str, str]]:
     """Fill the options that the user left open, print them with reasons, and check all. Raises UserError.
 
     They come from the run in dump_path, if there is one to resume, else from the images (defaults.py).
-    Returns what checkpoints keep of this: options, user_options and recovered, see checkpoint.py.
+    Returns what checkpoints keep of this (options, user_options, recovered and images, see checkpoint.py), and the
+    reasons by option.
     """
     if len(images) < 2 * world_size:
         raise UserError(f"--data_path: expected {2 * world_size} images or more (2 per process), got {len(images)}")
-    affects = option_parser().affects
+    affects, dump = option_parser().affects, Path(args.dump_path)
     user_options = {n: v for n, v in vars(args).items() if v is not None and affects.get(n, "nothing") != "nothing"}
-    path = Path(args.dump_path) / "checkpoint.pth"
-    chosen, recovered = {}, []
-    if path.exists():
-        earlier = checkpoint.load_run(path)
+    chosen, recovered, found = {}, [], checkpoint.find(dump)
+    if found:
+        _, earlier = found
         recovered = earlier["recovered"]
         chosen = checkpoint.inherited_options(
             earlier, user_options, derived=DERIVED, crop_lists=CROP_LISTS, world_size=world_size
@@ -256,7 +281,10 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
             f"got {args.batch_size}"
         )
     options = {**vars(args), "global_batch_size": global_batch_size}
-    return {"options": options, "user_options": user_options, "recovered": recovered}
+    settings = {"options": options, "user_options": user_options, "recovered": recovered, "images": fingerprint(images)}
+    if found:
+        checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
+    return settings, {name: reason for name, (_, reason) in chosen.items()}
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
@@ -309,25 +337,33 @@ def main(args: argparse.Namespace) -> None:
     if any(getattr(args, name) is None for name in DERIVED):
         log("derived from the images, or from the run so far:")
 
-    def open_and_resolve(download: bool) -> tuple[Dataset, dict]:
+    def open_and_resolve(download: bool) -> tuple[Dataset, dict, dict]:
         images = open_images(args.dataset, args.data_path, "pretrain", download=download)
-        return images, resolve_options(args, images, world_size)
+        return images, *resolve_options(args, images, world_size)
 
     # The first process of each machine downloads and finds errors; the others wait for it in setup_processes.
     is_first, sizes = launch.environment("LOCAL_RANK", 0) == 0, None
     if is_first:
-        images, settings = open_and_resolve(download=True)
+        images, settings, reasons = open_and_resolve(download=True)
         sizes = sizes_to_cache(images, args.cache)
     rank, world_size = launch.setup_processes(device)
     if not is_first:
-        images, settings = open_and_resolve(download=False)
+        images, settings, reasons = open_and_resolve(download=False)
     images = cache_images(images, sizes)
-    while True:
-        try:
-            train(args, images, settings, rank, world_size, device, dtype)
-            break
-        except Collapse:
-            recover(args, settings)
+    dump = Path(args.dump_path)
+    if rank == 0:
+        dump.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(dump) if rank == 0 else nullcontext(), launch.stop_signals() as requested_stop:
+        if rank == 0:
+            checkpoint.write_facts(
+                dump, settings, reasons, world_size=world_size, device=str(device), sinkhorn=backend(device)
+            )
+        while True:
+            try:
+                train(args, images, settings, rank, world_size, device, dtype, requested_stop)
+                break
+            except Collapse:
+                recover(args, settings)
     launch.leave_processes()
 
 
@@ -339,15 +375,16 @@ def train(
     world_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    requested_stop: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Train from the first epoch to the last, or from the checkpoint in dump_path. The numbers 1 to 6 are the method.
+    """Train from the first step to the last, or from the checkpoint in dump_path. The numbers 1 to 6 are the method.
 
-    settings: from `resolve_options`. Raises UserError if dump_path holds another run, RunStopped at a loss of NaN or as
-    --on_collapse says, Collapse if the caller should `recover` and call this again.
+    settings: from `resolve_options`. requested_stop: see launch.stop_signals. Raises UserError if dump_path holds
+    another run, RunStopped at inf or nan or as --on_collapse says, SystemExit after a signal, and Collapse if the
+    caller should `recover` and call this again.
     """
     torch.manual_seed(args.seed)
     dump = Path(args.dump_path)
-    dump.mkdir(parents=True, exist_ok=True)
     reuse_freed_memory()
     loader = build_loader(args, images, rank, world_size, device)
     steps_per_epoch = len(loader)
@@ -362,45 +399,37 @@ def train(
     criterion = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)  # each step sets its learning rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    options, affects = settings["options"], option_parser().affects
-    first_epoch = checkpoint.resume(
-        dump, options, affects, **parts, criterion=criterion, steps_per_epoch=steps_per_epoch
-    )
-    augment_crops = augment
-    steps_left = (args.epochs - first_epoch) * steps_per_epoch
-    if launch.use_compile(args.compile, device, world_size, steps=steps_left, crop_size=max(args.size_crops)):
+    guard = CollapseGuard(args.nmb_prototypes, device)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, criterion=criterion, guard=guard)
+    first_epoch, first_step, losses = checkpoint.resume(dump, settings, parts, steps_per_epoch)
+    steps_done = first_epoch * steps_per_epoch + first_step
+    augment_crops, steps = augment, args.epochs * steps_per_epoch
+    if launch.use_compile(args.compile, device, world_size, steps=steps - steps_done, crop_size=max(args.size_crops)):
         log("compiling: the first steps take a minute or two")
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch advises TF32, which would change codes by up to 1 %
         model.features = torch.compile(model.features, dynamic=False)  # only the backbone; one graph per resolution
         augment_crops = torch.compile(augment, dynamic=False)
     place_options = dict(memory_format=layout, stream=torch.cuda.Stream(device) if device.type == "cuda" else None)
     network = data_parallel(model, device) if world_size > 1 else model  # which averages gradients over processes
-    run_log = checkpoint.RunLog(
-        dump,
-        epochs=args.epochs,
-        epochs_done=first_epoch,
-        steps_per_epoch=steps_per_epoch,
-        images_per_step=args.batch_size * world_size,
-        log_freq=args.log_freq,
-        ln_k=math.log(args.nmb_prototypes),
-        device=device,
-        tensorboard=args.tensorboard == "on",
-    )
-    guard = CollapseGuard(args.nmb_prototypes, device)
+    log_options = dict(log_freq=args.log_freq, ln_k=math.log(args.nmb_prototypes), tensorboard=args.tensorboard == "on")
+    log_options |= dict(images_per_step=args.batch_size * world_size, device=device)
+    run_log = RunLog(dump, epochs=args.epochs, steps_done=steps_done, steps_per_epoch=steps_per_epoch, **log_options)
+    run_log.epoch_losses = losses
+    saver_options = dict(sampler=loader.batch_sampler, minutes=args.checkpoint_minutes, requested_stop=requested_stop)
+    saver = checkpoint.Saver(dump, parts | {"run_log": run_log}, settings, **saver_options)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
-    measured_on = (
-        quality_crops(images, multi_crop, rank, world_size) if max(measured_epochs, default=0) > first_epoch else None
-    )
+    measures_quality = max(measured_epochs, default=0) > first_epoch
+    measured_on = quality_crops(images, multi_crop, rank, world_size) if measures_quality else None
     print_run_summary(args, images, loader, model, device, dtype)
 
-    batches = start_epoch(loader, first_epoch) if first_epoch < args.epochs else None
+    batches = start_epoch(loader, first_epoch, first_step) if first_epoch < args.epochs else None
     for epoch in range(first_epoch, args.epochs):
         if epoch >= args.epoch_queue_starts:
             criterion.start_queue()
-        for step, (batch, _) in run_log.timed_steps(epoch, batches):  # step: of the whole run, from 0
+        first = first_step if epoch == first_epoch else 0
+        for step, (batch, _) in run_log.timed_steps(epoch, batches, first):  # step: of the whole run, from 0
             crops = crops_to_device(batch, device, augment=augment_crops, **place_options)  # V of [B, 3, S, S]
             # 1. Prototypes to the unit sphere
             model.normalize_prototypes()
@@ -409,31 +438,31 @@ def train(
                 embeddings, scores = network(crops)  # [V*B, D], [V*B, K]
             # 3. Codes, the softmax of code_logits, and 4. swapped prediction
             loss, code_logits = criterion.loss_and_code_logits(embeddings, scores, model.prototypes.weight)
-            if not run_log.record_loss(loss):  # on a GPU losses are read only when a line is due
-                last_batch = dict(crops=crops, embeddings=embeddings.detach(), scores=scores.detach())
-                indices = list(loader.batch_sampler)
-                checkpoint.stop_on_bad_loss(dump, run_log, options=options, model=model, indices=indices, **last_batch)
             # 5. Backward
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             if step < args.freeze_prototypes_niters:
                 model.prototypes.weight.grad = None
-            # 6. Learning rate, and LARS
+            # 6. Learning rate, and LARS, which changes nothing if a gradient is inf or nan
             for group in optimizer.param_groups:
                 group["lr"] = learning_rates[step]
             scaler.step(optimizer)
             scaler.update()
 
-            # Not part of the method: watch and log
+            # Not part of the method: watch, log, save
+            run_log.record_loss(loss)
             guard.count(code_logits)
             if run_log.line_is_due:
+                saver.stop_on_bad_step()
                 one_crop = embeddings.detach().chunk(len(crops))[args.crops_for_assign[0]]  # [B, D]
-                measures = guard.watch(
-                    run_log.interval_loss, code_logits, one_crop, share_done=run_log.share_done, step=step + 1
-                )
+                progress = dict(share_done=run_log.share_done, step=step + 1)
+                measures = guard.watch(run_log.interval_loss, code_logits, one_crop, **progress)
+                if scaler.is_enabled():
+                    measures["skipped_steps"] = step + 1 - steps_done - optimizer.steps
                 run_log.log_step(measures, lr=learning_rates[step])
                 if measures["collapsing"]:
                     handle_collapse(args, settings, measures, step + 1)
+            saver.save_if_due()
 
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
@@ -441,15 +470,11 @@ def train(
         quality = measure_quality(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
         warn_if_slow(guard, quality, epoch + 1, args.epochs)
-        queue = criterion.gather_queue(args.batch_size)
-        if rank == 0:
-            checkpoint.save_epoch(
-                dump,
-                {"epoch": epoch + 1, "step": step + 1, "queue": queue, **settings},
-                **parts,
-                keep=is_last or (epoch + 1) % args.checkpoint_freq == 0,
-                is_good=args.on_collapse == "recover" and not guard.epoch_is_stuck(run_log.epoch_loss),
-            )
+        saver.save_epoch(
+            keep=is_last or (epoch + 1) % args.checkpoint_freq == 0,
+            is_good=args.on_collapse == "recover" and not guard.epoch_is_stuck(run_log.epoch_loss),
+        )
+    saver.finish()
     log(f"done; evaluate it with: python eval_linear.py {dump / 'checkpoint.pth'}")
 
 

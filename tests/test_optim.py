@@ -57,12 +57,18 @@ def take_step(optimizer, params, step):
     optimizer.step()
 
 
+def use_form(form: str, monkeypatch) -> None:
+    if form == "for GPUs":
+        monkeypatch.setattr(
+            optim, "_update_one_by_one", lambda *args: optim._update_together(*args, torch.tensor(True))
+        )
+
+
 @pytest.mark.parametrize("form", ["for CPUs", "for GPUs"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("options", [{}, dict(momentum=0.5, trust_coefficient=0.02, eps=0.1), dict(momentum=0.0)])
 def test_ten_steps_match_the_reference(options, dtype, tolerance, form, monkeypatch):
-    if form == "for GPUs":
-        monkeypatch.setattr(optim, "_update_one_by_one", optim._update_together)
+    use_form(form, monkeypatch)
     params = new_params(dtype)
     expected, buffers = {name: p.detach().double().clone() for name, p in params.items()}, {}
     optimizer = new_optimizer(params, **options)
@@ -96,6 +102,37 @@ def test_gradients_are_not_modified():
         take_step(optimizer, params, step)
         for name, grad in gradients(step).items():
             assert params[name].grad is None if grad is None else torch.equal(params[name].grad, grad)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_stops_all_updates_and_is_counted(bad):
+    params = new_params()
+    optimizer = new_optimizer(params)
+    for step in range(2):
+        take_step(optimizer, params, step)
+    before = [p.detach().clone() for p in params.values()]
+    buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in params.values() if p in optimizer.state]
+    assert optimizer.skipped == 0
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    params["conv"].grad.view(-1)[1] = bad
+    optimizer.step()
+    take_step(optimizer, params, 3)  # these gradients are finite again
+    assert optimizer.skipped == 2 and optimizer.steps == 4
+    assert all(torch.equal(p.detach(), old) for p, old in zip(params.values(), before, strict=True))
+    now = [optimizer.state[p]["momentum_buffer"] for p in params.values() if p in optimizer.state]
+    assert all(torch.equal(buffer, old) for buffer, old in zip(now, buffers, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_form_for_gpus_leaves_everything_as_it_is_without_reading_a_value(dtype):
+    params, grads, buffers = ([torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)] for _ in range(3))
+    grads[0][1, 2] = torch.nan
+    before = [tensor.clone() for tensor in params + buffers]
+    group, ratios = dict(lr=0.5, momentum=0.9, weight_decay=0.1), torch.tensor([torch.nan, 1.0], dtype=dtype)
+    optim._update_together(params, grads, buffers, ratios, group, torch.tensor(False))
+    assert all(torch.equal(now, old) for now, old in zip(params + buffers, before, strict=True))
+    assert not any(grad.any() for grad in grads)
 
 
 LAYOUTS = {

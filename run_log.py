@@ -1,0 +1,189 @@
+"""What a run logs: metrics.jsonl, a progress line, and TensorBoard if asked for.
+
+A row of metrics.jsonl is one of a log line (loss, learning rate, throughput, measures of guard.py) or of an epoch
+(epoch_loss, codes_changed, measures of features.py). Each step has at most one of each, also in resumed runs.
+"""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch import environment, log, mean_over_processes, show_progress
+
+
+def step_of(row: str) -> float:
+    """The step of a row of metrics.jsonl; infinite for a row that an interruption cut short."""
+    try:
+        return json.loads(row)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class RunLog:
+    """Logs a run and counts what a line reports: steps, time, time spent waiting for data, losses. One per process.
+
+    steps_done: rows of later steps, from an interrupted run, are dropped. ln_k: ln(nmb_prototypes).
+    epoch_losses: losses of the epoch so far, means over processes; a resumed run sets those from before.
+    """
+
+    def __init__(
+        self,
+        dump: Path,
+        *,
+        epochs: int,
+        steps_done: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        log_freq: int,
+        ln_k: float,
+        device: torch.device,
+        tensorboard: bool = False,
+    ) -> None:
+        self.epochs, self.steps_per_epoch, self.images_per_step = epochs, steps_per_epoch, images_per_step
+        self.log_freq, self.ln_k, self.device = log_freq, ln_k, device
+        self.total_steps = epochs * steps_per_epoch
+        self.epoch, self.step_of_epoch = divmod(steps_done, steps_per_epoch)  # the current step counts as done
+        self.epoch_losses: list[float] = []
+        self.unread_losses: list[torch.Tensor] = []  # still on the device
+        self.line_is_due = False
+        self.file = self.board = None
+        self.unwritten = b""  # rows that did not fit onto the disk
+        if environment("RANK", 0) != 0:
+            return
+        path = dump / "metrics.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        kept = [row for row in rows if step_of(row) <= steps_done]
+        if kept != rows:
+            unfinished = path.with_name(path.name + ".tmp")
+            unfinished.write_text("".join(row + "\n" for row in kept))
+            os.replace(unfinished, path)
+        self.file = path.open("ab", buffering=0)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # needs a package that few have
+
+            self.board = SummaryWriter(str(dump / "tensorboard"), purge_step=steps_done + 1)
+
+    @property
+    def step(self) -> int:
+        """Steps done, with the current one."""
+        return self.epoch * self.steps_per_epoch + self.step_of_epoch
+
+    @property
+    def share_done(self) -> float:
+        return self.step / self.total_steps
+
+    def timed_steps(self, epoch: int, batches: Iterator, first: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield (step, batch) for an epoch's steps from its `first` on; step counts from the start of the run, from 0.
+
+        Both count from 0. batches: of these steps.
+        """
+        self.epoch = epoch
+        if not first:
+            self.epoch_losses = []
+        self.unread_losses, self.epoch_steps = [], 0
+        self.epoch_start = time.perf_counter()
+        self._start_interval(self.epoch_start)
+        for step_of_epoch in range(first + 1, self.steps_per_epoch + 1):
+            self.step_of_epoch = step_of_epoch
+            is_last = step_of_epoch == self.steps_per_epoch
+            self.line_is_due = self.step == 1 or step_of_epoch % self.log_freq == 0 or is_last
+            wait_start = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - wait_start
+            self.interval_steps += 1
+            self.epoch_steps += 1
+            yield self.step - 1, batch
+        self.epoch_seconds = time.perf_counter() - self.epoch_start
+
+    def _start_interval(self, now: float) -> None:
+        self.interval_start, self.interval_steps, self.waited = now, 0, 0.0
+
+    def record_loss(self, loss: torch.Tensor) -> None:
+        """Record the loss of a step; `read_losses` reads it, as to read means to wait for the GPU."""
+        self.unread_losses.append(loss.detach())
+
+    def read_losses(self) -> list[float]:
+        """Average over processes the losses recorded since the last call. Return all of the epoch so far."""
+        if self.unread_losses:
+            self.epoch_losses += mean_over_processes(torch.stack(self.unread_losses)).tolist()
+            self.unread_losses = []
+        return self.epoch_losses
+
+    @property
+    def interval_loss(self) -> float:
+        """Mean loss since the last line; lines come at the same steps in a resumed run."""
+        last_line = (self.step_of_epoch - 1) // self.log_freq * self.log_freq
+        if self.epoch == last_line == 0 and self.step > 1:
+            last_line = 1
+        losses = self.read_losses()[last_line - self.step_of_epoch :]
+        return sum(losses) / len(losses)
+
+    @property
+    def epoch_loss(self) -> float:
+        return sum(self.read_losses()) / len(self.epoch_losses)
+
+    def log_step(self, measures: Mapping[str, float], lr: float) -> dict:
+        """Log the steps since the last line; measures: more numbers for metrics.jsonl. Returns the row."""
+        now = time.perf_counter()
+        seconds_per_step = (now - self.interval_start) / self.interval_steps
+        row = {"epoch": self.epoch + 1, "step": self.step, "loss": self.interval_loss, "ln_k": self.ln_k, **measures}
+        row |= {
+            "lr": lr,
+            "images_per_s": self.images_per_step / seconds_per_step,
+            "data_wait_percent": 100 * self.waited / (now - self.interval_start),
+            "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
+            "eta_s": (self.total_steps - self.step) * seconds_per_step,
+        }
+        self._write(row)
+        memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
+        skipped = f"{row['skipped_steps']} steps skipped  " if row.get("skipped_steps") else ""
+        show_progress(
+            f"epoch {row['epoch']}/{self.epochs}  step {row['step']}/{self.total_steps}  "
+            f"loss {row['loss']:.4f} (ln K {self.ln_k:.3f})  lr {lr:.4g}  {row['images_per_s']:.0f} images/s  "
+            f"data wait {row['data_wait_percent']:.0f}%  {memory}{skipped}"
+            f"ETA {timedelta(seconds=round(row['eta_s']))}"
+        )
+        self._start_interval(now)
+        return row
+
+    def log_epoch(self, **measures: float | None) -> None:
+        """Log the epoch that ended."""
+        images_per_s = self.epoch_steps * self.images_per_step / self.epoch_seconds
+        row = {"epoch": self.epoch + 1, "step": self.step, "epoch_loss": self.epoch_loss, "ln_k": self.ln_k}
+        row |= {"epoch_seconds": self.epoch_seconds, "epoch_images_per_s": images_per_s, **measures}
+        self._write(row)
+        shown = {"LiDAR": measures.get("lidar"), "trivial R2": measures.get("trivial_r2")}
+        quality = "".join(f"  {name} {value:.3g}" for name, value in shown.items() if value is not None)
+        show_progress(
+            f"epoch {self.epoch + 1}/{self.epochs} done: loss {self.epoch_loss:.4f} (ln K {self.ln_k:.3f})  "
+            f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s{quality}",
+            keep=True,
+        )
+
+    def _write(self, row: dict) -> None:
+        if self.file is None:
+            return
+        is_first_failure = not self.unwritten
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.unwritten) < len(self.unwritten):  # a disk that fills up takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b""
+            if self.board is not None:
+                for name, value in row.items():
+                    if value is not None:
+                        self.board.add_scalar(name, value, row["step"])
+                self.board.flush()
+        except OSError as error:
+            if self.unwritten:
+                self.file.truncate(size)
+            if is_first_failure:
+                log(f"warning: metrics.jsonl cannot be written ({error.strerror}); its rows are kept for the next line")
