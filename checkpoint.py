@@ -418,6 +418,7 @@ def check_same_run(
     resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture.
     """
     options, changes = settings["options"], changed_options(settings["options"], checkpoint, affects)
+    changes.pop("epochs", None)  # a run may become longer
     images_before, images_now = checkpoint.get("images"), settings["images"]
     if images_before is not None:
         changes.pop("data_path", None)  # a folder may move
@@ -477,6 +478,8 @@ def resume(
         parts["scaler"].load_state_dict(checkpoint["scaler"])
     if checkpoint["guard"]:
         parts["guard"].load_state(checkpoint["guard"])
+        if checkpoint["options"]["on_collapse"] != options["on_collapse"]:
+            parts["guard"].streak.clear()  # so that a collapse already warned of is found again, and acted on
     if "rng" in checkpoint:
         torch.set_rng_state(checkpoint["rng"])
     epochs_done, step_of_epoch, losses = (checkpoint[name] for name in ("epoch", "step_of_epoch", "losses"))
@@ -597,12 +600,14 @@ def start_of_process(pid: int) -> str | None:
 
 
 def write_facts(dump: Path, settings: Mapping[str, Any], reasons: Mapping[str, str], **facts: object) -> None:
-    """Write run.json: the command, every option with its reason, versions, machine, and more facts."""
+    """Write run.json: the command, every option with its reason, versions, machine, and more facts.
 
-    def reason(name: str) -> str:
-        return reasons.get(name) or ("set by the user" if name in settings["user_options"] else "default")
-
-    options = {name: {"value": value, "reason": reason(name)} for name, value in settings["options"].items()}
+    settings: options and images. reasons: by option, those that the user did not set.
+    """
+    options = {
+        name: {"value": value, "reason": reasons.get(name, "set by the user")}
+        for name, value in settings["options"].items()
+    }
     contents = {
         "command": shlex.join([sys.executable, *sys.argv]),
         "options": options,

@@ -525,6 +525,7 @@ def training_loader(
         CroppedBatches(images, transform, seed) if crop_only else SeededImages(images, transform, seed),
         batch_sampler=ShuffledBatches(len(images), batch_size, seed=seed, rank=rank, world_size=world_size),
         collate_fn=_identity if crop_only else None,
+        generator=torch.Generator(),  # a loader draws a seed for each epoch: not from the generator that runs save
         pin_memory=pin_memory,
         **_worker_options(workers, persistent=True),
     )

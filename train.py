@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
-from data import MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
+from data import CroppedBatches, MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
 from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
 from features import (
     assigned_prototypes,
@@ -250,9 +250,8 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         raise UserError(f"--data_path: expected {2 * world_size} images or more (2 per process), got {len(images)}")
     affects, dump = option_parser().affects, Path(args.dump_path)
     user_options = {n: v for n, v in vars(args).items() if v is not None and affects.get(n, "nothing") != "nothing"}
-    chosen, recovered, found = {}, [], checkpoint.find(dump)
-    if found:
-        _, earlier = found
+    chosen, recovered, earlier = {}, [], checkpoint.find(dump)
+    if earlier:
         recovered = earlier["recovered"]
         chosen = checkpoint.inherited_options(
             earlier, user_options, derived=DERIVED, crop_lists=CROP_LISTS, world_size=world_size
@@ -282,9 +281,11 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         )
     options = {**vars(args), "global_batch_size": global_batch_size}
     settings = {"options": options, "user_options": user_options, "recovered": recovered, "images": fingerprint(images)}
-    if found:
+    if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
-    return settings, {name: reason for name, (_, reason) in chosen.items()}
+    parser = option_parser()
+    reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}
+    return settings, reasons | {name: reason for name, (_, reason) in chosen.items()}
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
@@ -327,8 +328,11 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself."""
     world_size = launch.environment("WORLD_SIZE", 1)
-    check_args(args, world_size)
     device = launch.choose_device(args.device)
+    if args.replay:
+        replay(args.replay, args.data_path, device)
+        return
+    check_args(args, world_size)
     dtype = launch.choose_precision(args.precision, device)
     log(
         "options: "
@@ -506,6 +510,62 @@ def print_run_summary(
         f"model: {args.arch}, {parameters / 1e6:.2f} M parameters, {model.num_features} features, "
         f"{args.nmb_prototypes} prototypes (ln K = {math.log(args.nmb_prototypes):.3f})"
     )
+
+
+# A bad step
+
+
+def replay(path: str, data_path: str | None, device: torch.device) -> str | None:
+    """Run the step of a bad_step-RANK.pth again, with anomaly detection. Return its first bad tensor, or None.
+
+    data_path: where the images are now; None: as in the run. Of several processes it runs the images of one, so codes
+    are balanced over fewer images. Embeddings that the queue got since the bad step are left out.
+    """
+    contents = checkpoint.load(path)
+    if "image_indices" not in contents:
+        raise UserError(f"--replay: expected a bad_step-RANK.pth of a run that stopped, got {path}")
+    args = argparse.Namespace(**contents["options"])
+    images = open_images(args.dataset, data_path or args.data_path, "pretrain")
+    keys = [(contents["epoch"] - 1, index) for index in contents["image_indices"]]
+    batch, _ = CroppedBatches(images, build_multicrop(args), args.seed).__getitems__(keys)
+    dtype, model, criterion = launch.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)
+    model.load_state_dict(contents["state_dict"])
+    queue, filled = (contents["queue"][name] for name in ("queue", "queue_filled"))
+    criterion.queue = queue[:, contents["steps_since"] * len(keys) :]  # [A, Q, D], newest first
+    criterion.queue_filled = filled.clamp(max=criterion.queue.shape[1])
+    criterion.queue_started = contents["queue"]["_extra_state"]["started"]
+    model, criterion = model.to(device), criterion.to(device)
+    bad: list[str] = []
+
+    def check(name: str, *tensors: torch.Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            bad.append(name)
+
+    def check_output(name: str) -> Callable:
+        return lambda _module, _inputs, out: check(f"output of {name}", *(out if isinstance(out, tuple) else [out]))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(check_output(name or "the model"))
+    crops = crops_to_device(batch, device)
+    for i, crop in enumerate(crops):
+        check(f"crop {i}", crop)
+    for name, weight in model.named_parameters():
+        check(f"weight {name}", weight)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.autograd.set_detect_anomaly(True):
+        embeddings, scores = model(crops)
+        loss = criterion(embeddings, scores, model.prototypes.weight)
+    check("the loss", loss)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            loss.backward()
+    except RuntimeError as error:  # names the operation whose gradient is nan
+        bad.append(str(error).splitlines()[0])
+    for name, weight in reversed(list(model.named_parameters())):  # in the order of backward
+        if weight.grad is not None:
+            check(f"gradient of {name}", weight.grad)
+    log(f"step {contents['step']} again: the loss is {loss.item():.4f}; in the run, {contents['reason']}")
+    log(f"first bad tensor: {bad[0]}" if bad else "no bad tensor: here the step is finite")
+    return bad[0] if bad else None
 
 
 # Collapse

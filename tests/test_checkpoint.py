@@ -1,19 +1,28 @@
-"""checkpoint.py: saving, loading and resuming runs, comparing options, rolling back after a collapse, the log."""
+"""checkpoint.py: saving, loading and resuming runs, comparing options, rolling back after a collapse, locks."""
 
+import errno
 import json
-import math
+import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STUCK, TINY, assert_same, run_training, torchrun, train_stuck
+from conftest import ROOT, STUCK, TINY, assert_same, run_training, script, torchrun, train_stuck
 
 import checkpoint
+import launch
 import train
 from images import ImageArrays
-from launch import UserError
+from launch import RunStopped, UserError
 
 
 def load(dump) -> dict:
@@ -30,7 +39,7 @@ def documented_keys() -> set[str]:
 
 def test_a_checkpoint_has_exactly_the_documented_keys(images, tmp_path):
     contents = run_training(images, tmp_path, "--epochs", "1", "--tensorboard", "off")
-    assert contents.keys() == documented_keys() and len(documented_keys()) == 9
+    assert contents.keys() == documented_keys() and len(documented_keys()) == 14
     assert contents["queue"].keys() == {"embeddings", "started", "filled"}
     affects = train.option_parser().affects
     assert contents["options"].keys() - set(train.REPLACED_BY_TORCHRUN) == affects.keys() | {"global_batch_size"}
@@ -48,33 +57,85 @@ def test_user_options_are_what_the_user_set_as_far_as_it_changes_what_is_learned
     assert not contents["user_options"].keys() & {name for name, kind in affects.items() if kind == "nothing"}
 
 
-def test_an_interruption_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interruption_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    checkpoint.save({"epoch": 1}, path)
+    checkpoint.write({"epoch": 1}, path)
 
-    def interrupted(contents, path):
-        path.write_bytes(b"half a file")
+    def interrupted(contents, file):
+        file.write(b"half a file")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", interrupted)
-        checkpoint.save({"epoch": 2}, path)
+        checkpoint.write({"epoch": 2}, path)
     assert checkpoint.load(path) == {"epoch": 1}
-    checkpoint.save({"epoch": 2}, path)
-    assert checkpoint.load(path) == {"epoch": 2} and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+    checkpoint.write({"epoch": 2}, path, tmp_path / "previous.pth")
+    assert checkpoint.load(path) == {"epoch": 2} and checkpoint.load(tmp_path / "previous.pth") == {"epoch": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pth", "previous.pth"]
 
 
-def test_an_unreadable_checkpoint_is_refused_and_kept(images, tmp_path):
-    (tmp_path / "checkpoint.pth").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="--dump_path: cannot resume from .*checkpoint.pth"):
-        run_training(images, tmp_path)
-    assert (tmp_path / "checkpoint.pth").read_bytes() == b"half a file"
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "text"])
+def test_a_damaged_file_is_found_by_its_checksums(damage, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.write({"weights": torch.arange(1000)}, path)
+    assert checkpoint.find_damage(path) is None
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[content.index(torch.arange(1000).numpy().tobytes()) + 4000] ^= 1
+    changed = {"flipped bit": content, "truncated": content[:-100], "empty": b"", "text": b"half a file"}[damage]
+    path.write_bytes(changed)
+    assert checkpoint.find_damage(path)
+
+
+def test_bytes_that_the_disk_changed_are_not_taken(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.write({"epoch": 1}, path)
+    save = torch.save
+
+    def damaged(contents, file):
+        save(contents, file)
+        file.seek(file.tell() - 50)
+        file.write(b"x" * 20)
+
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(OSError, match="read back differs"):
+        checkpoint.write({"epoch": 2}, path)
+    assert checkpoint.load(path) == {"epoch": 1} and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("newest", ["damaged", "missing"])
+def test_a_damaged_or_missing_checkpoint_gives_way_to_the_previous_one(newest, images, tmp_path, capsys):
+    straight = run_training(images, tmp_path / "straight")
+    (tmp_path / "run").mkdir()
+    content = (tmp_path / "straight" / "checkpoint.pth").read_bytes()
+    shutil.copy(tmp_path / "straight" / "checkpoints" / "ckp-2.pth", tmp_path / "run" / "checkpoint_previous.pth")
+    if newest == "damaged":
+        (tmp_path / "run" / "checkpoint.pth").write_bytes(content[: len(content) // 2])
+    capsys.readouterr()
+    resumed = run_training(images, tmp_path / "run")
+    out = capsys.readouterr().out
+    reason = "missing" if newest == "missing" else "cannot resume from .*"
+    assert (
+        len(re.findall(f"^warning: .*{reason}; using .*checkpoint_previous.pth, the state after step 4$", out, re.M))
+        == 1
+    )
+    assert "2 of 4 epochs done" in out
+    straight["options"].pop("dump_path"), resumed["options"].pop("dump_path")
+    assert_same(resumed, straight)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(images, tmp_path):
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        (tmp_path / name).write_bytes(b"half a file")
+        with pytest.raises(UserError, match="--dump_path: cannot resume from .*checkpoint.pth"):
+            run_training(images, tmp_path)
+        assert (tmp_path / name).read_bytes() == b"half a file"
 
 
 @pytest.mark.parametrize("contents", [{"state_dict": {}}, [1, 2], {"epoch": 1, "state_dict": {}}])
 def test_a_file_that_is_no_checkpoint_of_train_is_refused(contents, tmp_path):
     torch.save(contents, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match="^--dump_path: cannot resume from .*pth: it is not a checkpoint of train.py"):
+    with pytest.raises(UserError, match="checkpoint.pth is not a checkpoint of train.py"):
         checkpoint.load_run(tmp_path / "checkpoint.pth")
 
 
@@ -121,9 +182,8 @@ def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, caps
     whole["options"].pop("dump_path"), resumed["options"].pop("dump_path")
     assert_same(resumed, whole)
 
-    alone = run_training(images, once, "--epochs", "3", "--queue_length", "16")
-    # The global batch is as large as before, so only epochs differ.
-    assert "options changed: epochs 4 -> 3\n" in capsys.readouterr().out
+    alone = run_training(images, once, "--epochs", "3", "--queue_length", "16")  # the global batch is as before
+    assert "2 of 3 epochs done\n" in capsys.readouterr().out
     assert alone["step"] == 6 and alone["queue"]["filled"] == 16
     assert_same(run_training(images, twice, "--queue_length", "16")["state_dict"], resumed["state_dict"])
     with pytest.raises(UserError, match="finished run with other options .global_batch_size 4 -> 2"):
@@ -141,7 +201,12 @@ def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, caps
 
 def test_a_changed_number_of_steps_and_another_queue_are_logged(images, tmp_path, capsys):
     run_training(images, tmp_path, "--epochs", "1")
-    run_training(images, tmp_path, "--epochs", "2", "--batch_size", "2", "--queue_length", "0")
+    changed = ["--epochs", "2", "--batch_size", "2", "--queue_length", "0"]
+    with pytest.raises(
+        UserError, match="unfinished run with other options .*--dump_path, add --resume_anyway .*delete"
+    ):
+        run_training(images, tmp_path, *changed)
+    run_training(images, tmp_path, *changed, "--resume_anyway")
     out = capsys.readouterr().out
     assert "steps per epoch: now 5, before 2" in out
     assert "--queue_length: now 0 for 2 assigning crops, before 8 for 2: the queue starts empty" in out
@@ -151,6 +216,265 @@ def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path):
     run_training(images, tmp_path, "--epochs", "1")
     with pytest.raises(UserError, match="--dump_path: .* another architecture .*width 8 -> 16"):
         run_training(images, tmp_path, "--width", "16", "--epochs", "2")
+
+
+# Resume from any step
+
+
+def without_times(dump) -> list[dict]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    names = "images_per_s", "data_wait_percent", "eta_s", "epoch_seconds", "epoch_images_per_s"
+    rows = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+STEPS = ["--batch_size", "2", "--epochs", "3", "--log_freq", "2", "--queue_length", "6"]  # 3 epochs of 5 steps
+
+
+@pytest.fixture(scope="session")
+def straight(images, tmp_path_factory):
+    """A run of 15 steps that nothing disturbs: its folder."""
+    dump = tmp_path_factory.mktemp("straight")
+    run_training(images, dump, *STEPS)
+    return dump
+
+
+def assert_as_straight(dump, straight) -> None:
+    contents, expected = load(dump), load(straight)
+    for options in (contents["options"], expected["options"]):
+        for name in ("dump_path", "workers", "checkpoint_minutes"):
+            options.pop(name)
+    assert_same(contents, expected)
+    assert without_times(dump) == without_times(straight)
+
+
+def stop_after(monkeypatch, steps: int, name: str = "SIGTERM") -> None:
+    """Let a signal come after so many steps of the next run."""
+    calls = count(1)
+
+    @contextmanager
+    def signals():
+        yield lambda: name if next(calls) >= steps else None
+
+    monkeypatch.setattr(launch, "stop_signals", signals)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("stops", [(1, 1), (4, 1), (3, 3, 6)])
+def test_a_run_stopped_after_any_step_ends_as_one_that_was_not(
+    stops, workers, images, straight, tmp_path, monkeypatch, capsys
+):
+    if workers == "2" and stops != (3, 3, 6):
+        pytest.skip("one case with workers is enough")
+    done = 0
+    for steps in stops:
+        stop_after(monkeypatch, steps)
+        with pytest.raises(SystemExit) as stopped:
+            run_training(images, tmp_path, *STEPS, "--workers", workers)
+        done += steps
+        assert stopped.value.code == 143 and load(tmp_path)["step"] == done
+        assert f"SIGTERM: stopped after step {done}, saved in " in capsys.readouterr().out
+    stop_after(monkeypatch, 100)
+    run_training(images, tmp_path, *STEPS, "--workers", workers)
+    assert_as_straight(tmp_path, straight)
+
+
+def test_saves_within_an_epoch_and_keeps_the_last_two(images, straight, tmp_path, monkeypatch):
+    seen, write = [], checkpoint.write
+
+    def watched(contents, path, previous=None):
+        write(contents, path, previous)
+        seen.append((contents["epoch"], contents["step"], contents["step_of_epoch"], len(contents["losses"])))
+        if previous.exists():
+            assert load(tmp_path)["step"] == seen[-1][1] and torch.load(previous)["step"] == seen[-2][1]
+
+    monkeypatch.setattr(checkpoint, "write", watched)
+    run_training(images, tmp_path, *STEPS, "--checkpoint_minutes", "1e-9")
+    within = [(epoch, 5 * epoch + i, i, i) for epoch in range(3) for i in range(1, 5)]
+    assert seen == sorted(within + [(epoch, 5 * epoch, 0, 0) for epoch in (1, 2, 3)])
+    assert_as_straight(tmp_path, straight)
+    assert sorted(path.name for path in tmp_path.glob("**/*.pth")) == [
+        *("checkpoint.pth", "checkpoint_previous.pth", "ckp-2.pth", "ckp-3.pth")
+    ]
+
+
+def test_a_run_killed_while_it_writes_resumes_exactly(images, straight, tmp_path):
+    words = [*TINY, *STEPS, f"--data_path={images}", f"--dump_path={tmp_path}", "--checkpoint_minutes", "1e-9"]
+    (tmp_path / "main.py").write_text(
+        "import os, signal, sys, checkpoint, torch, train\n"
+        "fsync, calls = os.fsync, []\n"
+        "def killed(file):\n"  # at its n-th call: a file that is written but has no name yet, or a folder
+        "    calls.append(1)\n"
+        "    if len(calls) == int(sys.argv[1]):\n"
+        "        os.truncate(file, 5000) if sys.argv[1] == '7' else None\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    fsync(file)\n"
+        "os.fsync = killed\n"
+        "if __name__ == '__main__': train.main(train.parse_args(sys.argv[2:]))\n"
+    )
+    for moment in (7, 6):
+        done = script(sys.executable, tmp_path / "main.py", moment, *words, PYTHONPATH=str(ROOT))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert load(tmp_path)["step"] > 0
+    run_training(images, tmp_path, *STEPS)
+    (tmp_path / "main.py").unlink()
+    assert_as_straight(tmp_path, straight)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_another_number_of_processes_resumes_within_an_epoch(before, after, images, tmp_path):
+    others = ["--batch_size", "4", "--epochs", "2", "--log_freq", "1", "--queue_length", "8"]
+    run_training(images, tmp_path / "straight", *others)
+    command = [ROOT / "train.py", *TINY, f"--data_path={images}", f"--dump_path={tmp_path / 'run'}", *others]
+    for processes, part in ((before, ["--checkpoint_minutes", "1e-9"]), (after, [])):
+        words = [*command, *part, "--batch_size", 4 // processes]
+        if part:  # until the first of two steps is saved, then as after a SIGKILL
+            words += ["--epochs", "2", "--checkpoint_freq", "1"]
+        done = torchrun(processes, *words) if processes > 1 else script(sys.executable, *words)
+        assert done.returncode == 0, done.stderr
+        if part:
+            contents = torch.load(tmp_path / "run" / "checkpoint_previous.pth")
+            assert contents["step_of_epoch"] == 1 and len(contents["losses"]) == 1
+            shutil.copy(tmp_path / "run" / "checkpoint_previous.pth", tmp_path / "run" / "checkpoint.pth")
+    ours, expected = without_times(tmp_path / "run"), without_times(tmp_path / "straight")
+    assert [row["step"] for row in ours] == [row["step"] for row in expected]
+    for row, other in zip(ours, expected, strict=True):
+        key = "loss" if "loss" in row else "epoch_loss"
+        assert row[key] == pytest.approx(other[key], rel=1e-3)
+    queues = [load(tmp_path / name)["queue"]["embeddings"] for name in ("run", "straight")]
+    torch.testing.assert_close(*queues, rtol=1e-2, atol=1e-2)
+
+
+# A full disk
+
+
+def test_a_full_disk_ends_no_run_but_is_exit_code_3_at_its_end(images, tmp_path, monkeypatch, capsys):
+    save, fails = torch.save, [False, True, False, True]  # epochs
+
+    def full(contents, file):
+        save({"part": torch.zeros(10)}, file)
+        if fails.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        file.seek(0), file.truncate()
+        save(contents, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunStopped, match="complete, but its last state is not saved .*No space left") as stopped:
+        run_training(images, tmp_path)
+    assert stopped.value.code == 3 and not list(tmp_path.glob("**/*.tmp"))
+    out = capsys.readouterr().out
+    assert (
+        len(
+            re.findall("^warning: the state after step . is not saved .* No space left on device; training ", out, re.M)
+        )
+        == 2
+    )
+    assert load(tmp_path)["epoch"] == 3
+    monkeypatch.undo()
+    assert run_training(images, tmp_path)["epoch"] == 4
+
+
+def test_the_size_limit_of_files_is_a_full_disk_too(images, tmp_path):
+    words = " ".join(map(str, [*TINY, f"--data_path={images}", f"--dump_path={tmp_path}"]))
+    done = script("bash", "-c", f"ulimit -f 40; exec {sys.executable} {ROOT / 'train.py'} {words}")
+    assert done.returncode == 3, done.stderr
+    assert "is not saved" in done.stdout and "File too large" in done.stdout and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.pth"))
+
+
+# One run, one folder
+
+
+def test_a_folder_in_use_is_refused_and_a_lock_left_behind_is_taken_over(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.lock"
+    with checkpoint.locked(tmp_path):
+        holder = json.loads(path.read_text())
+        assert holder["pid"] == os.getpid() and holder["host"] == socket.gethostname()
+    assert not path.exists()
+
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        path.write_text(json.dumps(holder | {"pid": other.pid, "started": checkpoint.start_of_process(other.pid)}))
+        with pytest.raises(
+            UserError, match=f"--dump_path: another run writes to .*process {other.pid} on .*wait for it"
+        ):
+            with checkpoint.locked(tmp_path):
+                pass
+        assert path.exists()
+        path.write_text(json.dumps(holder | {"pid": other.pid, "started": "1"}))  # another process had this number
+        with checkpoint.locked(tmp_path):
+            assert "taken over" in capsys.readouterr().out
+    finally:
+        other.communicate(b"\n")
+    for left_behind in (json.dumps(holder | {"pid": other.pid}), "half a fi", ""):
+        path.write_text(left_behind)
+        with checkpoint.locked(tmp_path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert not path.exists()
+
+
+def test_a_lock_of_another_machine_counts_for_ten_minutes(tmp_path, monkeypatch):
+    path = tmp_path / "run.lock"
+    elsewhere = {"host": "elsewhere", "pid": 1, "started": "1", "since": "today", "slurm_job_id": "77"}
+    path.write_text(json.dumps(elsewhere))
+    with pytest.raises(UserError, match="process 1 on elsewhere, since today"), checkpoint.locked(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(UserError), checkpoint.locked(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another machine
+    with checkpoint.locked(tmp_path):
+        pass
+    monkeypatch.delenv("SLURM_JOB_ID")
+    path.write_text(json.dumps(elsewhere))
+    os.utime(path, (0, time.time() - 601))
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_a_lock_is_renewed_and_a_stolen_one_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.01)
+    path = tmp_path / "run.lock"
+    with checkpoint.locked(tmp_path):
+        os.utime(path, (0, 0))
+        for _ in range(500):
+            time.sleep(0.01)
+            if path.stat().st_mtime > 0:
+                break
+        assert path.stat().st_mtime > 0
+        path.write_text('{"pid": 1}')
+    assert path.read_text() == '{"pid": 1}'
+
+
+def test_processes_are_known_without_proc(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr(checkpoint.Path, "exists", lambda self: False)
+    assert checkpoint.start_of_process(os.getpid()) == "running"
+    assert checkpoint.start_of_process(2**22 + 1) is None
+
+
+def test_a_run_with_other_images_is_refused(images, tmp_path, capsys):
+    run_training(images, tmp_path / "run", "--epochs", "1")
+    shutil.copytree(images, tmp_path / "copy")
+    run_training(tmp_path / "copy", tmp_path / "run", "--epochs", "2")  # a folder may move
+    image = tmp_path / "copy" / "train" / "cats" / "0.png"
+    image.rename(image.with_name("renamed.png"))
+    with pytest.raises(UserError, match=r"unfinished run with other options \(images 10 \(.*\) -> 10 \("):
+        run_training(tmp_path / "copy", tmp_path / "run", "--epochs", "3")
+    run_training(tmp_path / "copy", tmp_path / "run", "--epochs", "3", "--resume_anyway")
+    with pytest.raises(UserError, match="finished run with other options .*images 10"):
+        run_training(images, tmp_path / "run", "--epochs", "3")
+
+
+def test_run_json_has_the_command_and_the_reasons_of_options(images, tmp_path):
+    run_training(images, tmp_path, "--epochs", "1")
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["options"]["epochs"] == {"value": 1, "reason": "set by the user"}
+    assert facts["options"]["wd"] == {"value": 1e-6, "reason": "default"}
+    assert facts["options"]["sync_bn"]["reason"].startswith("embeddings must not")
+    assert facts["torch"] == torch.__version__ and facts["world_size"] == 1 and facts["sinkhorn"] in ("cpp", "torch")
+    assert facts["command"] and facts["images"]["images"] == 10 and facts["device"] == "cpu"
 
 
 # Compare and inherit options
@@ -170,7 +494,8 @@ def test_options_are_compared_by_what_they_affect():
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
         *("device", "workers", "augment", "cache", "compile"),
-        *("dump_path", "checkpoint_freq", "log_freq", "eval_every", "tensorboard", "on_collapse"),
+        *("dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "eval_every", "tensorboard"),
+        *("on_collapse", "resume_anyway", "replay"),
     }
     assert {name for name, kind in affects.items() if kind == "model"} == {
         *("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
@@ -186,22 +511,24 @@ def test_options_that_affect_nothing_may_change_and_others_are_reported(images, 
     run_training(images, tmp_path / "b", "--epochs", "1", *words.split())
     out = capsys.readouterr().out
     assert "1 of 1 epochs done\n" in out and "options changed" not in out
-    run_training(images, tmp_path / "b", "--epochs", "2", "--temperature", "0.2", *words.split())
-    assert "1 of 2 epochs done; options changed: " in (out := capsys.readouterr().out)
-    assert "temperature 0.1 -> 0.2" in out and "epochs 1 -> 2" in out and "workers 0 -> 1" not in out
+    run_training(images, tmp_path / "b", "--epochs", "2", "--temperature", "0.2", "--resume_anyway", *words.split())
+    out = capsys.readouterr().out
+    assert "1 of 2 epochs done\n" in out and "--resume_anyway: options changed: temperature 0.1 -> 0.2\n" in out
 
 
 def test_a_resumed_run_takes_options_that_the_user_sets_now(images, tmp_path, capsys):
     run = ["--arch", "resnet18", "--width", "8", "--blocks", "1", "1", "1", "1", "--device", "cpu", "--workers", "0"]
     run += ["--data_path", str(images), "--dump_path", str(tmp_path), "--batch_size", "4"]
     train.main(train.parse_args([*run, "--epochs", "1"]))
-    train.main(train.parse_args([*run, "--epochs", "2", "--wd", "0.1", "--relative_epsilon", "off"]))
+    train.main(train.parse_args([*run, "--epochs", "2", "--wd", "0.1", "--relative_epsilon", "off", "--resume_anyway"]))
     contents = load(tmp_path)
     assert [group["weight_decay"] for group in contents["optimizer"]["param_groups"]] == [0.1]
     assert contents["options"]["epsilon"] == 0.05  # not the 0.3 of the other unit
     assert contents["options"]["crops_for_assign"] == [0, 1, 2, 3]
     assert "wd 1e-06 -> 0.1" in capsys.readouterr().out
-    train.main(train.parse_args([*run, "--epochs", "3", "--nmb_crops", "3"]))  # there is no fourth crop any more
+    train.main(
+        train.parse_args([*run, "--epochs", "3", "--nmb_crops", "3", "--resume_anyway"])
+    )  # there is no fourth crop any more
     assert "crops_for_assign [0, 1, 2, 3] -> [0, 1, 2]" in capsys.readouterr().out
 
 
@@ -209,10 +536,17 @@ def test_without_a_batch_size_the_batch_over_all_processes_stays(images, tmp_pat
     run_training(images, tmp_path, "--batch_size", "8", "--epochs", "1")
     place = TINY.index("--batch_size")
     others = TINY[:place] + TINY[place + 2 :]
-    for world_size, batch_size in ((1, 8), (2, 4), (4, 2), (3, 4)):  # 3 processes cannot share 8 images
-        args = train.parse_args([*others, "--epochs", "2", f"--data_path={images}", f"--dump_path={tmp_path}"])
-        train.resolve_options(args, ImageArrays(np.zeros((24, 20, 24, 3), np.uint8), np.zeros(24)), world_size)
+    many = [*others, "--epochs", "2", f"--data_path={images}", f"--dump_path={tmp_path}", "--resume_anyway"]
+    arrays = ImageArrays(np.zeros((24, 20, 24, 3), np.uint8), np.zeros(24))
+    for world_size, batch_size in ((1, 8), (2, 4), (4, 2)):
+        args = train.parse_args(many)
+        train.resolve_options(args, arrays, world_size)
         assert args.batch_size == batch_size
+    for world_size in (3, 5, 8):  # BatchNorm needs two images in each
+        with pytest.raises(
+            UserError, match=f"{world_size} processes cannot share .* of 8 images; expected 1, 2, 4 proc"
+        ):
+            train.resolve_options(train.parse_args(many), arrays, world_size)
 
 
 # Checkpoints of older versions
@@ -240,6 +574,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed_with_what_a_recovery_change
     assert old["epoch"] == 12 and old["recovered"] == contents["recovered"]
     assert old["options"]["relative_epsilon"] == "on" and old["options"]["base_lr"] == pytest.approx(0.1)
     new["options"].pop("dump_path"), old["options"].pop("dump_path")
+    old.pop("guard"), new.pop("guard")  # older versions did not keep it
     assert_same(old, new)
 
 
@@ -278,7 +613,7 @@ def test_a_queue_that_a_recovery_dropped_stays_dropped(images, tmp_path, capsys,
     assert contents["queue"]["embeddings"].shape[1] == 0
     assert "--queue_length 0  (changed after a collapse of this run)" in capsys.readouterr().out
     # Another queue is what the user wants now.
-    train_stuck(images, tmp_path, *words, "--queue_length", "8", "--epochs", "13", base_lr=0.9)
+    train_stuck(images, tmp_path, *words, "--queue_length", "8", "--epochs", "13", "--resume_anyway", base_lr=0.9)
     assert load(tmp_path)["options"]["queue_length"] == 8
 
 
@@ -303,67 +638,3 @@ def test_recover_does_not_use_the_good_epoch_of_an_earlier_run(images, tmp_path,
     out = capsys.readouterr().out
     assert "back to 0 epochs done, --relative_epsilon off -> on" in out
     assert load(tmp_path)["epoch"] == 10
-
-
-# Log
-
-
-def new_log(dump, epochs_done: int = 0) -> checkpoint.RunLog:
-    """Of a run of 2 epochs of 3 steps, with a line after every second step."""
-    options = dict(steps_per_epoch=3, images_per_step=4, log_freq=2, ln_k=1.0, device=torch.device("cpu"))
-    return checkpoint.RunLog(dump, epochs=2, epochs_done=epochs_done, **options)
-
-
-def test_lines_are_due_at_the_first_step_each_log_freq_and_the_end_of_an_epoch(tmp_path, capsys):
-    for epochs_done, expected in ((0, {0: [0, 1, 2], 1: [4, 5]}), (1, {1: [3, 4, 5]})):
-        run_log = new_log(tmp_path, epochs_done)
-        for epoch in range(epochs_done, 2):
-            due = []
-            for step, batch in run_log.timed_steps(epoch, iter("abc")):
-                assert batch == "abc"[step % 3] and run_log.record_loss(torch.tensor(float(step)))
-                if run_log.line_is_due:
-                    due.append(step)
-                    row = run_log.log_step({"more": 0.5}, lr=0.1)
-                    previous = due[-2] if len(due) > 1 else 3 * epoch - 1
-                    assert row["loss"] == sum(range(previous + 1, step + 1)) / (step - previous)
-                    assert (row["epoch"], row["step"]) == (epoch + 1, step + 1)
-                    assert (row["lr"], row["more"], row["ln_k"]) == (0.1, 0.5, 1.0)
-            assert due == expected[epoch] and run_log.epoch_loss == 3 * epoch + 1
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_found(bad, tmp_path):
-    run_log = new_log(tmp_path)
-    found = [run_log.record_loss(torch.tensor(bad if s == 1 else 1.0)) for s, _ in run_log.timed_steps(0, iter("abc"))]
-    assert found == [True, False, True]
-
-
-def test_rows_of_later_epochs_and_half_written_rows_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"epoch": 1, "step": 3}\n{"epoch": 2, "step": 4}\n{"epoch": 1, "st{"epoch": 1}\n{"epoch": 1, "st')
-    new_log(tmp_path, epochs_done=1)
-    assert path.read_text() == '{"epoch": 1, "step": 3}\n'
-
-
-def test_only_the_first_process_writes_metrics(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    run_log = new_log(tmp_path)
-    for _ in run_log.timed_steps(0, iter("abc")):
-        run_log.record_loss(torch.tensor(1.0))
-        run_log.log_step({}, lr=0.1)
-    run_log.log_epoch(codes_changed=None)
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
-def test_tensorboard_has_the_rows_of_the_metrics(images, tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for epochs in ("3", "4"):
-        run_training(images, tmp_path / "run", "--tensorboard", "--epochs", epochs)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    for name in ("loss", "code_entropy", "epoch_loss", "codes_changed"):
-        expected = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        written = [(event.step, event.value) for event in events.Scalars(name)]
-        assert [step for step, _ in written] == [step for step, _ in expected]
-        assert [value for _, value in written] == pytest.approx([value for _, value in expected], rel=1e-6)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from PIL import Image
 
 import checkpoint
 import guard
+import launch
+import run_log
 import train
 from data import ShuffledBatches
 from defaults import derive
@@ -201,7 +204,7 @@ def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
 
     crops_to_device = train.crops_to_device
     monkeypatch.setattr(train, "crops_to_device", in_mode("error", copy_pinned))  # each step begins with it
-    for module, name in ((checkpoint, "mean_over_processes"), (train, "assigned_prototypes")):
+    for module, name in ((run_log, "mean_over_processes"), (train, "assigned_prototypes")):
         monkeypatch.setattr(module, name, in_mode("default", getattr(module, name)))
     try:
         words = ["--device", "cuda", "--batch_size", "2", "--queue_length", "4", *options.split()]
@@ -212,7 +215,7 @@ def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
 
 def test_workers_begin_an_epoch_before_the_checkpoint_of_the_previous_one_is_written(images, tmp_path, monkeypatch):
     events = []
-    order, save = ShuffledBatches.__iter__, checkpoint.save
+    order, save = ShuffledBatches.__iter__, checkpoint.Saver.save_epoch
 
     def recorded_order(batches):
         for batch in order(batches):
@@ -220,10 +223,11 @@ def test_workers_begin_an_epoch_before_the_checkpoint_of_the_previous_one_is_wri
             yield batch
 
     monkeypatch.setattr(ShuffledBatches, "__iter__", recorded_order)
-    monkeypatch.setattr(checkpoint, "save", lambda contents, path: (events.append(path.name), save(contents, path)))
+    monkeypatch.setattr(
+        checkpoint.Saver, "save_epoch", lambda *args, **more: (events.append("saved"), save(*args, **more))
+    )
     run_training(images, tmp_path, "--workers", "1", "--epochs", "3", "--checkpoint_freq", "5")
-    saved = "checkpoint.pth"
-    assert events == [0, 0, 1, 1, saved, 2, 2, saved, saved, "ckp-3.pth"]
+    assert events == [0, 0, 1, 1, "saved", 2, 2, "saved", "saved"]
     events.clear()
     run_training(images, tmp_path, "--workers", "1", "--epochs", "3", "--checkpoint_freq", "5")
     assert not events
@@ -480,22 +484,96 @@ def test_an_error_of_the_second_process_is_printed(images, tmp_path):
     assert re.search(rf"^error: .*cannot read {broken} as an image", failed.stderr, re.MULTILINE)
 
 
-def test_a_bad_loss_stops_the_run_and_saves_the_batch(images, tmp_path, monkeypatch):
+def nan_at_step(step: int, where: str, monkeypatch) -> None:
+    """Make a run's step (from 1) bad: nan in the scores, or only in a gradient."""
     forward, calls = train.SwAV.forward, []
+
+    class BadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, scores):
+            return scores.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
 
     def forward_with_nan(self, crops):
         embeddings, scores = forward(self, crops)
         calls.extend([1] * self.training)  # not those of the tracked images
-        return embeddings, scores * (math.nan if len(calls) == 4 else 1.0)
+        if len(calls) == step and self.training:
+            scores = scores * math.nan if where == "scores" else BadGradient.apply(scores)
+        return embeddings, scores
 
     monkeypatch.setattr(train.SwAV, "forward", forward_with_nan)
-    with pytest.raises(RunStopped, match=r"loss is nan at step 4 \(epoch 2\).*bad_loss-\*.pth"):
+
+
+@pytest.mark.parametrize("where", ["scores", "gradient"])
+def test_a_bad_step_is_not_applied_and_stops_the_run_at_the_next_line(where, images, tmp_path, monkeypatch):
+    steps = ["--batch_size", "2", "--log_freq", "5", "--epochs", "2", "--queue_length", "0"]  # lines: 1, 5, 6, 10
+    nan_at_step(8, where, monkeypatch)
+    what = "the loss is nan" if where == "scores" else "gradients are inf or nan"
+    with pytest.raises(RunStopped, match=rf"^{what} at step 8 \(epoch 2\).*--replay .*bad_step-0.pth") as stopped:
+        run_training(images, tmp_path / "bad", *steps)
+    assert stopped.value.code == 4
+    saved = torch.load(tmp_path / "bad" / "bad_step-0.pth", weights_only=True)
+    assert (saved["epoch"], saved["step"], saved["steps_since"], len(saved["image_indices"])) == (2, 8, 2, 2)
+    assert torch.load(tmp_path / "bad" / "checkpoint.pth")["step"] == 5
+    # The weights are those before the step: of a run that a signal stops after seven steps.
+    monkeypatch.undo()
+    calls = []
+    monkeypatch.setattr(
+        launch, "stop_signals", lambda: nullcontext(lambda: calls.append(1) or ("SIGTERM" if len(calls) == 7 else None))
+    )
+    with pytest.raises(SystemExit):
+        run_training(images, tmp_path / "good", *steps)
+    before = torch.load(tmp_path / "good" / "checkpoint.pth")
+    assert before["step"] == 7
+    for name, weight in before["state_dict"].items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            ours = saved["state_dict"][name]
+            if name == "prototypes.weight":  # each step normalises them first
+                ours, weight = (torch.nn.functional.normalize(prototypes) for prototypes in (ours, weight))
+            torch.testing.assert_close(ours, weight, rtol=0, atol=1e-6 if name == "prototypes.weight" else 0)
+    order = np.random.default_rng((31, 1)).permutation(10)
+    assert saved["image_indices"] == order[4:6].tolist()
+
+
+@pytest.mark.parametrize("where, name", [("weights", "weight layer2.0.conv1.weight"), ("nothing", None)])
+def test_replay_names_the_first_bad_tensor(where, name, images, tmp_path, monkeypatch, capsys):
+    nan_at_step(4, "scores", monkeypatch)
+    with pytest.raises(RunStopped):
         run_training(images, tmp_path)
-    saved = torch.load(tmp_path / "bad_loss-0.pth", weights_only=True)
-    assert saved["step"] == 4 and len(saved["image_indices"]) == 4
-    assert [crop.shape for crop in saved["last_batch"]["crops"]] == [(4, 3, 16, 16)] * 2 + [(4, 3, 9, 9)]
-    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
-    assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 1
+    monkeypatch.undo()
+    path = tmp_path / "bad_step-0.pth"
+    if name:
+        contents = torch.load(path)
+        contents["state_dict"]["layer2.0.conv1.weight"][0, 0, 0, 0] = math.nan
+        torch.save(contents, path)
+    train.main(train.parse_args(["--replay", str(path), "--device", "cpu"]))
+    out = capsys.readouterr().out
+    assert "step 4 again: " in out and "in the run, the loss is nan" in out
+    assert (f"first bad tensor: {name}\n" if name else "no bad tensor: here the step is finite\n") in out
+
+
+def test_replay_names_what_is_bad_in_forward_and_backward(images, tmp_path, monkeypatch, capsys):
+    nan_at_step(4, "scores", monkeypatch)
+    with pytest.raises(RunStopped):
+        run_training(images, tmp_path)
+    for where, name in (
+        ("scores", "output of the model"),
+        ("gradient", "Function 'BadGradientBackward' returned nan "),
+    ):
+        monkeypatch.undo()
+        nan_at_step(1, where, monkeypatch)
+        with pytest.warns(UserWarning) if where == "gradient" else nullcontext():
+            bad = train.replay(str(tmp_path / "bad_step-0.pth"), None, torch.device("cpu"))
+        assert bad.startswith(name)
+
+
+def test_replay_of_another_file_is_refused(images, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="--replay: expected a bad_step-RANK.pth of a run that stopped, got "):
+        train.main(train.parse_args(["--replay", str(tmp_path / "other.pth"), "--device", "cpu"]))
 
 
 # Collapse
@@ -540,10 +618,11 @@ def test_recover_goes_back_and_changes_one_thing_at_a_time(images, tmp_path, cap
     assert options["relative_epsilon"] == "on" and options["base_lr"] == pytest.approx(0.1) and options["epochs"] == 12
     # What the user sets now takes effect, and is kept too.
     for epochs in ("13", "14"):
-        train_stuck(images, tmp_path / "run", "--on_collapse", "recover", "--epochs", epochs, base_lr=0.7)
+        words = ["--on_collapse", "recover", "--resume_anyway"]
+        train_stuck(images, tmp_path / "run", *words, "--epochs", epochs, base_lr=0.7)
         options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
         assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "on" and options["epsilon"] == 0.3
-    other_unit = ["--relative_epsilon", "off", "--epsilon", "50", "--epochs", "15"]
+    other_unit = ["--relative_epsilon", "off", "--epsilon", "50", "--epochs", "15", "--resume_anyway"]
     train_stuck(images, tmp_path / "run", *other_unit, base_lr=0.7)
     options = torch.load(tmp_path / "run" / "checkpoint.pth")["options"]
     assert options["base_lr"] == 0.7 and options["relative_epsilon"] == "off" and options["epsilon"] == 50
