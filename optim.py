@@ -66,7 +66,7 @@ class LARS(torch.optim.Optimizer):
             self.skipped = torch.zeros_like(total, dtype=torch.int64)
         applies = total.isfinite() & (self.skipped == 0)
         self.skipped += ~applies
-        if total.device.type != "cpu" or applies:  # the host waits for no device
+        if total.device.type != "cpu" or applies.tolist():  # other devices select without the host
             for group, params, grad_norms in groups:
                 self._step_group(params, grad_norms, applies, group)
         return loss

@@ -1,5 +1,6 @@
 """What several test files share: devices, groups of processes, and tiny runs of train.py."""
 
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,13 @@ def run_training(images: Path, dump: Path, *more: str) -> dict:
 
     train.main(train.parse_args([*TINY, f"--data_path={images}", f"--dump_path={dump}", *more]))
     return torch.load(dump / "checkpoint.pth", weights_only=True)
+
+
+def without_times(dump: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what depends on the clock."""
+    names = "images_per_s", "data_wait_percent", "eta_s", "epoch_seconds", "epoch_images_per_s"
+    rows = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
 
 
 # Options of a run that collapses: with epsilon 100 all codes are uniform.

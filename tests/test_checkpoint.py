@@ -16,7 +16,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STUCK, TINY, assert_same, run_training, script, torchrun, train_stuck
+from conftest import ROOT, STUCK, TINY, assert_same, run_training, script, torchrun, train_stuck, without_times
 
 import checkpoint
 import launch
@@ -219,13 +219,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(images, tmp_path):
 
 
 # Resume from any step
-
-
-def without_times(dump) -> list[dict]:
-    """The rows of metrics.jsonl without what depends on the clock."""
-    names = "images_per_s", "data_wait_percent", "eta_s", "epoch_seconds", "epoch_images_per_s"
-    rows = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in names} for row in rows]
 
 
 STEPS = ["--batch_size", "2", "--epochs", "3", "--log_freq", "2", "--queue_length", "6"]  # 3 epochs of 5 steps

@@ -1,5 +1,6 @@
-"""guard.py: measures of collapse, the rule, the likely cause."""
+"""guard.py: measures of collapse, the rule, the likely cause, what it remembers over restarts."""
 
+import io
 import math
 
 import pytest
@@ -123,6 +124,67 @@ def test_does_not_warn_in_the_first_steps():
     assert first_warning([1.0] * 40, steps=40) is None
     assert first_warning([1.0] * 100, steps=100) == pytest.approx(0.8)
     assert first_warning([1.0] * 12, steps=264) <= 1 / 3
+
+
+HEALTHY_ROW = {"distinct_codes": 1.0, "embedding_std": 0.8, "loss_per_ln_k": 0.9}
+STUCK_ROW = HEALTHY_ROW | {"loss_per_ln_k": 1.0}
+
+
+@pytest.mark.parametrize("steps", [10_000, 1_000_000])
+def test_speaks_within_a_thousand_steps_of_long_runs(steps):
+    guard = CollapseGuard(K)
+    rows = ((step, guard.update(STUCK_ROW, step / steps, step)) for step in range(50, steps, 50))
+    assert next(step for step, warns in rows if warns) == 1000
+    healthy = CollapseGuard(K)
+    assert not any(healthy.update(STUCK_ROW if s < 900 else HEALTHY_ROW, s / steps, s) for s in range(50, 5000, 50))
+
+
+@pytest.mark.parametrize("interrupted_after", [0, 1, 3, 5])
+def test_a_resumed_guard_remembers(interrupted_after):
+    logits, embeddings = batch()
+    results = []
+    for is_resumed in (False, True):
+        guard, rows = CollapseGuard(K), []
+        for line in range(8):
+            if is_resumed and line == interrupted_after:
+                state, guard = guard.gather(), CollapseGuard(K)
+                guard.load_state(torch.load(save(state), weights_only=True))
+            guard.count(logits[:, : line % 3 + 1])
+            if line % 2:
+                row = guard.measure(math.log(K), logits, embeddings)
+                rows += [row, guard.update(row | {"loss_per_ln_k": 1.0}, line / 8, 100 + line)]
+            rows.append(guard.share_changed(torch.arange(5) % (line + 1)))
+        results.append([*rows, guard.streak, list(guard.recent_stds), guard.last_row])
+    assert results[0] == results[1] and results[0].count(True) == 1  # warned of once
+
+
+def save(state: dict) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def gathered(rank: int, world_size: int, state: dict | None) -> dict:
+    guard = CollapseGuard(K)
+    if state:
+        guard.load_state(state)
+    else:
+        guard.count(F.one_hot(torch.tensor([rank]), K).float().expand(A, 1, K))
+        guard.share_changed(torch.arange(7)[rank::world_size])
+    state = guard.gather()
+    codes = torch.tensor([0, 1, 2, 3, 4, 9, 9])[rank::world_size]
+    return state | {"changed": guard.share_changed(codes)}
+
+
+def test_processes_gather_what_one_loads_and_the_other_way_round():
+    first, second = run_processes(gathered, 2, None)
+    assert first["used"].tolist() == second["used"].tolist() == [1, 1] + [0] * (K - 2)
+    assert first["counted"] == 2 * A and first["codes"].tolist() == list(range(7))
+    alone = gathered(0, 1, first)
+    assert alone["changed"] == first["changed"] == pytest.approx(2 / 7) and alone["counted"] == 2 * A
+    for state in run_processes(gathered, 2, alone):
+        assert state["counted"] == 2 * A and state["changed"] == pytest.approx(2 / 7)
 
 
 def test_warns_of_a_run_that_collapses_late():

@@ -3,13 +3,16 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, needs_gpu, script
+from conftest import ROOT, TINY, needs_gpu, run_processes, script
 
 import eval_linear
 import launch
@@ -383,3 +386,52 @@ def test_only_the_first_process_logs(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     launch.log("two")
     assert capsys.readouterr().out == "one\n"
+
+
+# Signals
+
+
+def test_signals_are_noted_and_a_second_interrupt_is_one(monkeypatch):
+    before = {name: signal.getsignal(getattr(signal, name)) for name in launch.STOP_CODES}
+    for name in launch.STOP_CODES:
+        with launch.stop_signals() as requested_stop:
+            assert requested_stop() is None
+            os.kill(os.getpid(), getattr(signal, name))
+            assert requested_stop() == name
+            os.kill(os.getpid(), getattr(signal, name))  # torchrun passes on what the terminal sent
+            if name == "SIGINT":
+                monkeypatch.setattr(launch, "REPEAT_SECONDS", 0)
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(5)
+    assert before == {name: signal.getsignal(getattr(signal, name)) for name in launch.STOP_CODES}
+
+
+def test_signals_are_left_alone_in_other_threads_and_where_they_do_not_exist(monkeypatch):
+    def in_thread():
+        with launch.stop_signals() as requested_stop:
+            results.append(requested_stop())
+
+    results = []
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert results == [None]
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    with launch.stop_signals() as requested_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested_stop() == "SIGTERM"
+
+
+def votes_of(rank: int, world_size: int) -> list[int]:
+    votes = launch.Votes()
+    seen = [votes.largest(number) for number in ([0, 3, 0, 1, 0], [2, 0, 0, 5, 0])[rank]]
+    votes.close()
+    return seen
+
+
+def test_all_processes_get_the_largest_vote_one_step_later():
+    assert run_processes(votes_of, 2) == [[0, 2, 3, 0, 5]] * 2
+    alone = launch.Votes()
+    assert [alone.largest(number) for number in (0, 3, 1)] == [0, 3, 1]
+    alone.close()
