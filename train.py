@@ -30,7 +30,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
-from data import MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
+from data import (
+    MultiCrop,
+    UnreadableImage,
+    augment,
+    crops_to_device,
+    reuse_freed_memory,
+    start_epoch,
+    training_loader,
+)
 from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
 from features import (
     assigned_prototypes,
@@ -41,7 +49,16 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
+from images import (
+    DATASETS,
+    BadImages,
+    CachedImages,
+    ImageFiles,
+    cache_images,
+    open_images,
+    sizes_to_cache,
+    typical_side,
+)
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
@@ -88,6 +105,8 @@ def option_parser() -> launch.OptionParser:
     add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "unreadable images up to which the run goes on, with others in their "
+        "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
     add("arch", "resnet50", str, f"Train a {', '.join(ARCHS)}.", common="NAME",
@@ -236,7 +255,10 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
     given |= {name: value for name, (value, _) in chosen.items()}
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
     if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
-        facts["described"] = describe_images(images)
+        try:
+            facts["described"] = describe_images(images)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from None
     chosen |= derive(**facts, given=given)
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
@@ -328,6 +350,8 @@ def main(args: argparse.Namespace) -> None:
             break
         except Collapse:
             recover(args, settings)
+        except UnreadableImage as error:  # nor are those that were tried in its place
+            raise launch.RunStopped(str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")) from None
     launch.leave_processes()
 
 
@@ -388,6 +412,7 @@ def train(
         tensorboard=args.tensorboard == "on",
     )
     guard = CollapseGuard(args.nmb_prototypes, device)
+    bad_images = BadImages(images, args.max_bad_images, dump / "bad_images.txt")
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
@@ -431,6 +456,7 @@ def train(
                 measures = guard.watch(
                     run_log.interval_loss, code_logits, one_crop, share_done=run_log.share_done, step=step + 1
                 )
+                measures["bad_images"] = bad_images.update()
                 run_log.log_step(measures, lr=learning_rates[step])
                 if measures["collapsing"]:
                     handle_collapse(args, settings, measures, step + 1)
