@@ -409,7 +409,7 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
         if pages:
             log(f"data: {pages} of {len(some)} files looked at have several pages or frames; the first one is used")
         ranges = np.array([values for _, values in some if values is not None]).reshape(-1, 3)
-        if len(ranges) and not np.isnan(ranges).all():
+        if len(ranges) and not np.isnan(ranges[:, :2]).all():
             low, high = float(np.nanmin(ranges[:, 0])), float(np.nanmax(ranges[:, 1]))
             if ranges[:, 2].all() and high >= 2**15:
                 return 0.0, 65535.0
