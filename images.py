@@ -444,11 +444,11 @@ def why_unreadable(path: str, value_range: tuple[float, float] | None = None) ->
 class BadImages:
     """The images of a set that could not be read, over all processes: {path: reason}. Every process needs one.
 
-    most: how many may be bad (None: 1 % of the set, at least 1). list_path: a file to list them in, or None.
+    most: how many may be bad (None: 1 % of the set, at least 1). folder: where to list them in bad_images.txt.
     """
 
-    def __init__(self, images: Dataset, most: int | None = None, list_path: Path | None = None) -> None:
-        self.images, self.list_path = images, list_path
+    def __init__(self, images: Dataset, most: int | None = None, folder: Path | None = None) -> None:
+        self.images, self.list_path = images, folder and folder / "bad_images.txt"
         self.most = max(1, len(images) // 100) if most is None else most
         self.reasons: dict[str, str] = {}
 

@@ -411,8 +411,7 @@ def train(
         device=device,
         tensorboard=args.tensorboard == "on",
     )
-    guard = CollapseGuard(args.nmb_prototypes, device)
-    bad_images = BadImages(images, args.max_bad_images, dump / "bad_images.txt")
+    guard, bad_images = CollapseGuard(args.nmb_prototypes, device), BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
@@ -456,8 +455,7 @@ def train(
                 measures = guard.watch(
                     run_log.interval_loss, code_logits, one_crop, share_done=run_log.share_done, step=step + 1
                 )
-                measures["bad_images"] = bad_images.update()
-                run_log.log_step(measures, lr=learning_rates[step])
+                run_log.log_step(measures | {"bad_images": bad_images.update()}, lr=learning_rates[step])
                 if measures["collapsing"]:
                     handle_collapse(args, settings, measures, step + 1)
 

@@ -382,7 +382,7 @@ def test_max_bad_images_is_checked():
 
 def bad_of_processes(rank, world_size, folder, shared):
     images = ImageFiles(folder)
-    bad = BadImages(images, most=2, list_path=Path(folder).parent / "bad.txt")
+    bad = BadImages(images, most=2, folder=Path(folder).parent)
     os.environ["RANK"] = str(rank)
     counts = []
     for index in (rank, 2, 3 + rank):
@@ -401,7 +401,7 @@ def test_all_processes_stop_together_and_list_each_image_once_and_spawned_ones_s
     shared = with_bad(tmp_path / "photos", 5, bad=range(5))
     counts = run_processes(bad_of_processes, 2, str(tmp_path / "photos"), shared)
     assert [part.tolist() for part in counts] == [[2, 3, 5]] * 2
-    names = [line.rpartition("/")[2] for line in (tmp_path / "bad.txt").read_text().splitlines()]
+    names = [line.rpartition("/")[2] for line in (tmp_path / "bad_images.txt").read_text().splitlines()]
     assert sorted(names) == [f"{i}.png" for i in range(5)]
     assert [Path(path).name for path, _ in new_bad_images(shared)] == ["3.png", "4.png"]
 
@@ -411,13 +411,13 @@ def test_a_full_disk_below_the_list_ends_no_run(tmp_path, capsys):
         pytest.skip("no /dev/full")
     images = with_bad(tmp_path / "photos", 4, bad=(1,))
     SeededImages(images, CROP)[0, 1]
-    (tmp_path / "bad.txt").symlink_to("/dev/full")
+    (tmp_path / "bad_images.txt").symlink_to("/dev/full")
     images_module.Path.read_bytes, real = lambda _: b"", images_module.Path.read_bytes  # /dev/full never ends
     try:
-        assert BadImages(images, list_path=tmp_path / "bad.txt").update() == 1
+        assert BadImages(images, folder=tmp_path).update() == 1
     finally:
         images_module.Path.read_bytes = real
-    assert f"cannot write {tmp_path}/bad.txt: No space left on device" in capsys.readouterr().out
+    assert f"cannot write {tmp_path}/bad_images.txt: No space left on device" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -562,8 +562,8 @@ def test_a_path_may_hold_anything(name, tmp_path):
     str(raised.value).encode()  # can be printed
     assert shown(name) in str(raised.value) and "\n" not in str(raised.value)
     with pytest.raises(RunStopped):
-        BadImages(images, most=0, list_path=tmp_path / "bad.txt").update()
-    assert (tmp_path / "bad.txt").read_bytes().count(b"\n") == 1
+        BadImages(images, most=0, folder=tmp_path).update()
+    assert (tmp_path / "bad_images.txt").read_bytes().count(b"\n") == 1
 
 
 def test_paths_take_little_more_than_their_text(tmp_path):
