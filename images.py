@@ -272,8 +272,6 @@ def read_image(path: str, value_range: tuple[float, float] | None = None) -> tor
 
     def decode(file: BinaryIO) -> torch.Tensor:
         content = bytearray(file.read())
-        if not content:
-            raise ValueError("it is empty")
         with Image.open(io.BytesIO(content), formats=readable_formats()[1]) as image:  # refuses huge ones
             if decode_jpeg and content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
                 with suppress(RuntimeError):
@@ -327,8 +325,11 @@ def _read(path: str, decode: Callable[[BinaryIO], Any]) -> Any:
     for pause in (RETRY_PAUSE, None):
         try:
             with open(path, "rb", opener=_open_without_waiting) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
                     raise ValueError("it is not a regular file")
+                if status.st_size == 0:
+                    raise ValueError("it is empty")
                 return decode(file)
         except MemoryError:
             raise
