@@ -169,7 +169,7 @@ def test_options_are_compared_by_what_they_affect():
         "global_batch_size": (8, 4)
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
-        *("device", "workers", "augment", "cache", "compile"),
+        *("max_bad_images", "device", "workers", "augment", "cache", "compile"),
         *("dump_path", "checkpoint_freq", "log_freq", "eval_every", "tensorboard", "on_collapse"),
     }
     assert {name for name, kind in affects.items() if kind == "model"} == {
