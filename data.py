@@ -29,6 +29,14 @@ from torchvision.transforms.v2 import functional as F
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 
+class UnreadableImage(ValueError):
+    """An image of a Dataset that cannot be read: loaders take another one. reason: why, without the file's name."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+
 # Multi-crop: sample a box of the image and augmentation parameters for each crop, crop the box (uint8), augment it.
 # `augment` does the last step for a batch on the training device, `augment_one_by_one` in a loader's worker.
 
@@ -236,17 +244,28 @@ def sample_params(
     return params.astype(np.float32)
 
 
-def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether an image has one channel of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float] | None = None) -> torch.Tensor:
     """Convert a PIL image to uint8 [3, H, W], stored pixel by pixel, which resizes fastest; return such a tensor as is.
 
-    16-bit images are scaled to 8 bits. Raises ValueError for another tensor, and for images whose largest value is
-    unknown (Pillow's modes F and I, except of PNG and PGM files).
+    Transparent images are laid over white. value_range: the values that become 0 and 255 in images of 16 bits (None:
+    0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and for the modes I and F without
+    a value_range.
     """
     if not torch.is_tensor(image):
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode}")
+        if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
+            low, high = value_range or (0, 65535)
+            scaled = (np.asarray(image, np.float64) - low) / ((high - low) / 255) + 0.5
+            image = Image.fromarray(np.nan_to_num(scaled).clip(0, 255).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
+        elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
@@ -458,6 +477,25 @@ class ShuffledBatches(Sampler):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
+READ_ATTEMPTS, READ_ATTEMPTS_TAG = 50, 0xBAD  # images to try in the place of one; so many bad ones are no accident
+
+
+def readable_image(images: Dataset, seed: int, epoch: int, index: int) -> tuple[Image.Image | torch.Tensor, int]:
+    """Return images[index], or another image where that is unreadable: which one depends on (seed, epoch, index) alone.
+
+    Raises UnreadableImage after READ_ATTEMPTS images.
+    """
+    try:
+        return images[index]
+    except UnreadableImage as error:
+        first = error
+    others = np.random.default_rng((seed, epoch, index, READ_ATTEMPTS_TAG))
+    for other in others.integers(len(images), size=READ_ATTEMPTS - 1).tolist():
+        with suppress(UnreadableImage):
+            return images[other]
+    raise UnreadableImage(f"{first}; {READ_ATTEMPTS - 1} other images, tried in its place, cannot be read either")
+
+
 MAX_BATCH_BYTES = 2**26  # decoded images to hold at a time: a batch of photographs would fill a worker's memory
 
 
@@ -475,7 +513,7 @@ class CroppedBatches(Dataset):
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         parts, images, rngs, labels, held_bytes = [], [], [], [], 0
         for epoch, index in keys:
-            image, label = self.images[index]
+            image, label = readable_image(self.images, self.seed, epoch, index)
             images.append(to_pixels(image))
             held_bytes += images[-1].numel()
             rngs.append(np.random.default_rng((self.seed, epoch, index)))
@@ -500,7 +538,7 @@ class SeededImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[torch.Tensor] | torch.Tensor, int]:
         epoch, index = key
-        image, label = self.images[index]
+        image, label = readable_image(self.images, self.seed, epoch, index)
         return self.transform(image, np.random.default_rng((self.seed, epoch, index))), label
 
 
@@ -568,6 +606,22 @@ def crops_to_device(
     return crops
 
 
+LEFT_OUT = -2  # the label of an image that an `ordered_loader` cannot read
+
+
+class BlackIfUnreadable(Dataset):
+    """The images of a Dataset, with (a black image, LEFT_OUT) in the place of those that cannot be read."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | torch.Tensor, int]:
+        try:
+            return self.images[index]
+        except UnreadableImage:
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), LEFT_OUT
+
+
 def ordered_loader(
     images: Dataset,
     transform: Callable,
@@ -578,10 +632,13 @@ def ordered_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Make a loader of every image once, in order: this process's share (rank, rank + world_size, ...)."""
+    """Make a loader of every image once, in order: this process's share (rank, rank + world_size, ...).
+
+    An image that cannot be read keeps its place, as a black one with the label LEFT_OUT, for the caller to leave out.
+    """
     share = [(0, index) for index in range(rank, len(images), world_size)]
     return DataLoader(
-        SeededImages(images, transform),
+        SeededImages(BlackIfUnreadable(images), transform),
         batch_size=batch_size,
         sampler=share,
         pin_memory=pin_memory,

@@ -27,9 +27,10 @@ from torch.utils.data import Dataset
 import checkpoint
 from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
 from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
-from images import DATASETS, open_images, typical_side
+from images import DATASETS, BadImages, open_images, shown, typical_side
 from launch import (
     OptionParser,
+    RunStopped,
     UserError,
     choose_device,
     int_or_auto,
@@ -75,6 +76,8 @@ def option_parser() -> OptionParser:
         default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
         "larger images, else --size)")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "unreadable images of a split up to which the evaluation goes on, "
+        "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
     parser.common.append(
         parser.group.add_argument(
@@ -121,6 +124,8 @@ def check_args(args: argparse.Namespace) -> None:
 def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
     """Load the backbone of a checkpoint: (backbone, arguments of ResNet, options of its training, {} if unknown).
 
+    The options include value_range, of data.to_pixels, where training had one.
+
     arch: the architecture it must have; None for any. Raises UserError if it is not a whole ResNet, or holds NaN.
     """
     contents = checkpoint.load(path)
@@ -137,7 +142,8 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
         raise UserError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"checkpoint: {path} holds weights that are nan or inf")
-    return backbone, architecture, contents.get("options") or {}
+    trained = contents.get("options") or {}
+    return backbone, architecture, {**trained, "value_range": contents.get("value_range")} if trained else {}
 
 
 def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
@@ -147,9 +153,16 @@ def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | N
     return trained.get("dataset", "shapes"), trained.get("data_path")
 
 
-def open_splits(dataset: str, data_path: str | None, world_size: int) -> tuple[Dataset, Dataset]:
-    """Training and validation images, which have the same classes. Raises UserError."""
-    train_images, val_images = (open_images(dataset, data_path, split, world_size == 1) for split in ("train", "val"))
+def open_splits(
+    dataset: str, data_path: str | None, world_size: int, value_range: tuple[float, float] | None = None
+) -> tuple[Dataset, Dataset]:
+    """Training and validation images, which have the same classes. Raises UserError.
+
+    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels.
+    """
+    download = world_size == 1
+    train_images = open_images(dataset, data_path, "train", download, value_range)
+    val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
     if train_images.classes != val_images.classes:
         raise UserError(
             f"data_path: expected the same class folders in train/ and val/, got {train_images.classes} and "
@@ -176,6 +189,19 @@ def choose_sizes(args: argparse.Namespace, trained: dict, dataset: str, side: in
     if resize < size:
         raise UserError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
     return size, resize
+
+
+def count_bad_images(bad_images: dict[str, BadImages]) -> dict[str, int]:
+    """{split: images that cannot be read}, over all processes; logs which. Raises UserError if there are too many."""
+    try:
+        counts = {split: bad.update() for split, bad in bad_images.items()}
+    except RunStopped as error:
+        raise UserError(str(error)) from None
+    for split, bad in bad_images.items():
+        if bad.reasons:
+            some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(bad.reasons.items())[:3])
+            log(f"left out, as they cannot be read: {len(bad.reasons)} of {len(bad.images)} {split} images: {some}")
+    return counts
 
 
 # Evaluation
@@ -243,7 +269,9 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     path = Path(args.checkpoint) if args.checkpoint else checkpoint.newest_checkpoint()
     backbone, architecture, trained = load_backbone(path, args.arch)
     dataset, data_path = choose_images(args, trained)
-    train_images, val_images = open_splits(dataset, data_path, world_size)
+    train_images, val_images = open_splits(dataset, data_path, world_size, trained.get("value_range"))
+    splits = {"train": train_images, "val": val_images}
+    bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
     size, resize = choose_sizes(args, trained, dataset, typical_side(val_images))
     classes, val_transform = len(train_images.classes), CentreCrop(resize, size)
     workers = set_threads_and_workers(args.workers, device)
@@ -260,6 +288,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature, **loading)
     log("checkpoint ...")
     rows = {"checkpoint": evaluate_features(backbone, *evaluation, with_linear=args.cached, **options)}
+    count_bad_images(bad_images)  # all have been read once
     if not args.cached:
         probing = dict(classes=classes, epochs=args.epochs, lr=args.lr, weight_decay=args.wd, seed=args.seed, **loading)
         transforms = ProbeCrop(size), val_transform
@@ -277,6 +306,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         "knn_k": args.knn_k,
         "knn_temperature": args.knn_temperature,
         "seed": args.seed,
+        "left_out": count_bad_images(bad_images),
         "rows": rows,
     }
 

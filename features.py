@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, to_grey
-from launch import log, track
+from data import LEFT_OUT, CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, readable_image, to_grey
+from launch import UserError, log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
 RANDOM, RANDOM_STATISTICS, PIXELS = (
@@ -58,7 +58,8 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extract pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
 
-    Each process computes its share. title: of the progress line. batch_size: per process.
+    Each process computes its share. title: of the progress line. batch_size: per process. Images that cannot be read
+    are left out (images.new_bad_images tells which); raises UserError if there are no others.
     """
     features, labels, done = None, [], 0
     sharing = dict(rank=rank, world_size=world_size, workers=workers)
@@ -72,7 +73,13 @@ def extract_features(
         features[done : done + len(batch_features)] = batch_features
         done += len(batch_features)
         labels.append(batch_labels.to(device))
-    return _gather(features, len(images)), _gather(torch.cat(labels), len(images))
+    features, labels = _gather(features, len(images)), _gather(torch.cat(labels), len(images))
+    is_read = labels != LEFT_OUT
+    if is_read.all():
+        return features, labels
+    if not is_read.any():
+        raise UserError(f"data_path: none of the {len(images)} {title} can be read; python images.py DIR tells why")
+    return features[is_read], labels[is_read]
 
 
 def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
@@ -118,8 +125,10 @@ def recompute_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     backbone.train()
-    for step, (batch, _) in enumerate(track(loader, title)):
-        if len(batch) == batch_size or (step == 0 and len(batch) > 1):
+    for step, (batch, labels) in enumerate(track(loader, title)):
+        is_whole = len(batch) == batch_size or step == 0
+        batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
+        if is_whole and len(batch) > 1:
             backbone(batch.to(device, memory_format=torch.channels_last))
     backbone.eval()
     if dist.is_initialized():
@@ -266,7 +275,7 @@ def tracked_images(images: Dataset, size: int, rank: int, world_size: int) -> to
     count = max(world_size, min(256, len(images) // 20))
     chosen = some_images(len(images), count)[rank::world_size]
     crop = CentreCrop(size, size)
-    return torch.stack([crop(images[i][0]) for i in chosen])
+    return torch.stack([crop(readable_image(images, 0, 0, i)[0]) for i in chosen])
 
 
 @torch.no_grad()
@@ -296,7 +305,7 @@ def describe_images(images: Dataset, count: int = 200, size: int = 32) -> dict[s
     """
     crop = CentreCrop(size, size)
     chosen = track(some_images(len(images), count), "describing images")
-    pixels = torch.stack([crop(images[i][0]) for i in chosen])
+    pixels = torch.stack([crop(readable_image(images, 0, 0, i)[0]) for i in chosen])
     brightness = to_grey(pixels).squeeze(1).double()  # [N, size, size]
     variances, stds = brightness.var((1, 2), correction=0), brightness.std((1, 2)).clamp_min(1e-2)
     cells = F.avg_pool2d(brightness.unsqueeze(1), size // 4).flatten(1)

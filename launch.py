@@ -10,13 +10,13 @@ Copy this file to use it elsewhere: it needs only torch.
 import argparse
 import math
 import os
-import shlex
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -57,6 +57,8 @@ def user_errors(prefix: str = "") -> Iterator[None]:
 
 def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
     """Run a script's main function. A UserError becomes one line per machine and exit code 2, a RunStopped code 1."""
+    with suppress(AttributeError):  # of a stdout that somebody replaced
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path in another encoding must not end a run
     try:
         main()
     except (UserError, RunStopped) as error:
@@ -77,11 +79,12 @@ def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
 class OptionParser(argparse.ArgumentParser):
     """Command-line options with two tiers of help: --help shows the common ones, --help-all every one.
 
-    Takes `_` or `-` in names, and options from a file (@FILE: one or more per line, # starts a comment).
-    affects: {option: what it changes}, see `add`. parse_args raises UserError.
+    Takes `_` or `-` in names, and options from a file (@FILE, see `read_option_file`; fromfile_prefix_chars as in
+    argparse). affects: {option: what it changes}, see `add`. parse_args raises UserError.
     """
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, fromfile_prefix_chars: str = "", **options: object) -> None:
+        self.file_marks = tuple(fromfile_prefix_chars)
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
         self.affects: dict[str, str] = {}
         self.common: list[argparse.Action] = []
@@ -140,13 +143,54 @@ class OptionParser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
-        return super().parse_args([_underscored(word) for word in argv])
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return [_underscored(word) for word in shlex.split(line, comments=True)]
+        lines = []  # (the file and line, or "", and its words)
+        for word in argv:
+            from_file = word.startswith(self.file_marks or "\0")
+            lines += read_option_file(word[1:]) if from_file else [("", [word])]
+        lines = [(place, list(map(_underscored, words))) for place, words in lines]
+        try:
+            return super().parse_args([word for _, words in lines for word in words])
+        except UserError as error:
+            for end, (place, _) in enumerate(lines, 1):  # the first line with which the error comes
+                try:
+                    super().parse_args([word for _, words in lines[:end] for word in words])
+                except UserError as same:
+                    if place and str(same) == str(error):
+                        raise UserError(f"{place}: {error}") from None
+            raise
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (python {self.prog} --help-all lists the options)")
+
+
+def read_option_file(path: str) -> list[tuple[str, list[str]]]:
+    """Read options from a file, one or more per line: [("FILE, line N", words)].
+
+    Spaces separate words. Quotes around a word, or around the value in --name=value, keep its spaces; within words
+    they mean nothing, nor does a backslash. A # at the start of a line or after a space starts a comment. Raises
+    UserError with file and line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # paths may have any encoding
+            lines = file.read().split("\n")
+    except OSError as error:
+        raise UserError(f"@{path}: cannot read this file of options: {error.strerror}") from None
+    words_of_lines = []
+    for number_of_line, line in enumerate(lines, 1):
+        place, words = f"{path}, line {number_of_line}", []
+        for match in OPTION_WORD.finditer(line):
+            name, quoted, quote_left_open, plain = match.group("name", "quoted", "open", "plain")
+            if quote_left_open:
+                raise UserError(f"{place}: expected a second {quote_left_open[0]} at the end of {quote_left_open}")
+            words += [name + quoted[1:-1]] if quoted else [plain] if plain else []
+        words_of_lines.append((place, words))
+    return words_of_lines
+
+
+# The words of a line; comments and spaces match as none of the groups.
+OPTION_WORD = re.compile(
+    r"""\s+|\#.*|(?P<name>(?:--[\w-]+=)?)(?:(?P<quoted>(?:".*?"|'.*?')(?=\s|$))|(?P<open>["'].*))|(?P<plain>\S+)"""
+)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -143,11 +143,12 @@ class RunLog:
         }
         self._write(row)
         memory = f"GPU {row['gpu_memory_gib']:.1f} GiB  " if row["gpu_memory_gib"] else ""
+        bad = f"{row['bad_images']} bad image{'s' * (row['bad_images'] > 1)}  " if row.get("bad_images") else ""
         skipped = f"{row['skipped_steps']} steps skipped  " if row.get("skipped_steps") else ""
         show_progress(
             f"epoch {row['epoch']}/{self.epochs}  step {row['step']}/{self.total_steps}  "
             f"loss {row['loss']:.4f} (ln K {self.ln_k:.3f})  lr {lr:.4g}  {row['images_per_s']:.0f} images/s  "
-            f"data wait {row['data_wait_percent']:.0f}%  {memory}{skipped}"
+            f"data wait {row['data_wait_percent']:.0f}%  {memory}{skipped}{bad}"
             f"ETA {timedelta(seconds=round(row['eta_s']))}"
         )
         self._start_interval(now)

@@ -31,7 +31,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
-from data import CroppedBatches, MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
+from data import (
+    CroppedBatches,
+    MultiCrop,
+    UnreadableImage,
+    augment,
+    crops_to_device,
+    reuse_freed_memory,
+    start_epoch,
+    training_loader,
+)
 from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
 from features import (
     assigned_prototypes,
@@ -44,6 +53,7 @@ from features import (
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
 from images import (
     DATASETS,
+    BadImages,
     CachedImages,
     ImageFiles,
     cache_images,
@@ -99,6 +109,8 @@ def option_parser() -> launch.OptionParser:
     add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "unreadable images up to which the run goes on, with others in their "
+        "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
     add("arch", "resnet50", str, f"Train a {', '.join(ARCHS)}.", common="NAME",
@@ -243,8 +255,7 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
     """Fill the options that the user left open, print them with reasons, and check all. Raises UserError.
 
     They come from the run in dump_path, if there is one to resume, else from the images (defaults.py).
-    Returns what checkpoints keep of this (options, user_options, recovered and images, see checkpoint.py), and the
-    reasons by option.
+    Returns what checkpoints keep of this (from options to value_range, see checkpoint.py), and the reasons by option.
     """
     if len(images) < 2 * world_size:
         raise UserError(f"--data_path: expected {2 * world_size} images or more (2 per process), got {len(images)}")
@@ -260,7 +271,10 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
     given |= {name: value for name, (value, _) in chosen.items()}
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
     if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
-        facts["described"] = describe_images(images)
+        try:
+            facts["described"] = describe_images(images)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from None
     chosen |= derive(**facts, given=given)
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
@@ -280,7 +294,8 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
             f"got {args.batch_size}"
         )
     options = {**vars(args), "global_batch_size": global_batch_size}
-    settings = {"options": options, "user_options": user_options, "recovered": recovered, "images": fingerprint(images)}
+    settings = {"options": options, "user_options": user_options, "recovered": recovered}
+    settings |= {"images": fingerprint(images), "value_range": images.value_range}
     if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
     parser = option_parser()
@@ -342,7 +357,9 @@ def main(args: argparse.Namespace) -> None:
         log("derived from the images, or from the run so far:")
 
     def open_and_resolve(download: bool) -> tuple[Dataset, dict, dict]:
-        images = open_images(args.dataset, args.data_path, "pretrain", download=download)
+        earlier = checkpoint.find(Path(args.dump_path), quiet=True) or {}
+        value_range = earlier.get("value_range")  # a set that has grown is scaled as before
+        images = open_images(args.dataset, args.data_path, "pretrain", download=download, value_range=value_range)
         return images, *resolve_options(args, images, world_size)
 
     # The first process of each machine downloads and finds errors; the others wait for it in setup_processes.
@@ -368,6 +385,8 @@ def main(args: argparse.Namespace) -> None:
                 break
             except Collapse:
                 recover(args, settings)
+            except UnreadableImage as error:  # nor are those that were tried in its place
+                raise launch.RunStopped(str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")) from None
     launch.leave_processes()
 
 
@@ -421,6 +440,7 @@ def train(
     run_log.epoch_losses = losses
     saver_options = dict(sampler=loader.batch_sampler, minutes=args.checkpoint_minutes, requested_stop=requested_stop)
     saver = checkpoint.Saver(dump, parts | {"run_log": run_log}, settings, **saver_options)
+    bad_images = BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
@@ -463,6 +483,7 @@ def train(
                 measures = guard.watch(run_log.interval_loss, code_logits, one_crop, **progress)
                 if scaler.is_enabled():
                     measures["skipped_steps"] = step + 1 - steps_done - optimizer.steps
+                measures["bad_images"] = bad_images.update()
                 run_log.log_step(measures, lr=learning_rates[step])
                 if measures["collapsing"]:
                     handle_collapse(args, settings, measures, step + 1)

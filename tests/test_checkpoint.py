@@ -39,7 +39,7 @@ def documented_keys() -> set[str]:
 
 def test_a_checkpoint_has_exactly_the_documented_keys(images, tmp_path):
     contents = run_training(images, tmp_path, "--epochs", "1", "--tensorboard", "off")
-    assert contents.keys() == documented_keys() and len(documented_keys()) == 14
+    assert contents.keys() == documented_keys() and len(documented_keys()) == 15
     assert contents["queue"].keys() == {"embeddings", "started", "filled"}
     affects = train.option_parser().affects
     assert contents["options"].keys() - set(train.REPLACED_BY_TORCHRUN) == affects.keys() | {"global_batch_size"}
@@ -486,7 +486,7 @@ def test_options_are_compared_by_what_they_affect():
         "global_batch_size": (8, 4)
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
-        *("device", "workers", "augment", "cache", "compile"),
+        *("max_bad_images", "device", "workers", "augment", "cache", "compile"),
         *("dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "eval_every", "tensorboard"),
         *("on_collapse", "resume_anyway", "replay"),
     }

@@ -20,12 +20,14 @@ from torchvision.transforms.v2 import functional as F
 import data
 from data import (
     BLENDS,
+    LEFT_OUT,
     PARAMS,
     CentreCrop,
     MultiCrop,
     ProbeCrop,
     SeededImages,
     ShuffledBatches,
+    UnreadableImage,
     augment,
     augment_one_by_one,
     blend_slot,
@@ -33,6 +35,7 @@ from data import (
     crop_and_resize,
     crops_to_device,
     ordered_loader,
+    readable_image,
     sample_params,
     start_epoch,
     to_pixels,
@@ -620,6 +623,61 @@ def test_ordered_loaders_cover_every_image_once_in_order(world_size, workers):
         shares.append([label for _, labels in batches for label in labels.tolist()])
     assert all(share == sorted(share) for share in shares)
     assert sorted(sum(shares, [])) == list(range(11))
+
+
+# Images that cannot be read
+
+
+class SomeUnreadable(torch.utils.data.Dataset):
+    """Images whose labels are their indices, of which those in `bad` cannot be read."""
+
+    def __init__(self, count, bad):
+        self.images, self.bad = numbered_images(count), bad
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise UnreadableImage(f"cannot read {index}", "it is bad")
+        return self.images[index]
+
+
+def test_another_image_takes_the_place_of_an_unreadable_one():
+    images = SomeUnreadable(40, bad={3, 7, 8, 9})
+    assert [readable_image(images, 0, 0, i)[1] for i in range(3)] == [0, 1, 2]
+    labels = {
+        key: readable_image(images, *key)[1] for key in [(s, e, i) for s in (0, 1) for e in range(40) for i in (3, 7)]
+    }
+    assert not set(labels.values()) & images.bad and len(set(labels.values())) > 25  # spread over the set
+    assert all(readable_image(images, *key)[1] == label for key, label in labels.items())
+
+
+def test_where_all_images_are_unreadable_the_first_is_named():
+    with pytest.raises(UnreadableImage, match="^cannot read 2; 49 other images, tried in its place, cannot be read"):
+        readable_image(SomeUnreadable(4, bad=range(4)), 0, 0, 2)
+
+
+def test_an_unreadable_image_keeps_its_place_in_an_ordered_loader():
+    pixels, labels = zip(*ordered_loader(SomeUnreadable(5, bad={1, 4}), CentreCrop(32, 24), 2), strict=True)
+    assert torch.cat(labels).tolist() == [0, LEFT_OUT, 2, 3, LEFT_OUT]
+    black = torch.cat(pixels)[[1, 4]] * STD + MEAN
+    torch.testing.assert_close(black, torch.zeros(2, 3, 24, 24), rtol=0, atol=1e-6)
+
+
+def test_an_unreadable_image_of_a_worker_keeps_its_message():
+    loader = training_loader(SomeUnreadable(4, bad=range(4)), CentreCrop(32, 24), 2, workers=1)
+    with pytest.raises(UnreadableImage) as raised:
+        list(start_epoch(loader, 0))
+    assert "data.UnreadableImage: cannot read " in str(raised.value).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "value_range, expected", [(None, [0, 4, 16]), ((0, 4096), [0, 64, 255]), ((1024, 4096), [0, 0, 255])]
+)
+def test_16_bits_are_scaled_by_the_range(value_range, expected):
+    image = Image.fromarray(np.array([[0, 1024, 4096]], np.uint16))
+    assert to_pixels(image, value_range)[0, 0].tolist() == expected
 
 
 # Memory

@@ -14,7 +14,7 @@ from conftest import run_training
 from PIL import Image
 
 import images as images_module
-from data import MultiCrop, to_pixels, training_loader
+from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from images import (
     CachedImages,
     ImageArrays,
@@ -114,7 +114,7 @@ def test_16_bits_are_scaled_to_8_and_more_are_refused(tmp_path):
         assert pixels.shape == (3, 256, 256) and all(torch.equal(channel, expected) for channel in pixels), name
     for kind in (np.int32, np.float32):
         Image.fromarray(values.astype(kind)).save(tmp_path / "32.tif")
-        with pytest.raises(UserError, match="^data_path: cannot read .*32.tif .*expected 8 or 16 bits a channel"):
+        with pytest.raises(UnreadableImage, match="^data_path: cannot read .*32.tif .*expected 8 or 16 bits a channel"):
             read_image(str(tmp_path / "32.tif"))
 
 
@@ -192,7 +192,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_an_unreadable_image_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(UNREADABLE[name]())
-    with pytest.raises(UserError, match=f"^data_path: .*{name}"):
+    with pytest.raises(UnreadableImage, match=f"^data_path: .*{name}"):
         ImageFiles(tmp_path)[0]
 
 
