@@ -96,8 +96,8 @@ def option_parser() -> OptionParser:
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     parser.start_group("machine", affects="nothing")
     add("workers", "auto", int_or_auto, "Load images in this many processes, or auto.", common="N")
-    add("device", "auto", str, "Use cuda, cpu, or auto: the GPU if there is one.", common="NAME",
-        choices=("auto", "cuda", "cpu"))  # fmt: skip
+    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("seed", 31, nonnegative_int, "Seed the probe and the random weights.", common="N")
     return parser
 

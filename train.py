@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # Must precede `import torch`: how often a thread of GNU OpenMP looks for work before it sleeps, some 10 us here, 3 ms
 # by default. Measured in MEASURED.md.
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
-from data import MultiCrop, augment, crops_to_device, reuse_freed_memory, start_epoch, training_loader
+from data import MultiCrop, augment, batch_bytes, crops_to_device, reuse_freed_memory, start_epoch, training_loader
 from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
 from features import (
     assigned_prototypes,
@@ -41,7 +42,16 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import DATASETS, CachedImages, ImageFiles, cache_images, open_images, sizes_to_cache, typical_side
+from images import (
+    DATASETS,
+    CachedImages,
+    ImageFiles,
+    cache_images,
+    fingerprint,
+    open_images,
+    sizes_to_cache,
+    typical_side,
+)
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
@@ -125,8 +135,8 @@ def option_parser() -> launch.OptionParser:
         "about an epoch")  # fmt: skip
 
     parser.start_group("machine", affects="nothing")
-    add("device", "auto", str, "Train on cuda, cpu, or auto: the GPU if there is one.", common="NAME",
-        choices=("auto", "cuda", "cpu"))  # fmt: skip
+    add("device", "auto", str, "Train on cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("precision", None, str, "Compute in bf16, fp16 or fp32 (default: bf16 if the device supports it).",
         common="NAME", choices=tuple(launch.DTYPES), affects="learning")  # fmt: skip
     add("use_fp16", None, str.lower, "alias: true is --precision fp16, false is fp32", choices=("true", "false"),
@@ -210,7 +220,6 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         return
     with launch.user_errors("--"), torch.device("meta"):
         build_multicrop(args)
-        build_model(args)
         build_loss(args, world_size)
 
 
@@ -265,13 +274,19 @@ def build_multicrop(args: argparse.Namespace) -> MultiCrop:
     return MultiCrop(args.size_crops, args.nmb_crops, *scales, **{name: getattr(args, name) for name in names})
 
 
+def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bool) -> tuple[int, int]:
+    """(loader workers that the options ask for, bytes of a batch). Sets torch's threads."""
+    crop_only = args.augment != "workers"
+    workers = launch.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
+    return workers, batch_bytes(build_multicrop(args), args.batch_size, crop_only=crop_only)
+
+
 def build_loader(
     args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    crop_only, in_memory = args.augment != "workers", not isinstance(images, ImageFiles)
-    workers = launch.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
+    workers = launch.workers_that_fit(*choose_workers(args, device, in_memory=not isinstance(images, ImageFiles)))
     sharing = dict(seed=args.seed, rank=rank, world_size=world_size, workers=workers)
-    multi_crop, pin_memory = build_multicrop(args), device.type == "cuda"
+    multi_crop, pin_memory, crop_only = build_multicrop(args), device.type == "cuda", args.augment != "workers"
     return training_loader(images, multi_crop, args.batch_size, pin_memory=pin_memory, crop_only=crop_only, **sharing)
 
 
@@ -298,29 +313,40 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 
 def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself."""
-    world_size = launch.environment("WORLD_SIZE", 1)
-    check_args(args, world_size)
     device = launch.choose_device(args.device)
     dtype = launch.choose_precision(args.precision, device)
+    rank, world_size = launch.setup_processes(device)
+    check_args(args, world_size)
+    open_dump_path(Path(args.dump_path))
     log(
         "options: "
         + launch.as_command_line({name: value for name, value in vars(args).items() if value not in (None, [])})
     )
+    # Machines may hold the images in different folders: images are compared, not their folders.
+    affects = option_parser().affects
+    learning = {
+        f"--{n}": v for n, v in vars(args).items() if affects.get(n, "nothing") != "nothing" and n != "data_path"
+    }
+    launch.check_same("comparing options", learning | {"--dump_path": args.dump_path, "precision": str(dtype)})
+
+    # The first process of each machine downloads and finds errors.
+    images = launch.in_turn(
+        "opening the images",
+        lambda is_first: open_images(args.dataset, args.data_path, "pretrain", download=is_first),
+    )
+    if world_size > 1:
+        found = fingerprint(images)
+        launch.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
     if any(getattr(args, name) is None for name in DERIVED):
         log("derived from the images, or from the run so far:")
+    settings = launch.share("choosing options", lambda: resolve_options(args, images, world_size))
+    vars(args).update({name: settings["options"][name] for name in DERIVED})
+    launch.log_to(Path(args.dump_path) / "log.txt")
 
-    def open_and_resolve(download: bool) -> tuple[Dataset, dict]:
-        images = open_images(args.dataset, args.data_path, "pretrain", download=download)
-        return images, resolve_options(args, images, world_size)
-
-    # The first process of each machine downloads and finds errors; the others wait for it in setup_processes.
-    is_first, sizes = launch.environment("LOCAL_RANK", 0) == 0, None
-    if is_first:
-        images, settings = open_and_resolve(download=True)
-        sizes = sizes_to_cache(images, args.cache)
-    rank, world_size = launch.setup_processes(device)
-    if not is_first:
-        images, settings = open_and_resolve(download=False)
+    sizes = None
+    if launch.environment("LOCAL_RANK", 0) == 0:
+        workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
+        sizes = sizes_to_cache(images, args.cache, for_workers=launch.shared_memory_needed(workers, bytes_of_batch))
     images = cache_images(images, sizes)
     while True:
         try:
@@ -329,6 +355,15 @@ def main(args: argparse.Namespace) -> None:
         except Collapse:
             recover(args, settings)
     launch.leave_processes()
+
+
+def open_dump_path(dump: Path) -> None:
+    """Make the folder, and check on each machine that it can be written. Raises UserError."""
+    try:
+        dump.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=dump).close()
+    except OSError as error:
+        raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({error.strerror})") from None
 
 
 def train(
@@ -347,7 +382,6 @@ def train(
     """
     torch.manual_seed(args.seed)
     dump = Path(args.dump_path)
-    dump.mkdir(parents=True, exist_ok=True)
     reuse_freed_memory()
     loader = build_loader(args, images, rank, world_size, device)
     steps_per_epoch = len(loader)
@@ -401,6 +435,7 @@ def train(
         if epoch >= args.epoch_queue_starts:
             criterion.start_queue()
         for step, (batch, _) in run_log.timed_steps(epoch, batches):  # step: of the whole run, from 0
+            launch.note_activity(f"step {step + 1}")
             crops = crops_to_device(batch, device, augment=augment_crops, **place_options)  # V of [B, 3, S, S]
             # 1. Prototypes to the unit sphere
             model.normalize_prototypes()
