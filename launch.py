@@ -136,12 +136,9 @@ REMEDIES = {  # what an error's text holds: what happened, and what to do
     r"killed by signal: Bus error|unable to allocate shared memory|unable to (?:mmap|write to file) .*torch_": (
         "a loader worker found /dev/shm full; make it larger (docker run --shm-size=8g), or lower --workers (0: none)"
     ),
-    r"DataLoader worker .*killed by signal: (\w+)": (
-        "a loader worker was killed (signal {0}), most likely as memory was short; lower --workers or --batch_size"
-    ),
-    r"DataLoader worker .*exited unexpectedly": (
-        "a loader worker ended unexpectedly, most likely as memory was short; lower --workers or --batch_size, or "
-        "find its error with --workers 0"
+    r"DataLoader worker .*(?:killed by signal|exited unexpectedly)": (
+        "a loader worker was killed or ended by itself, most likely as memory or /dev/shm was short: lower --workers "
+        "or --batch_size; --workers 0 shows its error"
     ),
     r"can't allocate memory|Cannot allocate memory": "memory is short; lower --batch_size or --workers",
     r"Too many open files|received 0 items of ancdata": (
@@ -616,8 +613,8 @@ class Peers:
             self.unchanged_since, self.last_activities = time.monotonic(), activities
         steps = {rank: int(doing[5:]) for rank, doing in activities.items() if re.fullmatch(r"step \d+", doing)}
         waited = time.monotonic() - self.unchanged_since
-        # Half a minute earlier than NCCL, which would end the process without a word that a user can read.
-        if self.rank or len(steps) < self.world_size or waited < PROCESS_TIMEOUT.total_seconds() - 30:
+        # Earlier than NCCL, which would end the process with a stack of C++ calls.
+        if self.rank or len(steps) < self.world_size or waited < 0.95 * PROCESS_TIMEOUT.total_seconds():
             return None
         behind = [rank for rank, step in steps.items() if step < max(steps.values())]
         if not behind:
