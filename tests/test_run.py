@@ -25,9 +25,12 @@ from conftest import (
     train_stuck,
 )
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import features
 import guard
+import loss
 import train
 from data import ShuffledBatches
 from defaults import derive
@@ -437,6 +440,33 @@ def test_tensorboard_without_its_package_is_an_error_at_the_start(images, tmp_pa
     with pytest.raises(UserError, match="--tensorboard: .*pip install tensorboard"):
         run_training(images, tmp_path / "run", "--tensorboard")
     assert not (tmp_path / "run").exists()
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Fail as a device without float64 does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (torch.is_tensor(out) and out.dtype == torch.float64), func
+        return out
+
+
+def test_a_device_without_float64_trains(images, tmp_path, monkeypatch):
+    for module in (features, guard, loss):
+        monkeypatch.setattr(module, "NO_FLOAT64", ("cpu",))
+    more = ["--relative_epsilon", "on", "--epochs", "2", "--eval_every", "0"]
+    train_loop = train.train
+
+    def train_without(*args):  # what comes before it looks at images on the CPU
+        with WithoutFloat64():
+            train_loop(*args)
+
+    monkeypatch.setattr(train, "train", train_without)
+    run = run_training(images, tmp_path / "without", *more)
+    monkeypatch.undo()
+    expected = run_training(images, tmp_path / "with", *more)
+    for name, tensor in expected["state_dict"].items():
+        torch.testing.assert_close(run["state_dict"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 # What can go wrong during a run
