@@ -304,7 +304,9 @@ def test_a_fingerprint_tells_sets_by_their_relative_paths(tmp_path):
     assert prints("four", "a/1.png")["images"] == 1
     files = ImageFiles(tmp_path / "one")
     (tmp_path / "memory").touch()
-    assert fingerprint(CachedImages(files, [image_size(path) for path in files.paths], tmp_path / "memory")) == first
+    assert (
+        fingerprint(CachedImages(files, [image_size(path) for path in files.paths], str(tmp_path / "memory"))) == first
+    )
 
 
 def test_a_fingerprint_of_images_in_memory_is_that_of_their_pixels():
