@@ -155,7 +155,7 @@ class Saver:
         self.unsaved: str | None = None  # why the newest state is not on the disk
 
     def save_if_due(self) -> None:
-        """After a step: save if it is time, and stop if a signal came (SystemExit). Every process must call it.
+        """After a step: save if it is time, and stop if a signal came (RunStopped). Every process must call it.
 
         All processes do so after the same step, at most two after the signal.
         """
@@ -266,15 +266,13 @@ class Saver:
             self.thread = None
 
     def leave(self) -> None:
-        """Stop as a signal asked for: wait until the state is on the disk, print how to resume, raise SystemExit."""
+        """Stop as a signal asked for: wait until the state is on the disk, and raise RunStopped with how to resume."""
         self.wait()
         self.votes.close()
-        step = self.parts["run_log"].step
+        stopped = f"{self.stop}: stopped after step {self.parts['run_log'].step}"
         if self.unsaved:
-            log(f"{self.stop}: stopped after step {step}, whose state is not saved: {self.unsaved}")
-            raise SystemExit(3)
-        log(f"\n{self.stop}: stopped after step {step}, saved in {self.dump / NEWEST}; the same command resumes")
-        raise SystemExit(STOP_CODES[self.stop])
+            raise RunStopped(f"{stopped}, whose state is not saved: {self.unsaved}", code=3)
+        raise RunStopped(f"{stopped}, saved in {self.dump / NEWEST}; the same command resumes", STOP_CODES[self.stop])
 
     def finish(self) -> None:
         """At the end of a run: wait for the last write. Raises RunStopped, with exit code 3, if it failed."""

@@ -12,6 +12,7 @@ Copy this file to use it elsewhere: it needs only torch and torchvision.
 
 import ctypes
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -496,6 +497,7 @@ def readable_image(images: Dataset, seed: int, epoch: int, index: int) -> tuple[
     raise UnreadableImage(f"{first}; {READ_ATTEMPTS - 1} other images, tried in its place, cannot be read either")
 
 
+LOADER_TIMEOUT = 300  # seconds to wait for a batch of the workers
 MAX_BATCH_BYTES = 2**26  # decoded images to hold at a time: a batch of photographs would fill a worker's memory
 
 
@@ -650,16 +652,30 @@ def _identity(batch: tuple) -> tuple:
     return batch
 
 
+def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
+    """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
+    per_crop = (4 * PARAMS if crop_only else 0, 3 if crop_only else 12)  # bytes, and bytes of a pixel
+    counts = zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True)
+    return batch_size * sum(count * (per_crop[0] + per_crop[1] * size**2) for size, count in counts)
+
+
 def _worker_options(workers: int, persistent: bool = False) -> dict:
-    options = dict(
-        num_workers=workers, worker_init_fn=reuse_freed_memory, persistent_workers=persistent and workers > 0
-    )
+    options = dict(num_workers=workers, worker_init_fn=_start_worker, persistent_workers=persistent and workers > 0)
+    options["timeout"] = LOADER_TIMEOUT if workers else 0
     if workers and sys.platform == "linux":
         options["multiprocessing_context"] = "fork"  # shares images in memory; not the default from Python 3.14 on
     return options
 
 
-def reuse_freed_memory(_worker: int = 0) -> None:
+def _start_worker(_worker: int) -> None:
+    """Leave signals to the parent, which ends its workers when it has decided what a signal means."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # some systems have no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    reuse_freed_memory()
+
+
+def reuse_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors, instead of returning it to the system.
 
     Memory that comes back has to be cleared page by page, which took a third of the time of multi-crop on a CPU and a

@@ -27,11 +27,12 @@ from torch.utils.data import Dataset
 import checkpoint
 from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
 from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
-from images import DATASETS, BadImages, open_images, shown, typical_side
+from images import DATASETS, BadImages, fingerprint, open_images, shown, typical_side
 from launch import (
     OptionParser,
     RunStopped,
     UserError,
+    check_same,
     choose_device,
     int_or_auto,
     leave_processes,
@@ -45,6 +46,7 @@ from launch import (
     setup_processes,
     track,
     user_errors,
+    workers_that_fit,
 )
 from model import ARCHS, ResNet, architecture_of, backbone_weights
 
@@ -99,8 +101,8 @@ def option_parser() -> OptionParser:
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     parser.start_group("machine", affects="nothing")
     add("workers", "auto", int_or_auto, "Load images in this many processes, or auto.", common="N")
-    add("device", "auto", str, "Use cuda, cpu, or auto: the GPU if there is one.", common="NAME",
-        choices=("auto", "cuda", "cpu"))  # fmt: skip
+    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("seed", 31, nonnegative_int, "Seed the probe and the random weights.", common="N")
     return parser
 
@@ -272,11 +274,14 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     train_images, val_images = open_splits(dataset, data_path, world_size, trained.get("value_range"))
     splits = {"train": train_images, "val": val_images}
     bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
+    if world_size > 1:
+        found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
+        check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
     size, resize = choose_sizes(args, trained, dataset, typical_side(val_images))
     classes, val_transform = len(train_images.classes), CentreCrop(resize, size)
-    workers = set_threads_and_workers(args.workers, device)
     reuse_freed_memory()
     batch_size = args.batch_size or max(1, 256 // world_size)
+    workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
     log(
         f"{path}: {architecture['arch']} of width {architecture['width']}, {backbone.num_features} features; "
@@ -321,9 +326,10 @@ def print_table(result: dict) -> None:
 
 def main(args: argparse.Namespace) -> dict:
     """Evaluate, print the table, and write NAME.eval.json next to the checkpoint. Raises UserError for bad input."""
-    check_args(args)
     device = choose_device(args.device)
     rank, world_size = setup_processes(device)
+    check_args(args)
+    check_same("comparing options", {f"--{n}": v for n, v in vars(args).items() if n not in ("data_path", "workers")})
     result = evaluate(args, rank, world_size, device)
     print_table(result)
     if rank == 0:

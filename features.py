@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Subset
 from data import LEFT_OUT, CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, readable_image, to_grey
 from launch import UserError, log, track
 
+NO_FLOAT64 = ("mps",)  # devices without it
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
 RANDOM, RANDOM_STATISTICS, PIXELS = (
     "random init, BatchNorm untouched",
@@ -387,6 +388,8 @@ def measure_quality(
     embeddings, seen = (_gather(torch.cat(parts), int(total)) for parts in (embeddings, seen))  # [N, Q, ...]
     if not embeddings.isfinite().all():
         return dict.fromkeys(QUALITY)
+    if device.type in NO_FLOAT64:
+        embeddings, seen = embeddings.cpu(), seen.cpu()
     values = (
         rankme(embeddings.flatten(0, 1)),
         lidar(embeddings) if len(embeddings) > embeddings.shape[2] else None,

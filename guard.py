@@ -35,6 +35,7 @@ SLOW_STEPS = 200  # healthy runs can stay near ln K this long
 TRIVIAL_R2 = 0.5  # share of the embeddings that colour and brightness explain in a run that learned little else
 TRIVIAL_SHARE = 0.25  # share of the run at its start in which that is normal
 
+NO_FLOAT64 = ("mps",)  # devices without it
 SAFE_EPSILON = 0.3  # in units of the scores' std, see loss.py
 
 
@@ -79,15 +80,16 @@ class CollapseGuard:
         embedding_std: std of each dimension of the embeddings, times sqrt(D); 0 if all embeddings are the same.
         """
         codes = code_logits.softmax(dim=2)  # [A, B, K]
-        embeddings = embeddings.double()
+        exact = torch.float32 if embeddings.device.type in NO_FLOAT64 else torch.float64
+        embeddings = embeddings.to(exact)
         entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
         sizes = embeddings.new_tensor([entropies.numel(), len(embeddings), self.counted])
         sums = torch.cat(
             [
                 sizes,
-                entropies.sum(dtype=torch.double).view(1),
-                codes.sum((0, 1), dtype=torch.double),
-                self.used.double(),
+                entropies.sum(dtype=exact).view(1),
+                codes.sum((0, 1), dtype=exact),
+                self.used.to(exact),
                 embeddings.sum(0),
                 embeddings.square().sum().view(1),
             ]
@@ -100,7 +102,7 @@ class CollapseGuard:
         )
         mean_code = mean_code / nmb_codes
         variance = squares / images - (embedding / images).square().sum()  # summed over dimensions
-        in_use = (used > 0).double().sum()
+        in_use = (used > 0).to(exact).sum()
         ln_k = math.log(max(2, k))
         values = {
             "code_entropy": entropy / nmb_codes / ln_k,
@@ -154,7 +156,7 @@ class CollapseGuard:
             before, self.resumed_codes = _share(self.resumed_codes, _total(len(codes))), None
         if before is None:
             return None
-        changed = torch.stack([(before != codes).sum(), torch.tensor(len(before), device=before.device)]).double()
+        changed = torch.stack([(before != codes).sum(), torch.tensor(len(before), device=before.device)])
         if dist.is_initialized():
             dist.all_reduce(changed)
         changed, images = changed.tolist()

@@ -16,7 +16,7 @@ import io
 import math
 import mmap
 import os
-import shutil
+import socket
 import stat
 import sys
 import tempfile
@@ -44,9 +44,12 @@ from launch import (
     UserError,
     available_cores,
     environment,
+    exchange,
     log,
+    memory_left,
     nonnegative_int,
     run_script,
+    shared_memory_left,
     track,
 )
 
@@ -490,17 +493,6 @@ def _as_one_line(path: str) -> bytes:
     return os.fsencode(path).replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
 
 
-def fingerprint(images: Dataset) -> dict[str, object]:
-    """Tell a set from others: {"images": number, "paths": SHA-256 of the relative paths, of arrays of their pixels}."""
-    digest = hashlib.sha256()
-    if isinstance(images, ImageFiles):
-        for path in sorted(images.paths):
-            digest.update(os.fsencode(os.path.relpath(path, images.root)) + b"\0")
-    else:
-        digest.update(np.ascontiguousarray(images.pixels).data)
-    return {"images": len(images), "paths": digest.hexdigest()}
-
-
 # Open a set
 
 
@@ -609,8 +601,8 @@ class CachedImages(Dataset):
     def __init__(self, images: ImageFiles, sizes: Sequence[tuple[int, int]], path: str) -> None:
         self.images, self.root = images, images.root
         self.sizes = np.array(sizes)  # an array, like paths: each worker would end up with a copy of a list
-        self.ends = len(images) + np.cumsum(3 * self.sizes.prod(axis=1))
         # One byte per image, 1 if it is decoded, then the images.
+        self.ends = len(images) + np.cumsum(3 * self.sizes.prod(axis=1))
         self.memory = torch.from_file(path, shared=True, size=int(self.ends[-1]), dtype=torch.uint8)
         self.is_decoded = self.memory[: len(images)].numpy()
 
@@ -633,19 +625,19 @@ class CachedImages(Dataset):
         return pixels, -1
 
 
-def sizes_to_cache(images: Dataset, cache: str) -> list[tuple[int, int]] | None:
+def sizes_to_cache(images: Dataset, cache: str, for_workers: int = 0) -> list[tuple[int, int]] | None:
     """(width, height) of each image if they are to be cached, else None.
 
-    cache: "off"; "auto" (if they fit into a quarter of the free memory); "ram" (into 80 %). Raises UserError if
-    "ram" does not fit.
+    cache: "off"; "auto" (if they fit into a quarter of the free memory); "ram" (into 80 %). for_workers: bytes of
+    /dev/shm that loader workers need. Raises UserError if "ram" does not fit.
     """
     if cache == "off":
         return None
     share = 1 / 4 if cache == "auto" else 0.8
-    needed, allowed = cache_bytes(images, share)
+    needed, allowed = cache_bytes(images, share, for_workers)
     if 0 < needed <= allowed:
-        log("cache: reading the sizes of all images ...")
-        sizes = [_size_if_readable(path) for path in images.paths]
+        paths = track(images.paths, "cache: reading the sizes of all images", unit="image")
+        sizes = [_size_if_readable(path) for path in paths]
         needed = sum(3 * width * height for width, height in sizes)
         if needed <= allowed:
             return sizes
@@ -667,58 +659,85 @@ def _size_if_readable(path: str) -> tuple[int, int]:
 def cache_images(images: Dataset, sizes: list[tuple[int, int]] | None) -> Dataset:
     """Cache the images if this machine's first process gives their sizes. All processes have to call it.
 
-    sizes: from `sizes_to_cache` on the first process of each machine, None on the others.
+    sizes: from `sizes_to_cache` on the first process of each machine, None on the others. Without the memory for it
+    nothing is cached, with a line that says so.
     """
-    offer = None
-    if sizes:
-        descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
-        os.close(descriptor)
-        offer = sizes, path
+    path = sizes and _allocate_cache(sizes)
+    if path:
+        np.save(path + ".npy", sizes)  # for the other processes of this machine
+    machine = [socket.gethostname(), environment("GROUP_RANK", 0)]
     try:
-        if dist.is_initialized():
-            offers = [None] * dist.get_world_size()
-            dist.all_gather_object(offers, offer)
-            offer = offers[dist.get_rank() - environment("LOCAL_RANK", 0)]
+        offers = exchange("sharing the cache", [machine, path])
+        offer = next((theirs for place, theirs in offers if place == machine and theirs), None)
         if offer is not None:
-            images = CachedImages(images, *offer)
-        if dist.is_initialized():
-            dist.barrier()
+            images = CachedImages(images, np.load(offer + ".npy"), offer)
+        exchange("opening the cache", None)
     finally:
-        if sizes:
+        if path:
             os.unlink(path)  # the memory stays until the last process that opened it ends
+            os.unlink(path + ".npy")
     return images
 
 
-def cache_bytes(images: Dataset, share: float = 1 / 4) -> tuple[int, int]:
+def _allocate_cache(sizes: Sequence[tuple[int, int]]) -> str | None:
+    """The path of a file below /dev/shm with the memory for a cache; None, and a line, if there is not enough.
+
+    Allocated now, as writing to memory that is missing later would kill the process.
+    """
+    total, path = len(sizes) + sum(3 * width * height for width, height in sizes), None
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
+        with open(descriptor, "wb", buffering=0) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, total)
+            else:
+                for start in range(0, total, 2**24):
+                    file.write(bytes(min(2**24, total - start)))
+                if os.path.getsize(path) < total:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if path:
+            os.unlink(path)
+        log(f"cache: none, as {total / 2**20:.0f} MiB of /dev/shm could not be allocated: {error.strerror}")
+        return None
+    return path
+
+
+def cache_bytes(images: Dataset, share: float = 1 / 4, for_workers: int = 0) -> tuple[int, int]:
     """Bytes that the decoded images need (estimated from a hundred of them), and bytes that a cache may take.
 
-    share: of the free memory and of /dev/shm, as loader workers need both. (0, 0) for sets that are in memory
-    already; a cache may take nothing where there is no /dev/shm, as on other systems than Linux.
+    share: of the free memory and of /dev/shm. for_workers: bytes of /dev/shm to leave at least. (0, 0) for sets that
+    are in memory already; a cache may take nothing where there is no /dev/shm, as on other systems than Linux.
     """
     if not isinstance(images, ImageFiles):
         return 0, 0
     sizes = look_at_some(images, _size)
     needed = sum(3 * width * height for width, height in sizes) / len(sizes) * len(images)
-    if not os.path.isdir("/dev/shm"):
+    free = shared_memory_left()
+    if math.isinf(free):
         return int(needed), 0
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    free = min(free, memory_limit(), shutil.disk_usage("/dev/shm").free)
-    return int(needed), int(share * free)
+    return int(needed), max(0, int(min(share * min(free, memory_left()), free - for_workers)))
 
 
-def memory_limit() -> float:
-    """The smallest memory limit in bytes of this process's control groups (Docker, Slurm); inf without a limit."""
-    limits = [math.inf]
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, group = line.split(":", 2)
-            mount, name = ("memory", "memory.limit_in_bytes") if kinds else ("", "memory.max")  # version 1, 2
-            if kinds in ("", "memory"):
-                for folder in (Path(group), *Path(group).parents):  # a parent's limit holds for its children
-                    with suppress(OSError, ValueError):  # "max" is no limit
-                        limits.append(int(Path("/sys/fs/cgroup", mount, str(folder)[1:], name).read_text()))
-    return min(limits)
+# What tells sets apart
+
+
+def fingerprint(images: Dataset) -> dict[str, int | str]:
+    """What tells a set of images from another: {"images": how many, "paths": sha256}.
+
+    The sum is over the sorted paths below the set's folder, as bytes with a NUL between; of images in memory over a
+    checksum of their pixels.
+    """
+    images = getattr(images, "images", images)  # below a cache
+    if isinstance(images, ImageFiles):
+        root = os.path.join(os.fsencode(images.root), b"")
+        names = b"\0".join(sorted(os.fsencode(path).removeprefix(root) for path in images.paths))
+    else:
+        checksum = 0
+        for start in range(0, len(images), 1000):  # a part at a time: pixels may be a view that is copied here
+            checksum = zlib.crc32(np.ascontiguousarray(images.pixels[start : start + 1000]), checksum)
+        names = str(checksum).encode()
+    return {"images": len(images), "paths": hashlib.sha256(names).hexdigest()}
 
 
 # Shapes: drawn images, whose classes are textures

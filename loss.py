@@ -15,6 +15,8 @@ from torch import nn
 
 from sinkhorn_ext import sinkhorn, sinkhorn_potentials, swav_loss
 
+NO_FLOAT64 = ("mps",)  # devices without it
+
 
 class SwAVLoss(nn.Module):
     """Loss of a batch of V crops of B images each, over all processes of the default group if there is one.
@@ -182,12 +184,13 @@ class SwAVLoss(nn.Module):
 def means_and_std(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [A, 1, K] of each prototype's scores [A, B, K] over the images of all processes, and one std of the rest.
 
-    The std is a scalar, over crops, images and prototypes, of scores minus their means; both are float64. Sinkhorn
-    makes up for the means, so what is left is what tells images apart. The std is at least 1e-5 of the scores' root
-    mean square: smaller differences are rounding, and should leave codes uniform.
+    The std is a scalar, over crops, images and prototypes, of scores minus their means; both are float64, where the
+    device has it. Sinkhorn makes up for the means, so what is left is what tells images apart. The std is at least
+    1e-5 of the scores' root mean square: smaller differences are rounding, and should leave codes uniform.
     """
     tiny = torch.finfo(scores.dtype).tiny
-    scores = scores.double()  # where images are alike, mean square and squared mean differ by little
+    if scores.device.type not in NO_FLOAT64:
+        scores = scores.double()  # where images are alike, mean square and squared mean differ by little
     images = scores.new_full((1,), scores.shape[1])  # filled on the device, as a copy of a number would wait for it
     sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
     if dist.is_initialized():

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # Must precede `import torch`: how often a thread of GNU OpenMP looks for work before it sleeps, some 10 us here, 3 ms
 # by default. Measured in MEASURED.md.
@@ -36,6 +37,7 @@ from data import (
     MultiCrop,
     UnreadableImage,
     augment,
+    batch_bytes,
     crops_to_device,
     reuse_freed_memory,
     start_epoch,
@@ -148,8 +150,8 @@ def option_parser() -> launch.OptionParser:
         "about an epoch")  # fmt: skip
 
     parser.start_group("machine", affects="nothing")
-    add("device", "auto", str, "Train on cuda, cpu, or auto: the GPU if there is one.", common="NAME",
-        choices=("auto", "cuda", "cpu"))  # fmt: skip
+    add("device", "auto", str, "Train on cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("precision", None, str, "Compute in bf16, fp16 or fp32 (default: bf16 if the device supports it).",
         common="NAME", choices=tuple(launch.DTYPES), affects="learning")  # fmt: skip
     add("use_fp16", None, str.lower, "alias: true is --precision fp16, false is fp32", choices=("true", "false"),
@@ -247,7 +249,6 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         return
     with launch.user_errors("--"), torch.device("meta"):
         build_multicrop(args)
-        build_model(args)
         build_loss(args, world_size)
 
 
@@ -309,13 +310,19 @@ def build_multicrop(args: argparse.Namespace) -> MultiCrop:
     return MultiCrop(args.size_crops, args.nmb_crops, *scales, **{name: getattr(args, name) for name in names})
 
 
+def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bool) -> tuple[int, int]:
+    """(loader workers that the options ask for, bytes of a batch). Sets torch's threads."""
+    crop_only = args.augment != "workers"
+    workers = launch.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
+    return workers, batch_bytes(build_multicrop(args), args.batch_size, crop_only=crop_only)
+
+
 def build_loader(
     args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    crop_only, in_memory = args.augment != "workers", not isinstance(images, ImageFiles)
-    workers = launch.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
+    workers = launch.workers_that_fit(*choose_workers(args, device, in_memory=not isinstance(images, ImageFiles)))
     sharing = dict(seed=args.seed, rank=rank, world_size=world_size, workers=workers)
-    multi_crop, pin_memory = build_multicrop(args), device.type == "cuda"
+    multi_crop, pin_memory, crop_only = build_multicrop(args), device.type == "cuda", args.augment != "workers"
     return training_loader(images, multi_crop, args.batch_size, pin_memory=pin_memory, crop_only=crop_only, **sharing)
 
 
@@ -342,43 +349,22 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 
 def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself."""
-    world_size = launch.environment("WORLD_SIZE", 1)
     device = launch.choose_device(args.device)
     if args.replay:
         replay(args.replay, args.data_path, device)
         return
-    check_args(args, world_size)
-    dtype = launch.choose_precision(args.precision, device)
-    log(
-        "options: "
-        + launch.as_command_line({name: value for name, value in vars(args).items() if value not in (None, [])})
-    )
-    if any(getattr(args, name) is None for name in DERIVED):
-        log("derived from the images, or from the run so far:")
-
-    def open_and_resolve(download: bool) -> tuple[Dataset, dict, dict]:
-        earlier = checkpoint.find(Path(args.dump_path), quiet=True) or {}
-        value_range = earlier.get("value_range")  # a set that has grown is scaled as before
-        images = open_images(args.dataset, args.data_path, "pretrain", download=download, value_range=value_range)
-        return images, *resolve_options(args, images, world_size)
-
-    # The first process of each machine downloads and finds errors; the others wait for it in setup_processes.
-    is_first, sizes = launch.environment("LOCAL_RANK", 0) == 0, None
-    if is_first:
-        images, settings, reasons = open_and_resolve(download=True)
-        sizes = sizes_to_cache(images, args.cache)
+    dtype, dump = launch.choose_precision(args.precision, device), Path(args.dump_path)
     rank, world_size = launch.setup_processes(device)
-    if not is_first:
-        images, settings, reasons = open_and_resolve(download=False)
-    images = cache_images(images, sizes)
-    dump = Path(args.dump_path)
-    if rank == 0:
-        dump.mkdir(parents=True, exist_ok=True)
+    check_args(args, world_size)
+    open_dump_path(dump)
     with checkpoint.locked(dump) if rank == 0 else nullcontext(), launch.stop_signals() as requested_stop:
+        log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
+        check_same_options(args, dtype)
+        images, settings, reasons = open_and_resolve(args, device, world_size)
+        launch.log_to(dump / "log.txt")
         if rank == 0:
-            checkpoint.write_facts(
-                dump, settings, reasons, world_size=world_size, device=str(device), sinkhorn=backend(device)
-            )
+            facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device))
+            checkpoint.write_facts(dump, settings, reasons, **facts)
         while True:
             try:
                 train(args, images, settings, rank, world_size, device, dtype, requested_stop)
@@ -388,6 +374,49 @@ def main(args: argparse.Namespace) -> None:
             except UnreadableImage as error:  # nor are those that were tried in its place
                 raise launch.RunStopped(str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")) from None
     launch.leave_processes()
+
+
+def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Raise UserError if processes have other options. Machines may hold the images in different folders."""
+    affects = option_parser().affects
+    names = (name for name in vars(args) if affects.get(name, "nothing") != "nothing" and name != "data_path")
+    options = {f"--{name}": getattr(args, name) for name in names}
+    launch.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
+
+
+def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size: int) -> tuple[Dataset, dict, dict]:
+    """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons)."""
+
+    def value_range() -> list[float] | None:  # a set that has grown is scaled as before
+        return (checkpoint.find(Path(args.dump_path), quiet=True) or {}).get("value_range")
+
+    scale = launch.share("reading the run so far", value_range)
+    # The first process of each machine downloads and finds errors.
+    images = launch.in_turn(
+        "opening the images",
+        lambda is_first: open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=scale),
+    )
+    if world_size > 1:
+        found = fingerprint(images)
+        launch.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
+    if any(getattr(args, name) is None for name in DERIVED):
+        log("derived from the images, or from the run so far:")
+    settings, reasons = launch.share("choosing options", lambda: resolve_options(args, images, world_size))
+    vars(args).update({name: settings["options"][name] for name in DERIVED})
+    sizes = None
+    if launch.environment("LOCAL_RANK", 0) == 0:
+        workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
+        sizes = sizes_to_cache(images, args.cache, for_workers=launch.shared_memory_needed(workers, bytes_of_batch))
+    return cache_images(images, sizes), settings, reasons
+
+
+def open_dump_path(dump: Path) -> None:
+    """Make the folder, and check on each machine that it can be written. Raises UserError."""
+    try:
+        dump.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=dump).close()
+    except OSError as error:
+        raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({error.strerror})") from None
 
 
 def train(
@@ -403,8 +432,8 @@ def train(
     """Train from the first step to the last, or from the checkpoint in dump_path. The numbers 1 to 6 are the method.
 
     settings: from `resolve_options`. requested_stop: see launch.stop_signals. Raises UserError if dump_path holds
-    another run, RunStopped at inf or nan or as --on_collapse says, SystemExit after a signal, and Collapse if the
-    caller should `recover` and call this again.
+    another run, RunStopped at inf or nan, after a signal or as --on_collapse says, Collapse if the caller should
+    `recover` and call this again.
     """
     torch.manual_seed(args.seed)
     dump = Path(args.dump_path)
@@ -454,6 +483,7 @@ def train(
             criterion.start_queue()
         first = first_step if epoch == first_epoch else 0
         for step, (batch, _) in run_log.timed_steps(epoch, batches, first):  # step: of the whole run, from 0
+            launch.note_activity(f"step {step + 1}")
             crops = crops_to_device(batch, device, augment=augment_crops, **place_options)  # V of [B, 3, S, S]
             # 1. Prototypes to the unit sphere
             model.normalize_prototypes()

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -706,3 +707,23 @@ def test_large_freed_tensors_are_returned_to_the_system():  # the gaps that they
     if sys.platform == "linux":
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert int(result.stdout) > 48
+
+
+@pytest.mark.parametrize("crop_only", [True, False])
+def test_the_bytes_of_a_batch_are_known(crop_only):
+    multi_crop = MultiCrop([16, 8], [2, 3], [0.3, 0.1], [1.0, 0.3])
+    loader = training_loader(numbered_images(4), multi_crop, 4, crop_only=crop_only)
+    batch, _ = next(start_epoch(loader, 0))
+    tensors = [tensor for part in batch for tensor in (part if crop_only else [part])]
+    assert data.batch_bytes(multi_crop, 4, crop_only=crop_only) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_workers_start_where_a_system_has_no_sigusr1(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.delattr(signal, "SIGUSR1")
+    try:
+        data._start_worker(0)
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

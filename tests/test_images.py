@@ -1,6 +1,7 @@
 """images.py: image files, folders and named sets, the cache in memory, and the drawn shapes."""
 
 import gzip
+import hashlib
 import io
 import math
 import os
@@ -14,6 +15,7 @@ from conftest import run_training
 from PIL import Image
 
 import images as images_module
+import launch
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from images import (
     CachedImages,
@@ -22,6 +24,7 @@ from images import (
     LabelledImageFiles,
     cache_bytes,
     draw_shape,
+    fingerprint,
     image_size,
     open_images,
     read_image,
@@ -244,6 +247,18 @@ def test_the_size_of_a_cache_is_known_in_advance(cached):
         ("0::/\n", {"memory.max": "512"}, 512),
         ("5:devices:/a\n4:memory:/a/b\n0::/\n", {"memory/memory.limit_in_bytes": "99", "memory/a/b/other": "1"}, 99),
         ("0::/job\n", {"job/memory.max": "max"}, math.inf),
+        ("0::/job\n", {"job/memory.max": "900", "job/memory.current": "600"}, 300),
+        (  # files that the system may drop do not count
+            "0::/\n",
+            {"memory.max": "900", "memory.current": "600", "memory.stat": "anon 1\ninactive_file 250\n"},
+            550,
+        ),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "99", "memory/memory.usage_in_bytes": "120"},
+            0,
+        ),
+        ("0::/\n", {"memory.max": "damaged"}, math.inf),
     ],
 )
 def test_memory_is_limited_by_every_parent_control_group(groups, limits, expected, monkeypatch):
@@ -255,25 +270,65 @@ def test_memory_is_limited_by_every_parent_control_group(groups, limits, expecte
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert images_module.memory_limit() == expected
+    assert launch.memory_left() == expected
 
 
 def test_a_cache_takes_its_share_of_what_control_groups_allow(cached, monkeypatch):
-    monkeypatch.setattr(images_module, "memory_limit", lambda: 4000)
+    monkeypatch.setattr(images_module, "memory_left", lambda: 4000)
     assert cache_bytes(cached[0])[1] == 1000
 
 
+def test_a_cache_leaves_workers_their_share_of_shared_memory(cached, monkeypatch):
+    monkeypatch.setattr(images_module, "shared_memory_left", lambda: 4000)
+    assert [cache_bytes(cached[0], 0.8, needed)[1] for needed in (0, 1000, 3900, 5000)] == [3200, 3000, 100, 0]
+
+
+def test_a_system_without_shared_memory_has_no_cache(cached, monkeypatch):
+    monkeypatch.setattr(images_module, "shared_memory_left", lambda: math.inf)
+    assert cache_bytes(cached[0])[1] == 0 and sizes_to_cache(cached[0], "auto") is None
+    with pytest.raises(UserError, match="^--cache ram: expected at most 0.0 GiB"):
+        sizes_to_cache(cached[0], "ram")
+
+
+def test_a_fingerprint_tells_sets_by_their_relative_paths(tmp_path):
+    def prints(name, *files):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            save(tmp_path / name / file)
+        return fingerprint(ImageFiles(tmp_path / name))
+
+    first = prints("one", "a/1.png", "a.png", "b/2.png")
+    assert first == {"images": 3, "paths": hashlib.sha256(b"a.png\0a/1.png\0b/2.png").hexdigest()}
+    assert prints("two", "b/2.png", "a.png", "a/1.png") == first  # another place, the same images
+    assert prints("three", "a/1.png", "a.png", "b/3.png")["paths"] != first["paths"]
+    assert prints("four", "a/1.png")["images"] == 1
+    files = ImageFiles(tmp_path / "one")
+    (tmp_path / "memory").touch()
+    assert (
+        fingerprint(CachedImages(files, [image_size(path) for path in files.paths], str(tmp_path / "memory"))) == first
+    )
+
+
+def test_a_fingerprint_of_images_in_memory_is_that_of_their_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 4, 5, 3), dtype=np.uint8)
+    first = fingerprint(ImageArrays(pixels, np.arange(1500)))
+    transposed = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    assert fingerprint(ImageArrays(transposed, np.zeros(1500))) == first and first["images"] == 1500
+    pixels[-1, -1, -1, -1] ^= 1
+    assert fingerprint(ImageArrays(pixels, np.arange(1500))) != first
+
+
 def test_images_that_do_not_fit_into_memory_are_not_cached(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (2**40, 2**33))
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (2**40, 2**33))
     run_training(images, tmp_path, "--epochs", "1")
     assert "cached in memory" not in capsys.readouterr().out
     message = "^--cache ram: expected at most 8.0 GiB .* got about 1024.0; write --cache off"
     with pytest.raises(UserError, match=message):
         run_training(images, tmp_path, "--cache", "ram")
     allowed = 10 * 20 * 24 * 3 - 1  # the estimate is too low: then the sizes of all images decide
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (1, allowed))
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (1, allowed))
     assert sizes_to_cache(open_images("folder", images), "auto") is None
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share: (1, allowed + 1))
+    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (1, allowed + 1))
     assert sizes_to_cache(open_images("folder", images), "auto") == [(24, 20)] * 10
 
 

@@ -1,6 +1,7 @@
 """launch.py: options and their help, errors, device, processes, cores, precision and progress lines."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -162,6 +163,8 @@ def test_options_as_a_command_line():
     [
         (UserError("--epochs: expected 1 or more"), 2, "error: --epochs: expected 1 or more\n"),
         (RunStopped("the loss is nan"), 1, "error: the loss is nan\n"),
+        (RunStopped("the last state could not be saved", 3), 3, "error: the last state could not be saved\n"),
+        (RunStopped("stopped, state saved", code=143), 143, "stopped, state saved\n"),
         (
             UserError("Caught in worker 0:\n  Traceback ...\nlaunch.UserError: cannot read x"),
             2,
@@ -169,7 +172,7 @@ def test_options_as_a_command_line():
         ),
         (UserError(), 2, "error: UserError()\n"),
     ],
-    ids=["user error", "run stopped", "worker", "no message"],
+    ids=["user error", "run stopped", "not saved", "signal", "worker", "no message"],
 )
 def test_a_user_error_or_a_stopped_run_ends_with_one_line(error, code, line, capsys):
     def main():
@@ -368,6 +371,106 @@ def test_threads_that_the_user_sets_are_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     launch.set_threads_and_workers("auto", CPU, crop_only=True, in_memory=True)
     assert not threads
+
+
+@pytest.mark.parametrize(
+    "groups, limits, cores",
+    [
+        ("0::/job/step\n", {"job/cpu.max": "250000 100000", "job/step/cpu.max": "max 100000"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("3:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpuset:/\n", {"cpuset/cpu.cfs_quota_us": "1000", "cpuset/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_cpu_quotas_of_control_groups_limit_the_cores(groups, limits, cores, monkeypatch):
+    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert launch.available_cores() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launch.available_cores() == cores // 2
+    assert launch.set_threads_and_workers("auto", torch.device("cuda", 0)) == max(1, cores // 2 - 1)
+
+
+# Other systems than Linux
+
+
+def test_a_system_without_proc_dev_shm_and_affinity(monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(launch.shutil, "disk_usage", missing)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert launch.memory_left() == launch.shared_memory_left() == math.inf
+    assert launch.available_cores() == 6 and launch.workers_that_fit(4, 2**40) == 4
+
+
+@pytest.fixture
+def apple_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def test_an_apple_gpu_is_used_if_asked_for(apple_gpu, monkeypatch):
+    mps = torch.device("mps")
+    assert launch.choose_device("mps") == mps and launch.choose_device("auto") == CPU
+    assert launch.choose_precision(None, mps) == launch.choose_precision("fp32", mps) == torch.float32
+    for name in ("bf16", "fp16"):
+        with pytest.raises(UserError, match=f"^--precision {name}: expected fp32 on --device mps$"):
+            launch.choose_precision(name, mps)
+    options = dict(steps=10**6, crop_size=224)
+    assert not launch.use_compile("auto", mps, 1, **options) and not launch.use_compile("off", mps, 1, **options)
+    with pytest.raises(UserError, match="^--compile on: expected off on --device mps$"):
+        launch.use_compile("on", mps, 1, **options)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^--device mps: expected a single process"):
+        launch.choose_device("mps")
+
+
+def test_an_apple_gpu_that_is_missing_is_refused():
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match="^--device mps: this torch finds no Apple GPU; write --device cpu$"):
+        train.main(train.parse_args(["--dataset", "shapes", "--device", "mps"]))
+
+
+# Backend
+
+
+def test_gloo_on_request_lets_processes_share_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("SWAV_BACKEND", "gloo")
+    assert launch.choose_device("auto") == torch.device("cuda", 1)
+    assert launch.backend_of("cuda") == launch.backend_of("cpu") == "gloo"
+    monkeypatch.setenv("SWAV_BACKEND", "mpi")
+    with pytest.raises(UserError, match=r"^SWAV_BACKEND \(environment\): expected gloo, or leave it out, got mpi$"):
+        launch.choose_device("auto")
+    monkeypatch.setenv("SWAV_BACKEND", "")
+    assert (launch.backend_of("cuda"), launch.backend_of("cpu")) == ("nccl", "gloo")
+
+
+def test_a_task_of_slurm_with_a_gpu_of_its_own_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in dict(LOCAL_WORLD_SIZE="4", LOCAL_RANK="3", SLURM_GPUS_PER_TASK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch.choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK")
+    with pytest.raises(UserError, match="^--nproc_per_node=4: this machine has 1"):
+        launch.choose_device("auto")
 
 
 # Messages

@@ -26,10 +26,13 @@ from conftest import (
     train_stuck,
 )
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import features
 import guard
 import launch
+import loss
 import run_log
 import train
 from data import ShuffledBatches
@@ -443,6 +446,33 @@ def test_tensorboard_without_its_package_is_an_error_at_the_start(images, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+class WithoutFloat64(TorchDispatchMode):
+    """Fail as a device without float64 does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (torch.is_tensor(out) and out.dtype == torch.float64), func
+        return out
+
+
+def test_a_device_without_float64_trains(images, tmp_path, monkeypatch):
+    for module in (features, guard, loss):
+        monkeypatch.setattr(module, "NO_FLOAT64", ("cpu",))
+    more = ["--relative_epsilon", "on", "--epochs", "2", "--eval_every", "0"]
+    train_loop = train.train
+
+    def train_without(*args):  # what comes before it looks at images on the CPU
+        with WithoutFloat64():
+            train_loop(*args)
+
+    monkeypatch.setattr(train, "train", train_without)
+    run = run_training(images, tmp_path / "without", *more)
+    monkeypatch.undo()
+    expected = run_training(images, tmp_path / "with", *more)
+    for name, tensor in expected["state_dict"].items():
+        torch.testing.assert_close(run["state_dict"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
 # What can go wrong during a run
 
 
@@ -524,7 +554,7 @@ def test_a_bad_step_is_not_applied_and_stops_the_run_at_the_next_line(where, ima
     monkeypatch.setattr(
         launch, "stop_signals", lambda: nullcontext(lambda: calls.append(1) or ("SIGTERM" if len(calls) == 7 else None))
     )
-    with pytest.raises(SystemExit):
+    with pytest.raises(RunStopped, match="SIGTERM"):
         run_training(images, tmp_path / "good", *steps)
     before = torch.load(tmp_path / "good" / "checkpoint.pth")
     assert before["step"] == 7
