@@ -105,14 +105,27 @@ def option_parser() -> OptionParser:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
-    args.checkpoint = args.checkpoint or args.pretrained
+    if None not in (args.checkpoint, args.pretrained):
+        raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
+    args.checkpoint = args.pretrained if args.checkpoint is None else args.checkpoint
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError, naming option, value and what is accepted."""
+    if args.dataset == "shapes" and args.data_path is not None:
+        raise UserError(
+            f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}"
+        )
     if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+
+
+def options_without_effect(args: argparse.Namespace) -> list[str]:
+    """A line for each option that the user set and that changes nothing."""
+    default = option_parser().get_default
+    idle = [name for name in ("epochs", "lr", "wd") if args.cached and getattr(args, name) != default(name)]
+    return [f"--{name} {getattr(args, name)} has no effect with --cached, which fits without SGD" for name in idle]
 
 
 # What is evaluated, on which images
@@ -137,7 +150,8 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
         raise UserError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"checkpoint: {path} holds weights that are nan or inf")
-    return backbone, architecture, contents.get("options") or {}
+    options = contents.get("options")
+    return backbone, architecture, options if isinstance(options, dict) else {}  # other programs save other things
 
 
 def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
@@ -292,6 +306,8 @@ def print_table(result: dict) -> None:
 def main(args: argparse.Namespace) -> dict:
     """Evaluate, print the table, and write NAME.eval.json next to the checkpoint. Raises UserError for bad input."""
     check_args(args)
+    for line in options_without_effect(args):
+        log(line)
     device = choose_device(args.device)
     rank, world_size = setup_processes(device)
     result = evaluate(args, rank, world_size, device)

@@ -172,7 +172,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         argv = [f"@{SHAPES_RECIPE}", *argv]
     args = option_parser().parse_args(argv)
     if args.use_fp16:
-        args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
+        precision = "fp16" if args.use_fp16 == "true" else "fp32"
+        if args.precision not in (None, precision):
+            raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
+                            f"{args.precision}; leave one of them out")  # fmt: skip
+        args.precision = precision
     return args
 
 
@@ -247,8 +251,8 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         args.queue_length -= remainder
         log(f"--queue_length: rounded down to {args.queue_length}, a multiple of the global batch {global_batch_size}")
     check_args(args, world_size)
-    if args.queue_length and args.epoch_queue_starts >= args.epochs:
-        log(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
+    for line in options_without_effect(args, user_options, world_size):
+        log(line)
     most = len(images) // world_size
     if args.batch_size > most:
         raise UserError(
@@ -257,6 +261,26 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         )
     options = {**vars(args), "global_batch_size": global_batch_size}
     return {"options": options, "user_options": user_options, "recovered": recovered}
+
+
+def options_without_effect(args: argparse.Namespace, user_options: dict, world_size: int) -> list[str]:
+    """A line for each option that the user set, to something else than 0, and that changes nothing in this run.
+
+    args: with all options known. user_options: those that the user set.
+    """
+    set_options = {**user_options, "cache": args.cache == "ram" and "ram"}
+    never = f"as it starts at epoch {args.epoch_queue_starts}, in a run of {args.epochs} epochs"
+    checks = (
+        ("start_warmup", not args.warmup_epochs, "without --warmup_epochs"),
+        ("final_lr", args.warmup_epochs == args.epochs, "as the warm-up takes the whole run"),
+        ("queue_length", args.queue_length and args.epoch_queue_starts >= args.epochs, never),
+        ("epoch_queue_starts", not args.queue_length, "without --queue_length"),
+        ("sync_bn", world_size == 1, "in a single process"),
+        ("syncbn_process_group_size", args.sync_bn != "apex", "without --sync_bn apex"),
+        ("cache", args.dataset != "folder", f"as the images of {args.dataset} are in memory anyway"),
+    )
+    found = [(name, reason) for name, is_idle, reason in checks if is_idle and set_options.get(name)]
+    return [f"{launch.as_command_line({name: set_options[name]})} has no effect {reason}" for name, reason in found]
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:
