@@ -84,7 +84,7 @@ def load(path: str | Path) -> dict:
         if refused:
             reason = f"{path} holds a {refused[1]}, which is refused, as loading it could run code; save the weights "
             reason += "alone, by torch.save(model.state_dict(), FILE), where you trust the file"
-        elif isinstance(error, OSError):
+        elif isinstance(error, OSError) and error.filename:  # it cannot be opened
             reason = f"cannot read {path}: {error.strerror}"
         else:
             cause = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
@@ -99,7 +99,7 @@ def load_run(path: Path) -> dict:
         checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
         options.setdefault("color_strength", 1.0)  # of versions without this option
-    except (UserError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, LookupError, TypeError, AttributeError) as error:
         reason = error if isinstance(error, UserError) else "it is not a checkpoint of train.py"
         raise UserError(
             f"--dump_path: cannot resume from {path}: {reason}; delete it, put one of checkpoints/ in its place, "

@@ -137,7 +137,7 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
     arch: the architecture it must have; None for any. Raises UserError if it is not a whole ResNet, or holds NaN.
     """
     contents = checkpoint.load(path)
-    with user_errors():
+    with user_errors(f"{path}: "):
         weights = backbone_weights(contents)
         architecture = architecture_of(weights)
     if arch not in (None, architecture["arch"]):

@@ -45,9 +45,9 @@ def _load(path: str | os.PathLike) -> object:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # which many programs save beside their weights
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises whatever unpickling runs into; its advice is to run all code
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
         refused = re.search(r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", str(error))
         reason = "is cut short, damaged, or not a file that torch.save wrote"
         if refused:
