@@ -113,6 +113,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError, naming option, value and what is accepted."""
+    if args.checkpoint == "":
+        raise UserError("checkpoint: expected a file, got an empty name; leave it out for the newest in runs/")
     if args.dataset == "shapes" and args.data_path is not None:
         raise UserError(
             f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}"

@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 PROCESS_TIMEOUT = timedelta(hours=1)  # how long a process waits for the others
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The largest numbers of an option; torch reports others in ways that are hard to read.
+MAX_INT, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 COMPILE_MIN_STEPS, COMPILE_MIN_CROP = 10_000, 128  # steps and pixels from which torch.compile repays its first minutes
 
 
@@ -170,8 +172,12 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], int
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > least if above else value >= least) or value == math.inf:
+        largest, smallest = (MAX_INT, 1) if kind is int else (FLOAT32.max, FLOAT32.tiny)
+        if not (value > least if above else value >= least) or value > largest or 0 < value < smallest:
             what = "a whole number" if kind is int else "a number"
+            text = text if len(text) < 50 else f"{text[:50]}... ({len(text)} characters)"
+            if value > largest or 0 < value < smallest:
+                raise argparse.ArgumentTypeError(f"expected {what} from {smallest:.5g} to {largest:.10g}, got {text}")
             raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
         return value
 

@@ -207,15 +207,26 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     dump = Path(args.dump_path)
+    try:
+        os.lstat(args.dump_path or "\0")  # "" would be the current folder
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is empty, or holds a zero byte"
+        raise UserError(f"--dump_path: expected a folder, got {args.dump_path[:100]!r}: {reason}") from None
     nearest = next(folder for folder in (dump, *dump.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
     if any(getattr(args, name) is None for name in DERIVED):
         return
-    with launch.user_errors("--"), torch.device("meta"):
-        build_multicrop(args)
-        build_model(args)
-        build_loss(args, world_size)
+    try:
+        with launch.user_errors("--"), torch.device("meta"):
+            build_multicrop(args)
+            build_model(args)
+            build_loss(args, world_size)
+    except RuntimeError as error:  # of torch, whose messages are long
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--width, --blocks, --queue_length: expected smaller ones; torch says: {reason}") from None
 
 
 def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) -> dict:

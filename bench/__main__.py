@@ -8,6 +8,7 @@ ms, with half the distance between the quartiles in percent of it. Run nothing e
 
 import json
 import math
+import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +22,7 @@ from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
 from data import SMALLEST_CROP
-from launch import OptionParser, UserError, run_script, user_errors
+from launch import MAX_INT, OptionParser, UserError, run_script, user_errors
 
 
 class Benchmark(NamedTuple):
@@ -167,6 +168,10 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("dump_path", None, Path, dump_path, default_text="runs/collapse, runs/learn")
     args = parser.parse_args(argv)
     check_args(args)
+    taken = {"benchmarks", "device", "threads", "json"}.union(*(BENCHMARKS[name].options for name in args.benchmarks))
+    for name in vars(args).keys() - taken:
+        if getattr(args, name) != parser.get_default(name):
+            print(f"--{name} has no effect in {', '.join(args.benchmarks)}")
     return args
 
 
@@ -176,6 +181,13 @@ def check_args(args: Namespace) -> None:
         values, minimum = numbers if isinstance(numbers, list) else [numbers], MINIMUM.get(name, 1)
         if any(isinstance(value, int) and value < minimum for value in values):
             raise UserError(f"--{name}: expected {minimum} or more, got {numbers}")
+        if any(isinstance(value, int) and value > MAX_INT for value in values):
+            raise UserError(f"--{name}: expected {MAX_INT} or less, got {numbers}")
+    for name, path in (("json", args.json), ("dump_path", args.dump_path and args.dump_path / "run")):
+        if path is not None:  # better now than after hours
+            nearest = next(folder for folder in path.absolute().parents if folder.exists())
+            if path.is_dir() and name == "json" or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise UserError(f"--{name}: expected a place that can be written, got {getattr(args, name)}")
     for name, default in (("collapse", ["shapes"]), ("learn", learn.SETS)):
         if name in args.benchmarks:
             with user_errors("--sets: "):

@@ -4,19 +4,17 @@ import argparse
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_training, script
+from conftest import TINY
 
 import checkpoint
 import eval_linear
 import hubconf
 import train
-from bench.__main__ import parse_args as parse_bench
 from launch import UserError, run_script
 from model import ResNet
 
