@@ -172,13 +172,13 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], int
             value = kind(text)
         except ValueError:
             value = math.nan
-        largest, smallest = (MAX_INT, 1) if kind is int else (FLOAT32.max, FLOAT32.tiny)
-        if not (value > least if above else value >= least) or value > largest or 0 < value < smallest:
-            what = "a whole number" if kind is int else "a number"
-            text = text if len(text) < 50 else f"{text[:50]}... ({len(text)} characters)"
-            if value > largest or 0 < value < smallest:
-                raise argparse.ArgumentTypeError(f"expected {what} from {smallest:.5g} to {largest:.10g}, got {text}")
+        what = "a whole number" if kind is int else "a number"
+        text = text if len(text) < 50 else f"{text[:50]}... ({len(text)} characters)"
+        if not (value > least if above else value >= least):
             raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
+        smallest, largest = (1, MAX_INT) if kind is int else (FLOAT32.tiny, FLOAT32.max)
+        if value > largest or 0 < value < smallest:
+            raise argparse.ArgumentTypeError(f"expected {what} from {smallest:.5g} to {largest:.10g}, got {text}")
         return value
 
     return parse

