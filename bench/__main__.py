@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, soak, step
+from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, soak, steady, step
 from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
@@ -94,6 +94,13 @@ BENCHMARKS = {
         "5 minutes",
         "soak --minutes 60",
     ),
+    "steady": Benchmark(
+        steady.run,
+        ("repetitions", "steps"),
+        "memory over 2,000 steps; step time with and without checkpoints",
+        "5 minutes",
+        "steady --repetitions 5",
+    ),
 }
 MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP}  # of integer options; 1 for the others
 
@@ -150,8 +157,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("workers", None, int, "Loader workers in step.", default_text="10 on a GPU, 1 on a CPU")
     compiled = dict(default_text="only on a GPU", choices=("on", "off"))
     add("compile", None, str, "Use torch.compile for our program in step.", **compiled)
-    steps = "in step twice the workers on a GPU, 4 on a CPU; in scaling 16 and 1"
-    add("steps", None, int, "Steps in a turn of step or scaling.", default_text=steps)
+    steps = "in step twice the workers on a GPU, 4 on a CPU; in scaling 16 and 1; in steady 2000"
+    add("steps", None, int, "Steps in a turn of step or scaling, or of steady's long run.", default_text=steps)
     add("processes", [1, 2, 4], int, "Numbers of processes in scaling.", nargs="+")
     add("nmb_small_crops", [0, 2, 6], int, "Numbers of small crops in scaling.", nargs="+")
     step_ms = "Time of ResNet-50's step on one GPU in ms, from which scaling computes many GPUs."

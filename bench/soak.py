@@ -109,7 +109,6 @@ def soak(
     folder: Path, words: str, epochs: int, faults: Sequence[str], seed: int, stride: int, minutes: float
 ) -> dict[str, Any]:
     """Disturb one run after the other, with seeds `stride` apart, until the minutes are over."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # forks of a process with threads may hang
     end = time.monotonic() + 60 * minutes
     found = {"faults": {}, "runs": 0, "starts": 0, "changes_of_processes": 0}
@@ -308,6 +307,7 @@ def be_rank(argv: list[str], rank: int, world_size: int, port: int, prefix: str)
     output = os.open(f"{prefix}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
     if world_size > 1:
         ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
         os.environ.update({name: str(value) for name, value in ranks.items()})
@@ -348,10 +348,10 @@ def newest_step(dump: Path) -> int:
     return max(step_of(dump / name) or 0 for name in ("checkpoint.pth", "checkpoint_previous.pth"))
 
 
-def read_rows(dump: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without what depends on time."""
+def read_rows(dump: Path, timings: bool = False) -> list[dict]:
+    """The rows of metrics.jsonl. timings: with what depends on time."""
     rows = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
+    return [{name: value for name, value in row.items() if timings or name not in TIMINGS} for row in rows]
 
 
 def compare_runs(undisturbed: Path, disturbed: Path, *, bit_for_bit: bool) -> str:
