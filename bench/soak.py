@@ -45,7 +45,7 @@ NETWORK = (
 OFTEN = "--checkpoint_minutes 0.002"  # a checkpoint every 0.12 s, in the middle of epochs too
 TIMINGS = {"images_per_s", "data_wait_percent", "gpu_memory_gib", "eta_s", "epoch_seconds", "epoch_images_per_s"}
 TIMEOUT = 180.0  # seconds without an event that has to come: the run hangs
-LEAVE_SECONDS = 10.0  # that a process has to leave after SIGTERM
+LEAVE_SECONDS = 30.0  # that processes have to leave after SIGTERM; then torchrun kills them
 
 
 def run(
@@ -202,9 +202,14 @@ def disturb(start: "Start", fault: str | None, steps: int, dump: Path, rng: rand
 
 
 def terminate(start: "Start", dump: Path, found: dict) -> str | None:
-    """Send SIGTERM to all processes. The steps until then have to be saved, and the exit code has to say so."""
-    start.send(signal.SIGTERM)
-    found["left_waiting"] += start.end(LEAVE_SECONDS)
+    """Send SIGTERM to all processes. The steps until then have to be saved, and the exit code has to say so.
+
+    Processes that do not leave in time are counted as left waiting.
+    """
+    late = start.end(LEAVE_SECONDS)
+    if late:
+        found["left_waiting"] += late
+        return TERMINATE
     codes = start.codes()
     if set(codes) == {0}:  # it had ended before
         return None
