@@ -19,10 +19,12 @@ torch.load(path, map_location="cpu", weights_only=True):
     recovered           options that --on_collapse recover changed, one name for each time
 """
 
+import argparse
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -290,12 +293,27 @@ class Saver:
 
 
 def load(path: str | Path) -> dict:
-    """Load any checkpoint, ours or another program's. Raises UserError with the file's name if it cannot be read."""
+    """Load any checkpoint, ours or another program's, without running code that it may hold.
+
+    Tensors, plain Python values and argparse.Namespace are read; a file with any other class is refused. Raises
+    UserError with the file's name, and with the class.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other formats; the error below says it
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever unpickling runs into
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"checkpoint: cannot read {path}: {reason}") from None
+        refused = re.search(r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", str(error))
+        if refused:
+            reason = f"{path} holds a {refused[1]}, which is refused, as loading it could run code; save the weights "
+            reason += "alone, by torch.save(model.state_dict(), FILE), where you trust the file"
+        elif isinstance(error, OSError) and error.filename:  # it cannot be opened
+            reason = f"cannot read {path}: {error.strerror}"
+        else:
+            cause = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+            cause = "" if "eights" in cause else f" ({cause})"  # torch's advice is to load it without weights_only
+            reason = f"cannot read {path}: it is cut short, damaged, or not a file that torch.save wrote{cause}"
+        raise UserError(f"checkpoint: {reason}") from None
 
 
 def load_run(path: Path) -> dict:
@@ -303,9 +321,9 @@ def load_run(path: Path) -> dict:
     try:
         checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
-    except (UserError, KeyError, TypeError) as error:
+        options.setdefault("color_strength", 1.0)  # of versions without this option
+    except (UserError, LookupError, TypeError, AttributeError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{path} is not a checkpoint of train.py") from None
-    options.setdefault("color_strength", 1.0)  # of versions without this option
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
     defaults = {"recovered": recovered, "user_options": asked, "step_of_epoch": 0, "losses": [], "guard": None}

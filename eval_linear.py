@@ -110,14 +110,29 @@ def option_parser() -> OptionParser:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
-    args.checkpoint = args.checkpoint or args.pretrained
+    if None not in (args.checkpoint, args.pretrained):
+        raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
+    args.checkpoint = args.pretrained if args.checkpoint is None else args.checkpoint
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError, naming option, value and what is accepted."""
+    if args.checkpoint == "":
+        raise UserError("checkpoint: expected a file, got an empty name; leave it out for the newest in runs/")
+    if args.dataset == "shapes" and args.data_path is not None:
+        raise UserError(
+            f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}"
+        )
     if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+
+
+def options_without_effect(args: argparse.Namespace) -> list[str]:
+    """A line for each option that the user set and that changes nothing."""
+    default = option_parser().get_default
+    idle = [name for name in ("epochs", "lr", "wd") if args.cached and getattr(args, name) != default(name)]
+    return [f"--{name} {getattr(args, name)} has no effect with --cached, which fits without SGD" for name in idle]
 
 
 # What is evaluated, on which images
@@ -131,7 +146,7 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
     arch: the architecture it must have; None for any. Raises UserError if it is not a whole ResNet, or holds NaN.
     """
     contents = checkpoint.load(path)
-    with user_errors():
+    with user_errors(f"{path}: "):
         weights = backbone_weights(contents)
         architecture = architecture_of(weights)
     if arch not in (None, architecture["arch"]):
@@ -144,8 +159,9 @@ def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
         raise UserError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"checkpoint: {path} holds weights that are nan or inf")
-    trained = contents.get("options") or {}
-    return backbone, architecture, {**trained, "value_range": contents.get("value_range")} if trained else {}
+    options, value_range = contents.get("options"), contents.get("value_range")
+    is_ours = isinstance(options, dict)  # other programs save other things
+    return backbone, architecture, {**options, "value_range": value_range} if is_ours else {}
 
 
 def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
@@ -329,6 +345,8 @@ def main(args: argparse.Namespace) -> dict:
     device = choose_device(args.device)
     rank, world_size = setup_processes(device)
     check_args(args)
+    for line in options_without_effect(args):
+        log(line)
     check_same("comparing options", {f"--{n}": v for n, v in vars(args).items() if n not in ("data_path", "workers")})
     result = evaluate(args, rank, world_size, device)
     print_table(result)

@@ -40,6 +40,8 @@ BEAT = 1.0  # seconds between signs of life
 GRACE = 4  # seconds that a process has to end by itself after another one failed
 AGREED_CODES = (75, 130, 143)  # of runs that all processes end together, with their state saved
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The largest numbers of an option; torch reports others in ways that are hard to read.
+MAX_INT, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 COMPILE_MIN_STEPS, COMPILE_MIN_CROP = 10_000, 128  # steps and pixels from which torch.compile repays its first minutes
 
 
@@ -312,9 +314,13 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], int
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > least if above else value >= least) or value == math.inf:
-            what = "a whole number" if kind is int else "a number"
+        what = "a whole number" if kind is int else "a number"
+        text = text if len(text) < 50 else f"{text[:50]}... ({len(text)} characters)"
+        if not (value > least if above else value >= least):
             raise argparse.ArgumentTypeError(f"expected {what} {'above' if above else 'from'} {least}, got {text}")
+        smallest, largest = (1, MAX_INT) if kind is int else (FLOAT32.tiny, FLOAT32.max)
+        if value > largest or 0 < value < smallest:
+            raise argparse.ArgumentTypeError(f"expected {what} from {smallest:.5g} to {largest:.10g}, got {text}")
         return value
 
     return parse

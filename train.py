@@ -202,8 +202,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         argv = [f"@{SHAPES_RECIPE}", *argv]
     args = option_parser().parse_args(argv)
     if args.use_fp16:
-        args.precision = "fp16" if args.use_fp16 == "true" else "fp32"
-    args.dump_path = args.dump_path or str(Path("runs", name_of_images(args)))
+        precision = "fp16" if args.use_fp16 == "true" else "fp32"
+        if args.precision not in (None, precision):
+            raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
+                            f"{args.precision}; leave one of them out")  # fmt: skip
+        args.precision = precision
+    if args.dump_path is None:
+        args.dump_path = str(Path("runs", name_of_images(args)))
     return args
 
 
@@ -242,14 +247,26 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     dump = Path(args.dump_path)
+    try:
+        os.lstat(args.dump_path or "\0")  # "" would be the current folder
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is empty, or holds a zero byte"
+        raise UserError(f"--dump_path: expected a folder, got {args.dump_path[:100]!r}: {reason}") from None
     nearest = next(folder for folder in (dump, *dump.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
     if any(getattr(args, name) is None for name in DERIVED):
         return
-    with launch.user_errors("--"), torch.device("meta"):
-        build_multicrop(args)
-        build_loss(args, world_size)
+    try:
+        with launch.user_errors("--"), torch.device("meta"):
+            build_multicrop(args)
+            build_model(args)
+            build_loss(args, world_size)
+    except RuntimeError as error:  # of torch, whose messages are long
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--width, --blocks, --queue_length: expected smaller ones; torch says: {reason}") from None
 
 
 def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) -> tuple[dict, dict[str, str]]:
@@ -286,8 +303,8 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
         args.queue_length -= remainder
         log(f"--queue_length: rounded down to {args.queue_length}, a multiple of the global batch {global_batch_size}")
     check_args(args, world_size)
-    if args.queue_length and args.epoch_queue_starts >= args.epochs:
-        log(f"--epoch_queue_starts {args.epoch_queue_starts}: the queue is not used in a run of {args.epochs} epochs")
+    for line in options_without_effect(args, user_options, world_size):
+        log(line)
     most = len(images) // world_size
     if args.batch_size > most:
         raise UserError(
@@ -302,6 +319,26 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
     parser = option_parser()
     reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}
     return settings, reasons | {name: reason for name, (_, reason) in chosen.items()}
+
+
+def options_without_effect(args: argparse.Namespace, user_options: dict, world_size: int) -> list[str]:
+    """A line for each option that the user set, to something else than 0, and that changes nothing in this run.
+
+    args: with all options known. user_options: those that the user set.
+    """
+    set_options = {**user_options, "cache": args.cache == "ram" and "ram"}
+    never = f"as it starts at epoch {args.epoch_queue_starts}, in a run of {args.epochs} epochs"
+    checks = (
+        ("start_warmup", not args.warmup_epochs, "without --warmup_epochs"),
+        ("final_lr", args.warmup_epochs == args.epochs, "as the warm-up takes the whole run"),
+        ("queue_length", args.queue_length and args.epoch_queue_starts >= args.epochs, never),
+        ("epoch_queue_starts", not args.queue_length, "without --queue_length"),
+        ("sync_bn", world_size == 1, "in a single process"),
+        ("syncbn_process_group_size", args.sync_bn != "apex", "without --sync_bn apex"),
+        ("cache", args.dataset != "folder", f"as the images of {args.dataset} are in memory anyway"),
+    )
+    found = [(name, reason) for name, is_idle, reason in checks if is_idle and set_options.get(name)]
+    return [f"{launch.as_command_line({name: set_options[name]})} has no effect {reason}" for name, reason in found]
 
 
 def build_multicrop(args: argparse.Namespace) -> MultiCrop:

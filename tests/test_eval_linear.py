@@ -103,6 +103,14 @@ def test_published_and_torchvision_files_are_evaluated_by_their_backbone(images,
     assert len(results) == 3 and results[0] == results[1] == results[2]
 
 
+def test_options_without_effect_are_said(trained, images, capsys):
+    evaluate(trained, "--data_path", images, "--cached", "--lr", "1", "--batch_size", "4")
+    said = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    reason = "has no effect with --cached, which fits without SGD"
+    assert said == [f"--epochs 2 {reason}", f"--lr 1.0 {reason}"]
+    assert eval_linear.options_without_effect(eval_linear.parse_args(["--epochs", "2", "--wd", "0"])) == []
+
+
 def test_features_over_two_processes_equal_those_of_one(trained, images, tmp_path):
     one = evaluate(trained, "--cached", "--data_path", images)["rows"]
     shutil.copy(trained, tmp_path / "copy.pth")
@@ -139,6 +147,8 @@ def test_probe_over_two_processes_equals_that_of_one(trained, images, tmp_path):
         ("{trained} --arch resnet50", "--arch: .* holds a resnet18.* got resnet50"),
         ("{trained} --data_path {tmp}", "data_path: expected .*train with a folder of images for each class"),
         ("{trained} --data_path {tmp}/none", "--data_path: expected a folder"),
+        ("{trained} --pretrained {trained}", "--pretrained .*: expected none beside the checkpoint"),
+        ("{trained} --dataset shapes --data_path {images}", "--data_path: expected none for --dataset shapes"),
         ("{trained} --data_path {images} --lr 0", "--lr: expected .* got 0"),
         ("{trained} --data_path {images} --resize 8 --size 16", "--resize: expected at least the 16"),
     ],

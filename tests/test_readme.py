@@ -36,7 +36,10 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
 
 def test_torch_hub_has_the_backbones_also_next_to_another_model_file(tmp_path):
     # torch.hub.list takes these for entry points of a repository on GitHub.
-    assert {name for name, value in vars(hubconf).items() if callable(value)} == {*ARCHS, "from_checkpoint"}
+    assert {name for name, value in vars(hubconf).items() if callable(value) and name[0] != "_"} == {
+        *ARCHS,
+        "from_checkpoint",
+    }
     (tmp_path / "model.py").write_text("")  # of the program that loads it
     program = f"""
 import torch, model

@@ -414,12 +414,52 @@ def test_groups_of_sync_bn_must_divide_the_processes():
         train.check_args(apex, 12)
 
 
-def test_the_queue_is_rounded_down_and_one_that_never_starts_is_logged(images, tmp_path, capsys):
+def test_the_queue_is_rounded_down(images, tmp_path, capsys):
     contents = run_training(images, tmp_path, "--queue_length", "11", "--epochs", "1")
     out = capsys.readouterr().out
     assert "--queue_length: rounded down to 8, a multiple of the global batch 4" in out
-    assert "--epoch_queue_starts 1: the queue is not used in a run of 1 epochs" in out
     assert contents["queue"]["embeddings"].shape == (2, 8, 8)
+
+
+IDLE = {  # words that are added to a run of two epochs: the line about an option without effect
+    "--queue_length 8 --epoch_queue_starts 2": "--queue_length 8 has no effect as it starts at epoch 2, in a run of 2",
+    "--queue_length 0 --epoch_queue_starts 1": "--epoch_queue_starts 1 has no effect without --queue_length",
+    "--warmup_epochs 0 --start_warmup 0.1": "--start_warmup 0.1 has no effect without --warmup_epochs",
+    "--warmup_epochs 2": "--final_lr 0.0006 has no effect as the warm-up takes the whole run",
+    "--sync_bn apex": "--sync_bn apex has no effect in a single process",
+    "--syncbn_process_group_size 2": "--syncbn_process_group_size 2 has no effect without --sync_bn apex",
+    "--cache ram": "--cache ram has no effect as the images of shapes are in memory anyway",
+    "--warmup_epochs 0 --start_warmup 0": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("words, line", IDLE.items(), ids=str)
+def test_options_without_effect_are_said(words, line, tmp_path, capsys):
+    few = ImageArrays(np.zeros((8, 20, 24, 3), np.uint8), np.zeros(8))
+    base = [*TINY, "--epochs", "2", "--dataset", "shapes", "--dump_path", str(tmp_path)]
+    args = train.parse_args([*base, *words.split()])
+    train.resolve_options(args, few, world_size=1)
+    said = [text for text in capsys.readouterr().out.splitlines() if "has no effect" in text]
+    assert len(said) == (line is not None) and all(text.startswith(line) for text in said)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.args")))
+def test_every_option_of_a_recipe_has_an_effect(recipe):
+    args = train.parse_args([f"@{ROOT}/recipes/{recipe}"])
+    user_options = {name: value for name, value in vars(args).items() if value is not None}
+    for name, (value, _) in derive(
+        images=1_281_167, image_side=375, world_size=64, epochs=200, given=user_options
+    ).items():
+        setattr(args, name, value)
+    assert train.options_without_effect(args, user_options, world_size=64) == []
+
+
+@pytest.mark.parametrize("words", ["--use_fp16 true --precision bf16", "--use_fp16 false --precision fp16"])
+def test_two_precisions_are_refused(words):
+    with pytest.raises(UserError, match="--use_fp16 .*: expected --precision fp.* or none beside it, got"):
+        train.parse_args(words.split())
+    assert train.parse_args("--use_fp16 true --precision fp16".split()).precision == "fp16"
 
 
 def test_derived_options_are_printed_as_one_types_them_and_kept_by_a_resumed_run(images, tmp_path, capsys):
