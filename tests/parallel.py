@@ -49,11 +49,12 @@ def main(files: list[str]) -> int:
             for done in as_completed(running):
                 name = os.path.relpath(running[done])
                 print(f"\n{name}\n{outputs[running[done]].read_text(errors='replace').strip()}", flush=True)
-                failed += [name] * (done.result() != 0)
+                if status := done.result():
+                    failed.append(f"{name} (exit status {status})")  # below 0: the signal that ended it
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    print(f"\nfailed: {' '.join(failed)}" if failed else f"\nall passed: {len(files)} files")
+    print(f"\nfailed: {', '.join(failed)}" if failed else f"\nall passed: {len(files)} files")
     return int(bool(failed))
 
 
