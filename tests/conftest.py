@@ -2,9 +2,12 @@
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +24,11 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# The imports of torch take seconds. For processes that tests start by multiprocessing or `forked`, a server does them
+# once, and then forks.
+FORKED = mp.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "pytest", "PIL.Image"])
+
 ROOT = Path(__file__).parent.parent
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -34,10 +42,11 @@ def run_processes(function: Callable, world_size: int, *args: Any) -> list:
     """Call function(rank, world_size, *args) in gloo processes of one thread; return the results in order of rank.
 
     function: at the top level of a module, as new processes import it by name. Results: anything that
-    torch.load(weights_only=True) reads. An exception in any process stops all of them and is raised here.
+    torch.load(weights_only=True) reads. An exception in any process stops all of them and is raised here. All have
+    the environment that the first ones of this session had.
     """
     with TemporaryDirectory() as folder:
-        mp.spawn(_process, (Path(folder), function, world_size, args), nprocs=world_size)
+        mp.start_processes(_process, (Path(folder), function, world_size, args), world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -60,6 +69,64 @@ def torchrun(processes: int, *words: object, **environment: str) -> subprocess.C
     """Run a script in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return script(*launcher, *words, **environment)
+
+
+def forked(*words: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python WORDS` in the folder: -c PROGRAM, -m MODULE, or a FILE with its arguments.
+
+    The process is as a fresh one, except that torch and torchvision are imported already.
+    """
+    with TemporaryDirectory() as outputs:
+        paths = [Path(outputs) / "stdout", Path(outputs) / "stderr"]
+        arguments = [str(word) for word in words], folder, {**os.environ, **environment}, paths
+        process = FORKED.Process(target=_forked, args=arguments)
+        process.start()
+        process.join(timeout=120)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments[0], 120, *(path.read_text() for path in paths))
+        return subprocess.CompletedProcess(arguments[0], process.exitcode, *(path.read_text() for path in paths))
+
+
+def _forked(words: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+    for stream, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    start = folder if words[0].startswith("-") else Path(words[0]).parent
+    others = [path for path in sys.path if path not in ("", str(ROOT), str(ROOT / "tests"))]
+    sys.path[:] = [str(start), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *others]
+    torch.set_num_threads(1)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def forked_ranks(processes: int, *words: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script in several processes as torchrun does, but forked. The status is that of the first that failed.
+
+    If one fails, the others are not stopped.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+    def run(rank: int) -> subprocess.CompletedProcess:
+        variables = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        return forked(*words, **variables, **environment)
+
+    with ThreadPoolExecutor(processes) as pool:
+        results = list(pool.map(run, range(processes)))
+    status = next((result.returncode for result in results if result.returncode), 0)
+    texts = ["".join(getattr(result, name) for result in results) for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(words, status, *texts)
 
 
 # Tiny runs of train.py

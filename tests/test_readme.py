@@ -1,13 +1,12 @@
 """The README's code works, torch.hub finds the backbones, and links lead to existing files and headings."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 from PIL import Image
 
 import hubconf
@@ -47,7 +46,7 @@ with torch.device("meta"):
     backbone = torch.hub.load({str(ROOT)!r}, "resnet50w2", source="local")
 assert backbone.num_features == 4096 and not hasattr(model, "ResNet")
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    result = forked("-c", program, folder=tmp_path)
     assert result.returncode == 0, result.stderr
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from conftest import (
     STUCK,
     TINY,
     assert_same,
+    forked,
+    forked_ranks,
     needs_gpu,
     run_processes,
     run_training,
-    script,
     torchrun,
     train_stuck,
 )
@@ -143,20 +144,27 @@ def test_a_compiled_run_learns_the_same(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["auto", "ram"])
-def test_cached_images_are_the_same(cache, images, tmp_path, capsys):
+def test_cached_images_are_the_same(cache, images, tmp_path, capsys, monkeypatch):
+    files, mkstemp = [], tempfile.mkstemp  # others may be made by tests that run at the same time
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **options: files.append(mkstemp(**options)) or files[-1])
     without = run_training(images, tmp_path / "off", "--cache", "off", "--epochs", "2")
     assert "cached in memory" not in capsys.readouterr().out
     cached = run_training(images, tmp_path / "on", "--cache", cache, "--epochs", "2")
     assert "cached in memory, 0 MiB" in capsys.readouterr().out
     assert_same(cached["state_dict"], without["state_dict"])
-    assert not list(Path("/dev/shm").glob("swav-*"))
+    assert len(files) == 1 and not Path(files[0][1]).exists()
 
 
 def test_processes_share_cached_images(images, tmp_path):
-    command = [ROOT / "train.py", *TINY, f"--data_path={images}", "--queue_length", "16", "--batch_size", "2"]
+    command = [
+        ROOT / "train.py",
+        *TINY,
+        f"--data_path={images}",
+        *"--queue_length 16 --batch_size 2 --epochs 2".split(),
+    ]
     weights = []
     for cache in ("off", "ram"):
-        done = torchrun(2, *command, "--cache", cache, "--workers", "1", "--dump_path", tmp_path / cache)
+        done = forked_ranks(2, *command, "--cache", cache, "--workers", "1", "--dump_path", tmp_path / cache)
         assert done.returncode == 0, done.stderr
         assert ("cached in memory" in done.stdout) == (cache == "ram")
         weights.append(torch.load(tmp_path / cache / "checkpoint.pth")["state_dict"])
@@ -263,7 +271,7 @@ def test_threads_wait_only_briefly_unless_the_user_sets_it(monkeypatch, given, u
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     program = "import os, train; print(os.environ.get('GOMP_SPINCOUNT', ''))"
-    assert script(sys.executable, "-c", program, **given).stdout.strip() == used
+    assert forked("-c", program, **given).stdout.strip() == used
 
 
 # Options
@@ -538,7 +546,7 @@ def test_an_unreadable_image_is_named(images, tmp_path):
         "--batch_size",
         "5",
     ]
-    failed = script(sys.executable, ROOT / "train.py", *words)
+    failed = forked(ROOT / "train.py", *words)
     assert failed.returncode == 2
     assert re.search(r"^error: .*cannot read .*cats/0.png as an image", failed.stderr, re.MULTILINE)
 
@@ -740,7 +748,7 @@ def test_two_processes_recover_together(images, tmp_path):
         file.write("if __name__ == '__main__': train.main(train.parse_args(sys.argv[1:]))\n")
     words = [*STUCK.format(images=images).split(), "--batch_size", "2", "--base_lr", "1e-9"]
     words += ["--on_collapse", "recover", "--dump_path", tmp_path / "run"]
-    done = torchrun(2, tmp_path / "main.py", *words, PYTHONPATH=str(ROOT))
+    done = forked_ranks(2, tmp_path / "main.py", *words, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert re.findall(r"recovering \((\d)", done.stdout)[0] == "1" and "back to 0 epochs done" in done.stdout
     contents = torch.load(tmp_path / "run" / "checkpoint.pth")

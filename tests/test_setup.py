@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_HERE = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -28,7 +29,12 @@ def project(tmp_path):
         )
         return process.returncode, process.stdout + process.stderr
 
-    run.folder = tmp_path
+    def python(*words, folder=".", **variables):
+        unset = {name: "" for name in os.environ if name.startswith("SINKHORN_EXT")}
+        process = forked(*words, folder=tmp_path / folder, **unset, **variables)
+        return process.returncode, process.stdout + process.stderr
+
+    run.folder, run.python = tmp_path, python
     return run
 
 
@@ -44,7 +50,7 @@ def test_without_a_compiler_it_installs_the_plain_torch_form_and_reports_that(pr
     assert "sinkhorn_ext: could not build C++ kernels: " in output
     assert "sinkhorn_ext: built nothing, it will run in plain torch" in output
     use = "import sinkhorn_ext as s; print(s.__file__, s.backend('cpu'))"
-    status, output = project([sys.executable, "-c", use], folder="site")
+    status, output = project.python("-c", use, folder="site")
     assert (status, output.split()) == (0, [str(project.folder / "site/sinkhorn_ext/__init__.py"), "torch"])
 
 
@@ -71,7 +77,7 @@ e.CUDA_HOME, torch.version.cuda = {cuda_home!r}, {version!r}
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    status, output = project([sys.executable, "-c", program])
+    status, output = project.python("-c", program)
     assert status == 0, output
     reason = "torch was built without CUDA" if cuda_home else "no nvcc found"
     assert f"sinkhorn_ext: no CUDA kernels: {reason}" in output
@@ -85,7 +91,7 @@ e.CUDA_HOME, torch.version.cuda = "/nonexistent", "13.0"
 setuptools.setup = lambda ext_modules, **_: print(os.environ["TORCH_CUDA_ARCH_LIST"], ext_modules[0].extra_compile_args)
 runpy.run_path("setup.py", run_name="__main__")
 """
-    status, output = project([sys.executable, "-c", program], TORCH_CUDA_ARCH_LIST=variable, CUDA_HOME="/nonexistent")
+    status, output = project.python("-c", program, TORCH_CUDA_ARCH_LIST=variable, CUDA_HOME="/nonexistent")
     assert status == 0, output
     (define,) = re.findall("-DCUDA_ARCHITECTURES=([^']*)", output)
     assert all(name in define for name in names)
@@ -100,6 +106,8 @@ def test_with_a_broken_nvcc_the_copied_folder_still_gets_cpu_kernels(project):
     assert status == 0, output
     assert "sinkhorn_ext: built C++ kernels" in output
     use = """
+import warnings
+warnings.simplefilter("error")
 import torch
 from sinkhorn_ext import _C, backend, sinkhorn, sinkhorn_potentials, swav_loss
 assert backend("cpu") == "cpp" and _C.build_info()["cuda"] is None
@@ -114,13 +122,13 @@ except RuntimeError as error:
 else:
     assert False
 """
-    status, output = project([sys.executable, "-W", "error", "-c", use], folder="site")
+    status, output = project.python("-c", use, folder="site")
     assert (status, output) == (0, "")
-    status, output = project([sys.executable, "-m", "sinkhorn_ext"], folder="site")
+    status, output = project.python("-m", "sinkhorn_ext", folder="site")
     assert status == 0 and "backend on cpu        cpp\n" in output
 
 
 def test_without_torch_the_error_tells_how_to_install(project):
     program = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
-    status, output = project([sys.executable, "-c", program])
+    status, output = project.python("-c", program)
     assert status != 0 and "pip install --no-build-isolation" in output

@@ -7,7 +7,6 @@ import importlib.machinery
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import DEVICES, needs_gpu, run_processes
+from conftest import DEVICES, forked, needs_gpu, run_processes
 
 import sinkhorn_ext
 from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
@@ -622,7 +621,7 @@ before = kib("VmRSS")
 step(scores)
 print((kib("VmHWM") - before) * 1024 / scores.nbytes)
 """
-    peak = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    peak = forked("-c", program)
     assert 0.9 < float(peak.stdout) < 1.4  # for the gradient and the totals of the slabs
 
 
@@ -662,7 +661,7 @@ def test_build_info_describes_the_kernels():
 
 
 def test_the_report_names_the_backends_and_tells_how_the_kernels_were_built():
-    lines = lines_of(subprocess.run([sys.executable, "-m", "sinkhorn_ext"], cwd=ROOT, capture_output=True, text=True))
+    lines = lines_of(forked("-m", "sinkhorn_ext"))
     assert all(lines[f"backend on {device}"] == backend(device) for device in ("cpu", "cuda"))
     assert torch.__version__ in lines["torch"] and lines["Python"] == platform.python_version()
     assert (lines["compiled kernels"].startswith("_C.")) == IS_COMPILED
@@ -682,9 +681,7 @@ def run_copy(tmp_path):
     shutil.copytree(ROOT / "sinkhorn_ext", tmp_path / "sinkhorn_ext", ignore=shutil.ignore_patterns("_C.*", "__pyc*"))
 
     def run(**variables):
-        environment = {name: value for name, value in os.environ.items() if name != "SINKHORN_EXT"} | variables
-        command = [sys.executable, "-m", "sinkhorn_ext"]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        return forked("-m", "sinkhorn_ext", folder=tmp_path, **{"SINKHORN_EXT": "", **variables})
 
     return run
 

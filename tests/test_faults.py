@@ -1,4 +1,8 @@
-"""Signals and kills of whole runs, as users and clusters send them."""
+"""Signals and kills of whole runs, as users and clusters send them.
+
+Further faults: test_faults_images.py (files and folders), test_faults_input.py (options, files that are no checkpoints)
+and test_faults_processes.py (processes, loader workers, memory). Those that take long: python -m pytest -m slow.
+"""
 
 import os
 import signal
