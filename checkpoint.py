@@ -323,7 +323,7 @@ def load_run(path: Path) -> dict:
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
         options.setdefault("color_strength", 1.0)  # of versions without this option
     except (UserError, LookupError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path} is not a checkpoint of train.py") from None
+        raise error if isinstance(error, UserError) else UserError("it is not a checkpoint of train.py") from None
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
     defaults = {"recovered": recovered, "user_options": asked, "step_of_epoch": 0, "losses": [], "guard": None}
@@ -341,9 +341,9 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
         if not path.exists():
             problems.append(f"{path} is missing")
             continue
-        damage = find_damage(path)
         try:
-            contents = None if damage else load_run(path)
+            contents = load_run(path)
+            damage = find_damage(path)
         except UserError as error:
             damage = str(error)
         if not damage:

@@ -12,8 +12,10 @@ Copy this file to use it elsewhere: it needs only torch and torchvision.
 
 import ctypes
 import math
+import multiprocessing.util
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import permutations
@@ -662,6 +664,8 @@ def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> i
 def _worker_options(workers: int, persistent: bool = False) -> dict:
     options = dict(num_workers=workers, worker_init_fn=_start_worker, persistent_workers=persistent and workers > 0)
     options["timeout"] = LOADER_TIMEOUT if workers else 0
+    if workers:  # before Python waits for its daemons, which would take forever
+        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
     if workers and sys.platform == "linux":
         options["multiprocessing_context"] = "fork"  # shares images in memory; not the default from Python 3.14 on
     return options
@@ -673,6 +677,15 @@ def _start_worker(_worker: int) -> None:
         if hasattr(signal, name):  # some systems have no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     reuse_freed_memory()
+
+
+def end_workers() -> None:
+    """Kill this process's loader workers, and other daemons, at its end: they leave signals alone."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers by it
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def reuse_freed_memory() -> None:

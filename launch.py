@@ -128,6 +128,8 @@ def _exit(code: int) -> NoReturn:
 
 def kill_children() -> None:
     """End the loader's workers, which ignore signals: one that hangs would keep the script from ending."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers by it
     for child in multiprocessing.active_children():
         child.kill()
 

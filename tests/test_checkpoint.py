@@ -135,7 +135,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(images, tmp_path):
 @pytest.mark.parametrize("contents", [{"state_dict": {}}, [1, 2], {"epoch": 1, "state_dict": {}}])
 def test_a_file_that_is_no_checkpoint_of_train_is_refused(contents, tmp_path):
     torch.save(contents, tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match="checkpoint.pth is not a checkpoint of train.py"):
+    with pytest.raises(UserError, match="^it is not a checkpoint of train.py"):
         checkpoint.load_run(tmp_path / "checkpoint.pth")
 
 

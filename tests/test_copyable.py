@@ -173,6 +173,7 @@ ALLOWED = {
     **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup"), set()),
     "loss": {"sinkhorn_ext"},
     "checkpoint": {"launch"},
+    "run_log": {"launch"},
     "images": {"data", "launch"},
     "features": {"data", "launch"},
     "hubconf": set(),  # loads model.py by its path
