@@ -274,7 +274,10 @@ def linear_probe(
             optimizer.step()
             total_loss += loss.detach()
         left = timedelta(seconds=round((time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)))
-        log(f"linear probe, epoch {epoch + 1}/{epochs}: loss {total_loss.item() / len(loader):.4f}  ETA {left}")
+        mean_loss = total_loss.item() / len(loader)
+        if not math.isfinite(mean_loss):
+            raise RunStopped(f"linear probe: the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr", code=4)
+        log(f"linear probe, epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}  ETA {left}")
     features, labels = extract_features(
         backbone, val_images, val_transform, device, "validation", batch_size=batch_size, **sharing
     )

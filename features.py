@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from data import LEFT_OUT, CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, readable_image, to_grey
-from launch import UserError, log, track
+from launch import RunStopped, UserError, log, track
 
 NO_FLOAT64 = ("mps",)  # devices without it
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
@@ -60,7 +60,8 @@ def extract_features(
     """Extract pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
 
     Each process computes its share. title: of the progress line. batch_size: per process. Images that cannot be read
-    are left out (images.new_bad_images tells which); raises UserError if there are no others.
+    are left out (images.new_bad_images tells which). Raises UserError if there are no others, RunStopped if features
+    are inf or nan.
     """
     features, labels, done = None, [], 0
     sharing = dict(rank=rank, world_size=world_size, workers=workers)
@@ -75,6 +76,10 @@ def extract_features(
         done += len(batch_features)
         labels.append(batch_labels.to(device))
     features, labels = _gather(features, len(images)), _gather(torch.cat(labels), len(images))
+    is_finite = torch.cat([chunk.isfinite().all(1) for chunk in features.split(2**13)])
+    if not is_finite.all():
+        count = len(features) - int(is_finite.sum())
+        raise RunStopped(f"features of {count} of {len(images)} {title} are inf or nan: the network overflows", code=4)
     is_read = labels != LEFT_OUT
     if is_read.all():
         return features, labels

@@ -13,7 +13,7 @@ from conftest import ROOT, run_training, torchrun
 
 import eval_linear
 from images import ImageArrays
-from launch import UserError
+from launch import RunStopped, UserError
 from model import ResNet
 
 
@@ -48,6 +48,12 @@ def test_writes_probe_and_knn_of_the_checkpoint_and_of_all_baselines(mode, train
             assert 0 <= row[kind]["top1"] <= row[kind]["top5"] == 100  # two classes
     assert json.loads(trained.with_suffix(".eval.json").read_text()) == result
     assert ("linear probe, epoch 2/2" in out) == (not mode)
+
+
+def test_a_probe_whose_loss_is_not_finite_stops(trained, images):
+    with pytest.raises(RunStopped, match="linear probe: the loss is nan in epoch .; try a lower --lr") as stopped:
+        evaluate(trained, "--data_path", images, "--lr", "1e38", "--epochs", "4")
+    assert stopped.value.code == 4
 
 
 def test_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch):

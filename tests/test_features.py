@@ -14,6 +14,7 @@ from defaults import kind_of_images
 from features import (
     accuracies,
     describe_images,
+    extract_features,
     knn,
     lidar,
     logistic_regression,
@@ -29,6 +30,7 @@ from features import (
     unique_prototypes,
 )
 from images import ImageArrays, draw_shapes
+from launch import RunStopped
 from model import ResNet, SwAV
 
 
@@ -42,6 +44,21 @@ def test_classifiers_separate_what_is_linearly_separable():
     padded = F.pad(features, (0, 2**15 - 3))  # so wide that 200 rows are split into two chunks
     in_chunks = logistic_regression(padded[:200], labels[:200], padded[200:], classes=3)
     torch.testing.assert_close(in_chunks, scores, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(bad):
+    def network(images):
+        features = images.mean((2, 3))
+        features[images[:, 0].amax((1, 2)) > 2] = bad  # the white image
+        return features
+
+    pixels = np.zeros((9, 8, 8, 3), np.uint8)
+    pixels[5] = 255
+    arrays, transform, cpu = ImageArrays(pixels, np.zeros(9)), CentreCrop(8, 8), torch.device("cpu")
+    with pytest.raises(RunStopped, match="features of 1 of 9 training images are inf or nan") as stopped:
+        extract_features(network, arrays, transform, cpu, "training images", batch_size=4)
+    assert stopped.value.code == 4
 
 
 def test_knn_weights_votes_by_similarity():
