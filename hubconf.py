@@ -1,6 +1,6 @@
 """torch.hub entry points: backbones, new or trained, from any folder.
 
-    backbone = torch.hub.load("PATH/OF/THIS/FOLDER", "from_checkpoint", "runs/swav/checkpoint.pth", source="local")
+    backbone = torch.hub.load("PATH/OF/THIS/FOLDER", "from_checkpoint", "runs/photos/checkpoint.pth", source="local")
     features = backbone(images)  # [B, 3, S, S], normalised as in data.py -> [B, F]
     backbone = torch.hub.load("OWNER/REPOSITORY", "resnet50")  # of a copy on GitHub; weights are random
 

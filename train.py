@@ -7,7 +7,7 @@
     torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py @recipes/800ep.args --data_path imagenet/train              # 64 GPUs: the same command on each node
 
-Checkpoints and metrics.jsonl go to --dump_path. The same command resumes after the last finished epoch.
+Checkpoints and metrics.jsonl go to --dump_path. The same command resumes after the last saved step.
 """
 
 import argparse
@@ -394,7 +394,7 @@ def main(args: argparse.Namespace) -> None:
     rank, world_size = launch.setup_processes(device)
     check_args(args, world_size)
     open_dump_path(dump)
-    with checkpoint.locked(dump) if rank == 0 else nullcontext(), launch.stop_signals() as requested_stop:
+    with checkpoint.locked(dump) if rank == 0 else nullcontext():
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
         check_same_options(args, dtype)
         images, settings, reasons = open_and_resolve(args, device, world_size)
@@ -402,14 +402,16 @@ def main(args: argparse.Namespace) -> None:
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device))
             checkpoint.write_facts(dump, settings, reasons, **facts)
-        while True:
-            try:
-                train(args, images, settings, rank, world_size, device, dtype, requested_stop)
-                break
-            except Collapse:
-                recover(args, settings)
-            except UnreadableImage as error:  # nor are those that were tried in its place
-                raise launch.RunStopped(str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")) from None
+        with launch.stop_signals() as requested_stop:
+            while True:
+                try:
+                    train(args, images, settings, rank, world_size, device, dtype, requested_stop)
+                    break
+                except Collapse:
+                    recover(args, settings)
+                except UnreadableImage as error:  # nor are those that were tried in its place
+                    message = str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")
+                    raise launch.RunStopped(message) from None
     launch.leave_processes()
 
 
@@ -703,6 +705,4 @@ def recover(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(
-        lambda: main(parse_args(sys.argv[1:])), "; the same command resumes after the last finished epoch"
-    )
+    launch.run_script(lambda: main(parse_args(sys.argv[1:])), "; the same command resumes after the last saved step")

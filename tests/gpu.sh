@@ -19,6 +19,7 @@ images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
 # these run only if they are named
 BY_NAME='
 imagenette   360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
+faults       300   out of memory; SIGTERM in the middle of an epoch; two processes on one GPU, resumed as one
 '
 
 usage() {
@@ -140,6 +141,58 @@ END
   $PYTHON eval_linear.py "$checkpoint" --cached --data_path "$IMAGENETTE" --device "$device" \
     --size 128 --resize 128 --knn_k 200 --knn_temperature 0.1
   tail -n 2 "$whole/metrics.jsonl" # with images/s and memory
+}
+
+part_faults() {
+  local data='--dataset shapes' pid code common
+  if [ "$device" = cpu ]; then # 80 images of 32 pixels
+    data="--data_path $temporary/noise --batch_size 8"
+    $PYTHON -c "import sys; from pathlib import Path; import numpy as np; from PIL import Image; folder = Path(sys.argv[1])
+folder.mkdir(); [Image.fromarray(np.random.randint(0, 256, (32, 32, 3), np.uint8)).save(folder / f'{i}.png') for i in range(80)]" "$temporary/noise"
+  fi
+  common="$data --arch resnet18 --device $device --seed 1 --log_freq 5 --epochs 3 $network"
+  if [ "$device" = cuda ]; then
+    if $PYTHON train.py $common --width 1024 --batch_size 1000 --dump_path "$temporary/memory" >"$temporary/memory.txt" 2>&1; then
+      echo "expected: out of memory"
+      return 1
+    fi
+    tail -n 1 "$temporary/memory.txt"
+    grep -q '^error: the GPU is out of memory; lower --batch_size' "$temporary/memory.txt"
+    if grep -q Traceback "$temporary/memory.txt"; then return 1; fi
+  fi
+  # A run that SIGTERM stops in its second epoch, and resumed, has the losses of one that runs through, within noise.
+  [ "$device" = cpu ] || common="$common --width 16 --blocks 1 1 1 1 --hidden_mlp 256"
+  $PYTHON train.py $common --dump_path "$temporary/through"
+  $PYTHON train.py $common --dump_path "$temporary/stopped" >"$temporary/stopped.txt" &
+  pid=$!
+  while ! grep -q '^epoch 2/3  step' "$temporary/stopped.txt"; do sleep 0.2; done
+  kill -TERM $pid
+  code=0
+  wait $pid || code=$?
+  [ $code = 143 ] || { echo "expected exit code 143 after SIGTERM, got $code"; return 1; }
+  $PYTHON train.py $common --dump_path "$temporary/stopped"
+  # Two processes that share the GPU, over gloo, with BatchNorm over both; then the same run as one process.
+  $PYTHON train.py $common --dump_path "$temporary/two" --epochs 1 >/dev/null # one process, to compare with
+  local batch=32
+  [ "$device" = cuda ] || batch=4
+  SWAV_BACKEND=gloo $PYTHON -m torch.distributed.run --standalone --nproc_per_node=2 train.py $common --epochs 1 \
+    --batch_size $batch --checkpoint_minutes 0.02 --dump_path "$temporary/shared"
+  $PYTHON train.py $common --epochs 2 --dump_path "$temporary/shared"
+  $PYTHON - "$temporary" <<'END'
+import json, sys
+from pathlib import Path
+
+def losses(run, key="epoch_loss"):
+    rows = map(json.loads, (Path(sys.argv[1]) / run / "metrics.jsonl").open())
+    return [row[key] for row in rows if key in row]
+
+through, stopped, one, two = map(losses, ("through", "stopped", "two", "shared"))
+print("epoch losses: through", through, "stopped", stopped, "one process", one, "two, then one", two)
+assert len(stopped) == 3 and all(abs(a - b) < 0.02 * a for a, b in zip(through, stopped))
+assert len(two) == 2 and abs(one[0] - two[0]) < 0.02 * one[0] and two[1] < two[0]
+steps = [json.loads(row)["step"] for row in (Path(sys.argv[1]) / "stopped" / "metrics.jsonl").open() if "images_per_s" in row]
+assert len(steps) == len(set(steps)), "a step was logged twice"
+END
 }
 
 part_images_per_s() {

@@ -21,8 +21,8 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
     (code,) = (block for block in README.split("```")[1::2] if "from_checkpoint" in block)
     monkeypatch.chdir(tmp_path)
     model = SwAV("resnet18", width=8, blocks=[1, 1, 1, 1], hidden_mlp=16, nmb_prototypes=10).eval()
-    Path("runs/swav").mkdir(parents=True)
-    torch.save({"state_dict": model.state_dict(), "epoch": 1}, "runs/swav/checkpoint.pth")
+    Path("runs/photos").mkdir(parents=True)
+    torch.save({"state_dict": model.state_dict(), "epoch": 1}, "runs/photos/checkpoint.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
     names = {}
