@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -36,6 +35,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -629,11 +629,9 @@ def write_facts(dump: Path, settings: Mapping[str, Any], reasons: Mapping[str, s
         "command": shlex.join([sys.executable, *sys.argv]),
         "options": options,
         "images": settings["images"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "git": git_revision(),
+        "packages": {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
         "host": socket.gethostname(),
-        "platform": platform.platform(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         **facts,
     }

@@ -70,6 +70,7 @@ from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_lay
 from optim import LARS, warmup_cosine
 from run_log import RunLog
 from sinkhorn_ext import backend
+from sinkhorn_ext.__main__ import report
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
@@ -400,7 +401,7 @@ def main(args: argparse.Namespace) -> None:
         images, settings, reasons = open_and_resolve(args, device, world_size)
         launch.log_to(dump / "log.txt")
         if rank == 0:
-            facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device))
+            facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
             checkpoint.write_facts(dump, settings, reasons, **facts)
         with launch.stop_signals() as requested_stop:
             while True:

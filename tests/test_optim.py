@@ -124,6 +124,20 @@ def test_a_gradient_that_is_not_finite_stops_all_updates_and_is_counted(bad):
     assert all(torch.equal(buffer, old) for buffer, old in zip(now, buffers, strict=True))
 
 
+def test_steps_that_loss_scaling_skips_are_not_counted():
+    p = torch.ones(3, requires_grad=True)
+    optimizer, scaler = LARS([p], lr=0.5), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, gradient in enumerate((1.0, torch.inf, 1.0), 1):
+        optimizer.zero_grad()
+        scaler.scale((p * gradient).sum()).backward()
+        before = p.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(p.detach(), before) == (gradient == torch.inf)
+        assert step - optimizer.steps == (step >= 2)  # what a log line says: skipped_steps
+    assert optimizer.skipped == 0  # such steps are normal in fp16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_form_for_gpus_leaves_everything_as_it_is_without_reading_a_value(dtype):
     params, grads, buffers = ([torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)] for _ in range(3))
