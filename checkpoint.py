@@ -43,7 +43,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import STOP_CODES, RunStopped, UserError, Votes, environment, log, show_progress
+from launch import STOP_CODES, RunStopped, UserError, environment, log, show_progress
+from processes import Votes
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")

@@ -17,8 +17,9 @@ import hubconf
 import train
 from bench.__main__ import parse_args as parse_bench
 from defaults import derive
-from launch import UserError, run_script
+from launch import UserError
 from model import ResNet
+from processes import run_script
 
 
 class Bomb:

@@ -17,8 +17,11 @@ from conftest import ROOT, TINY, needs_gpu, run_processes, script
 
 import eval_linear
 import launch
+import machine
+import processes
 import train
-from launch import OptionParser, RunStopped, UserError, positive_int, run_script, user_errors
+from launch import OptionParser, RunStopped, UserError, positive_int, user_errors
+from processes import run_script
 
 CPU = torch.device("cpu")
 
@@ -200,7 +203,7 @@ def run_with_a_bug(images: Path, folder: Path, *more: str) -> subprocess.Complet
         "import sys, launch, train\n"
         "def buggy_step(optimizer): raise ValueError('this is a bug')\n"
         "train.LARS.step = buggy_step\n"
-        "launch.run_script(lambda: train.main(train.parse_args(sys.argv[1:])))\n"
+        "processes.run_script(lambda: train.main(train.parse_args(sys.argv[1:])))\n"
     )
     words = [*TINY, f"--data_path={images}", f"--dump_path={folder}/run", *more]
     return script(sys.executable, folder / "main.py", *words, PYTHONPATH=str(ROOT))
@@ -252,12 +255,12 @@ def unusable_gpu(monkeypatch):
 
 
 def test_warns_once_of_a_gpu_that_torch_cannot_use(unusable_gpu, capsys):
-    assert launch.choose_device("auto") == CPU
+    assert machine.choose_device("auto") == CPU
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ") and f"torch {torch.__version__} was built without CUDA" in line
     with pytest.raises(UserError, match="^--device cuda: .* was built without CUDA; write --device cpu"):
-        launch.choose_device("cuda")
-    assert launch.choose_device("cpu") == CPU and not capsys.readouterr().out
+        machine.choose_device("cuda")
+    assert machine.choose_device("cpu") == CPU and not capsys.readouterr().out
 
 
 def test_the_warning_gives_the_reason_of_the_driver(unusable_gpu, monkeypatch, capsys):
@@ -266,7 +269,7 @@ def test_the_warning_gives_the_reason_of_the_driver(unusable_gpu, monkeypatch, c
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
-    assert launch.choose_device("auto") == CPU
+    assert machine.choose_device("auto") == CPU
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ") and "the driver is too old; running on the CPU" in line
 
@@ -274,24 +277,24 @@ def test_the_warning_gives_the_reason_of_the_driver(unusable_gpu, monkeypatch, c
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_a_gpu_that_is_hidden_on_purpose_causes_no_warning(unusable_gpu, hidden, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert launch.choose_device("auto") == CPU
+    assert machine.choose_device("auto") == CPU
     assert not capsys.readouterr().out
 
 
 def test_a_machine_without_a_gpu_causes_no_warning(unusable_gpu, monkeypatch, capsys):
     monkeypatch.setattr(launch, "gpu_files", lambda: [])
-    assert launch.choose_device("auto") == CPU
+    assert machine.choose_device("auto") == CPU
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match="^--device cuda: .* it finds none on this machine"):
-        launch.choose_device("cuda")
+        machine.choose_device("cuda")
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     expected = torch.bfloat16 if has_bf16 else torch.float32
-    assert launch.choose_precision(None, CPU) == expected
-    assert launch.choose_precision("fp32", CPU) == torch.float32
+    assert machine.choose_precision(None, CPU) == expected
+    assert machine.choose_precision("fp32", CPU) == torch.float32
 
 
 def test_compiles_on_its_own_only_on_one_gpu_in_long_runs_of_large_crops(monkeypatch, capsys):
@@ -306,7 +309,7 @@ def test_compiles_on_its_own_only_on_one_gpu_in_long_runs_of_large_crops(monkeyp
 
         monkeypatch.setattr(torch, "compile", fake_compile)
         monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
-        compiles = launch.use_compile("auto", torch.device(device), world_size, steps=steps, crop_size=crop_size)
+        compiles = machine.use_compile("auto", torch.device(device), world_size, steps=steps, crop_size=crop_size)
         assert bool(compiled) is (compiles or error is not None)
         return compiles
 
@@ -323,13 +326,13 @@ def test_compiles_on_its_own_only_on_one_gpu_in_long_runs_of_large_crops(monkeyp
 def test_compiles_as_the_user_says(device):
     for steps, crop_size in ((10_000, 224), (1, 32)):
         options = dict(steps=steps, crop_size=crop_size)
-        assert launch.use_compile("on", torch.device(device), 1, **options) is True
-        assert launch.use_compile("off", torch.device(device), 1, **options) is False
+        assert machine.use_compile("on", torch.device(device), 1, **options) is True
+        assert machine.use_compile("off", torch.device(device), 1, **options) is False
 
 
 @needs_gpu
 def test_compiling_works_on_this_gpu():
-    assert launch.use_compile("auto", torch.device("cuda", 0), 1, steps=10_000, crop_size=224)
+    assert machine.use_compile("auto", torch.device("cuda", 0), 1, steps=10_000, crop_size=224)
 
 
 # Cores
@@ -358,18 +361,18 @@ def test_cores_are_divided_between_processes_and_their_workers(
         (True, False, cropping_files),
     ):
         options = dict(crop_only=crop_only, in_memory=in_memory)
-        assert (launch.set_threads_and_workers(workers, CPU, **options), threads[-1]) == expected
+        assert (machine.set_threads_and_workers(workers, CPU, **options), threads[-1]) == expected
     threads.clear()
     on_gpu = max(1, 8 // processes - 1) if workers == "auto" else workers
     gpu = torch.device("cuda", 0)
-    assert launch.set_threads_and_workers(workers, gpu, crop_only=True, in_memory=True) == on_gpu and not threads
+    assert machine.set_threads_and_workers(workers, gpu, crop_only=True, in_memory=True) == on_gpu and not threads
 
 
 def test_threads_that_the_user_sets_are_kept(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    launch.set_threads_and_workers("auto", CPU, crop_only=True, in_memory=True)
+    machine.set_threads_and_workers("auto", CPU, crop_only=True, in_memory=True)
     assert not threads
 
 
@@ -395,10 +398,10 @@ def test_cpu_quotas_of_control_groups_limit_the_cores(groups, limits, cores, mon
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert launch.available_cores() == cores
+    assert machine.available_cores() == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert launch.available_cores() == cores // 2
-    assert launch.set_threads_and_workers("auto", torch.device("cuda", 0)) == max(1, cores // 2 - 1)
+    assert machine.available_cores() == cores // 2
+    assert machine.set_threads_and_workers("auto", torch.device("cuda", 0)) == max(1, cores // 2 - 1)
 
 
 # Other systems than Linux
@@ -412,8 +415,8 @@ def test_a_system_without_proc_dev_shm_and_affinity(monkeypatch):
     monkeypatch.setattr(launch.shutil, "disk_usage", missing)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert launch.memory_left() == launch.shared_memory_left() == math.inf
-    assert launch.available_cores() == 6 and launch.workers_that_fit(4, 2**40) == 4
+    assert machine.memory_left() == machine.shared_memory_left() == math.inf
+    assert machine.available_cores() == 6 and machine.workers_that_fit(4, 2**40) == 4
 
 
 @pytest.fixture
@@ -424,18 +427,18 @@ def apple_gpu(monkeypatch):
 
 def test_an_apple_gpu_is_used_if_asked_for(apple_gpu, monkeypatch):
     mps = torch.device("mps")
-    assert launch.choose_device("mps") == mps and launch.choose_device("auto") == CPU
-    assert launch.choose_precision(None, mps) == launch.choose_precision("fp32", mps) == torch.float32
+    assert machine.choose_device("mps") == mps and machine.choose_device("auto") == CPU
+    assert machine.choose_precision(None, mps) == machine.choose_precision("fp32", mps) == torch.float32
     for name in ("bf16", "fp16"):
         with pytest.raises(UserError, match=f"^--precision {name}: expected fp32 on --device mps$"):
-            launch.choose_precision(name, mps)
+            machine.choose_precision(name, mps)
     options = dict(steps=10**6, crop_size=224)
-    assert not launch.use_compile("auto", mps, 1, **options) and not launch.use_compile("off", mps, 1, **options)
+    assert not machine.use_compile("auto", mps, 1, **options) and not machine.use_compile("off", mps, 1, **options)
     with pytest.raises(UserError, match="^--compile on: expected off on --device mps$"):
-        launch.use_compile("on", mps, 1, **options)
+        machine.use_compile("on", mps, 1, **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="^--device mps: expected a single process"):
-        launch.choose_device("mps")
+        machine.choose_device("mps")
 
 
 def test_an_apple_gpu_that_is_missing_is_refused():
@@ -453,13 +456,13 @@ def test_gloo_on_request_lets_processes_share_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("SWAV_BACKEND", "gloo")
-    assert launch.choose_device("auto") == torch.device("cuda", 1)
-    assert launch.backend_of("cuda") == launch.backend_of("cpu") == "gloo"
+    assert machine.choose_device("auto") == torch.device("cuda", 1)
+    assert processes.backend_of("cuda") == processes.backend_of("cpu") == "gloo"
     monkeypatch.setenv("SWAV_BACKEND", "mpi")
     with pytest.raises(UserError, match=r"^SWAV_BACKEND \(environment\): expected gloo, or leave it out, got mpi$"):
-        launch.choose_device("auto")
+        machine.choose_device("auto")
     monkeypatch.setenv("SWAV_BACKEND", "")
-    assert (launch.backend_of("cuda"), launch.backend_of("cpu")) == ("nccl", "gloo")
+    assert (processes.backend_of("cuda"), processes.backend_of("cpu")) == ("nccl", "gloo")
 
 
 def test_a_task_of_slurm_with_a_gpu_of_its_own_takes_it(monkeypatch):
@@ -467,10 +470,10 @@ def test_a_task_of_slurm_with_a_gpu_of_its_own_takes_it(monkeypatch):
     for name, value in dict(LOCAL_WORLD_SIZE="4", LOCAL_RANK="3", SLURM_GPUS_PER_TASK="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert launch.choose_device("auto") == torch.device("cuda", 0)
+    assert machine.choose_device("auto") == torch.device("cuda", 0)
     monkeypatch.delenv("SLURM_GPUS_PER_TASK")
     with pytest.raises(UserError, match="^--nproc_per_node=4: this machine has 1"):
-        launch.choose_device("auto")
+        machine.choose_device("auto")
 
 
 # Messages
@@ -527,7 +530,7 @@ def test_signals_are_left_alone_in_other_threads_and_where_they_do_not_exist(mon
 
 
 def votes_of(rank: int, world_size: int) -> list[int]:
-    votes = launch.Votes()
+    votes = processes.Votes()
     seen = [votes.largest(number) for number in ([0, 3, 0, 1, 0], [2, 0, 0, 5, 0])[rank]]
     votes.close()
     return seen
@@ -535,6 +538,6 @@ def votes_of(rank: int, world_size: int) -> list[int]:
 
 def test_all_processes_get_the_largest_vote_one_step_later():
     assert run_processes(votes_of, 2) == [[0, 2, 3, 0, 5]] * 2
-    alone = launch.Votes()
+    alone = processes.Votes()
     assert [alone.largest(number) for number in (0, 3, 1)] == [0, 3, 1]
     alone.close()
