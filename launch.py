@@ -9,6 +9,7 @@ Copy this file to use it elsewhere: it needs only torch. processes.run_script pr
 
 import argparse
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +35,8 @@ MAX_INT, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
 
 class UserError(ValueError):
     """Bad input. `processes.run_script` prints it as one line; a bug keeps its traceback."""
+
+    code = 2  # exit code
 
 
 class RunStopped(RuntimeError):
@@ -69,7 +73,8 @@ REMEDIES = {  # what an error's text holds: what happened, and what to do
         "a loader worker was killed or ended by itself, most likely as memory or /dev/shm was short: lower --workers "
         "or --batch_size; --workers 0 shows its error"
     ),
-    r"can't allocate memory|Cannot allocate memory": "memory is short; lower --batch_size or --workers",
+    r"^OutOfMemoryError": "the GPU is out of memory; lower --batch_size, or use fewer or smaller crops",
+    r"MemoryError|an't allocate memory|annot allocate memory": "memory is short; lower --batch_size or --workers",
     r"Too many open files|received 0 items of ancdata": (
         "too many open files; raise the limit (ulimit -n 65536), or lower --workers"
     ),
@@ -78,18 +83,49 @@ REMEDIES = {  # what an error's text holds: what happened, and what to do
 
 def one_line(error: Exception) -> str | None:
     """What an error means and what to do about it, in one line; None if it is a bug."""
-    text = str(error)
     if isinstance(error, (UserError, RunStopped)):
-        *_, message = text.splitlines() or [repr(error)]  # a loader worker's error comes below its traceback
+        *_, message = str(error).splitlines() or [repr(error)]  # a loader worker's error comes below its traceback
         return message.removeprefix("launch.UserError: ")
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU is out of memory; lower --batch_size, or use fewer or smaller crops"
-    if isinstance(error, MemoryError):
-        return "memory is short; lower --batch_size or --workers"
+    text = f"{type(error).__name__}: {error}"
     for pattern, message in REMEDIES.items():
-        if isinstance(error, (RuntimeError, OSError)) and (found := re.search(pattern, text)):
+        if isinstance(error, (RuntimeError, OSError, MemoryError)) and (found := re.search(pattern, text)):
             return message.format(*found.groups())
     return None
+
+
+# The end of a process
+
+
+_clean_ups: list[Callable[[], object]] = []
+
+
+@contextmanager
+def at_exit(clean_up: Callable[[], object]) -> Iterator[None]:
+    """Call clean_up after the block, also where `end_process` cuts the block off. It may be called twice."""
+    _clean_ups.append(clean_up)
+    try:
+        yield
+    finally:
+        clean_up()
+        _clean_ups.remove(clean_up)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process, from any thread, whatever its main thread waits for. Skips `finally`, but not `at_exit`."""
+    for clean_up in reversed(_clean_ups):
+        with suppress(Exception):
+            clean_up()
+    kill_children()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def kill_children() -> None:
+    """End the loader's workers, which ignore signals: one that hangs would keep the script from ending."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers by it
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # Options
@@ -104,7 +140,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, fromfile_prefix_chars: str = "", **options: object) -> None:
         self.file_marks = tuple(fromfile_prefix_chars)
-        super().__init__(add_help=False, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=24, width=100)
+        super().__init__(add_help=False, allow_abbrev=False, formatter_class=formatter, **options)
         self.affects: dict[str, str] = {}
         self.common: list[argparse.Action] = []
         self.start_group("help")
@@ -164,8 +201,7 @@ class OptionParser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
         lines = []  # (the file and line, or "", and its words)
         for word in argv:
-            from_file = word.startswith(self.file_marks or "\0")
-            lines += read_option_file(word[1:]) if from_file else [("", [word])]
+            lines += read_option_file(word[1:]) if word.startswith(self.file_marks or "\0") else [("", [word])]
         lines = [(place, list(map(_underscored, words))) for place, words in lines]
         try:
             return super().parse_args([word for _, words in lines for word in words])
@@ -212,11 +248,6 @@ OPTION_WORD = re.compile(
 )
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=24, width=100)
-
-
 class _ShowHelp(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
@@ -236,8 +267,7 @@ def number(kind: type, least: float, above: bool = False, most: float | None = N
 
     most: by default the largest that torch takes.
     """
-    smallest, largest = (1, MAX_INT) if kind is int else (FLOAT32.tiny, FLOAT32.max)
-    largest = most or largest
+    smallest, largest = (least, most or MAX_INT) if kind is int else (FLOAT32.tiny, most or FLOAT32.max)
 
     def parse(text: str) -> int | float:
         try:
@@ -257,9 +287,7 @@ def number(kind: type, least: float, above: bool = False, most: float | None = N
 
 nonnegative_int, positive_int = number(int, 0), number(int, 1)
 nonnegative, positive = number(float, 0), number(float, 0, above=True)
-
-
-epoch_count, worker_count = number(int, 1, most=10**7), number(int, 0, most=1024)  # more are slips of the finger
+epoch_count, worker_count = number(int, 1, most=10**7), number(int, 0, most=1024)  # more are typing errors
 
 
 def workers_or_auto(text: str) -> int | str:

@@ -12,18 +12,16 @@ Copy this file with launch.py to use it elsewhere: they need only torch.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -32,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 import launch
-from launch import STOP_CODES, RunStopped, UserError, environment, log, note_activity, one_line, write_to_log
+from launch import STOP_CODES, RunStopped, UserError, environment, log, note_activity
 
 T = TypeVar("T")
 PROCESS_TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others once training runs
@@ -57,80 +55,52 @@ def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
         read_slurm_step()
         connect_processes()
         main()
+        return
     except KeyboardInterrupt:
         log(f"\ninterrupted{after_interrupt}")
-        _exit(130)
+        code = 130
     except Exception as error:
-        write_to_log(traceback.format_exc())
-        _end_with(error)
+        launch.write_to_log(traceback.format_exc())
+        code = _report(error)
     finally:
-        kill_children()
+        launch.kill_children()
+    if dist.is_initialized():  # a normal exit would wait for the other processes
+        launch.end_process(code)
+    sys.exit(code)
 
 
-def _end_with(error: Exception) -> None:
-    """Print what `run_script` promises, and leave; raises the error again if it is a bug in a single process."""
-    message, code = one_line(error), getattr(error, "code", 2 if isinstance(error, UserError) else 1)
-    if isinstance(error, RunStopped) and code in STOP_CODES.values():  # all agreed on it, and have saved their state
+def _report(error: Exception) -> int:
+    """Print what `run_script` promises, and return the exit code. Raises a bug of a single process again."""
+    message, code = launch.one_line(error), error.code if isinstance(error, (UserError, RunStopped)) else 1
+    if code in STOP_CODES.values():  # all agreed on it, and have saved their state
         if environment("LOCAL_RANK", 0) == 0:
             print(message, file=sys.stderr, flush=True)
         leave_processes(limit=30)
-    elif _peers is not None:
-        if message is None and _is_lost_connection(error):
-            _peers.end(_peers.find_failure(error))
+    elif _peers is None:
         if message is None:
-            traceback.print_exc()
-        _peers.end(_peers.fail(message or traceback.format_exception_only(error)[-1].strip(), code))
-    elif message is None:
-        raise error
-    else:
+            raise error
         print(f"error: {message}", file=sys.stderr, flush=True)
-    _exit(code)
+    elif message is None and isinstance(error, (RuntimeError, OSError)) and LOST_CONNECTION.search(str(error)):
+        _peers.fail(*_peers.find_lost(error))
+    elif message is None:
+        traceback.print_exc()
+        _peers.fail(traceback.format_exception_only(error)[-1].strip())
+    else:
+        _peers.fail(message, code=code)
+    return code
 
 
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether an error may come from another process that ended or hangs."""
-    words = r"gloo|nccl|connection|connect\(|socket|broken pipe|TCPStore|timed out|time-?out"
-    return isinstance(error, (RuntimeError, OSError)) and bool(re.search(words, str(error), re.IGNORECASE))
-
-
-_clean_ups: list[Callable[[], object]] = []
-
-
-@contextmanager
-def at_exit(clean_up: Callable[[], object]) -> Iterator[None]:
-    """Call clean_up after the block, also where the block is cut off as another process failed.
-
-    That end skips `finally`, as the main thread may hang. clean_up may be called twice.
-    """
-    _clean_ups.append(clean_up)
-    try:
-        yield
-    finally:
-        clean_up()
-        _clean_ups.remove(clean_up)
-
-
-def _exit(code: int, at_once: bool = False) -> NoReturn:
-    """End this process. at_once: from any thread, whatever the others do."""
-    if not at_once and not dist.is_initialized():
-        sys.exit(code)
-    for clean_up in reversed(_clean_ups):
-        with suppress(Exception):
-            clean_up()
-    kill_children()
-    sys.stdout.flush()
-    os._exit(code)  # a normal exit would wait for the other processes
-
-
-def kill_children() -> None:
-    """End the loader's workers, which ignore signals: one that hangs would keep the script from ending."""
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers by it
-    for child in multiprocessing.active_children():
-        child.kill()
+# What an error says that may come from another process that ended or hangs.
+LOST_CONNECTION = re.compile(
+    r"gloo|nccl|connection|connect\(|socket|broken pipe|TCPStore|timed out|time-?out", re.IGNORECASE
+)
 
 
 # Find each other
+
+
+# The first of Slurm's list of hosts, in parts: gpu[003-010,12],cpu1 gives gpu, 003.
+FIRST_HOST = re.compile(r"^([^,\[\]]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?")
 
 
 def read_slurm_step() -> None:
@@ -147,26 +117,18 @@ def read_slurm_step() -> None:
         world_size, rank, node = int(tasks), int(given["SLURM_PROCID"]), int(given.get("SLURM_NODEID", 0))
         local_rank, per_node = int(given["SLURM_LOCALID"]), given["SLURM_STEP_TASKS_PER_NODE"]  # such as 4(x2),1
         counts = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node) for _ in range(int(times or 1))]
-        host = first_host(given["SLURM_STEP_NODELIST"])
+        host = "".join(FIRST_HOST.findall(given["SLURM_STEP_NODELIST"])[0])
         port = 15000 + (97 * int(given["SLURM_JOB_ID"]) + int(given["SLURM_STEP_ID"])) % 15000
         if not 0 <= local_rank <= rank < world_size:
             raise ValueError(f"SLURM_PROCID={rank} of SLURM_STEP_NUM_TASKS={world_size}")
         values = dict(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=counts[node])
+        values |= dict(GROUP_RANK=node, MASTER_ADDR=host, MASTER_PORT=port)
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
-            f"Slurm started {tasks} tasks, but its variables do not say which one this is ({error}); start one task "
+            f"Slurm started {tasks} tasks, but its variables do not say which one this is ({error!r}); start one task "
             "per GPU with srun, as recipes/slurm.sbatch does, or torchrun"
         ) from None
-    values |= dict(GROUP_RANK=node, MASTER_ADDR=host, MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in values.items()})
-
-
-def first_host(hosts: str) -> str:
-    """The first of Slurm's list of hosts: "gpu[003-010,12],cpu1" gives "gpu003"."""
-    found = re.match(r"([^,\[\]]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", hosts)
-    if found is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={hosts}")
-    return "".join(part or "" for part in found.groups())
 
 
 _peers: "Peers | None" = None
@@ -235,9 +197,8 @@ def exchange(doing: str, value: object) -> list:
     """
     if _peers is not None:
         return _peers.exchange(doing, value)
-    values = [value]
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 
@@ -288,17 +249,15 @@ class Votes:
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=PROCESS_TIMEOUT) if dist.is_initialized() else None
-        self.pending: dist.Work | None = None
+        self.numbers, self.pending = torch.tensor(0), None
 
     def largest(self, number: int) -> int:
         """Give a number of 0 or more; get the largest of those that processes gave at the last call, first 0."""
         if self.group is None:
             return number
-        agreed = 0
         if self.pending is not None:
             self.pending.wait()
-            agreed = int(self.numbers)
-        self.numbers = torch.tensor(number)
+        agreed, self.numbers = int(self.numbers), torch.tensor(number)
         self.pending = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed
 
@@ -336,10 +295,9 @@ class Peers:
         try:
             store = dist.TCPStore(address, port, None, is_host, PROCESS_TIMEOUT, wait_for_workers=False)
         except RuntimeError as error:
-            fault = "cannot host the meeting point of the processes" if is_host else "cannot reach the first process"
-            within = "" if is_host else f" within {PROCESS_TIMEOUT}"
-            place = f"rank {self.rank} ({socket.gethostname()})"
-            raise RunStopped(f"{place} {fault} at {address}:{port}{within}: {str(error).splitlines()[0]}") from None
+            what = "host the meeting point of the processes" if is_host else "reach the first process"
+            place, reason = f"rank {self.rank} ({socket.gethostname()})", str(error).splitlines()[0]
+            raise RunStopped(f"{place} cannot {what} at {address}:{port}: {reason}") from None
         return dist.PrefixStore(f"swav/{environment('TORCHELASTIC_RESTART_COUNT', 0)}/{name}", store)
 
     def exchange(self, doing: str, value: object, limit: float = START_TIMEOUT.total_seconds()) -> list:
@@ -373,82 +331,75 @@ class Peers:
         return ", ".join(named) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
     def _watch(self) -> None:
-        seen: dict[int, tuple[list | None, int]] = {}  # rank: (its last beat, how often it was seen again)
-        while True:
+        seen: dict[int, tuple[list | None, int]] = {}  # rank: (its last sign of life, how often it was seen again)
+        while not self.has_left.is_set():
             try:
                 doing, since = launch.activity
                 self.store.set(f"beat/{self.rank}", json.dumps([doing, time.monotonic() - since]))
                 for rank in range(self.world_size) if self.rank == 0 else [0]:
                     beat, (last, times) = self._get(f"beat/{rank}"), seen.get(rank, (None, 0))
                     seen[rank] = beat, (times + 1 if beat == last else 0)
-                failure = self._get("failure") or self._find_silent(seen) or self._find_stuck(seen)
+                fault = ("", []) if self._get("failure") else self._find_fault(seen)
             except RuntimeError:
-                lost = f"lost the connection to rank 0 ({self.hosts[0]}): it ended, see its messages, or the network"
-                failure = self.fail(lost, 1)
-            if self.has_left.is_set():
-                return
-            if failure:
-                self.end(failure)
-            if self.has_left.wait(BEAT):
-                return
+                host = f"rank 0 ({self.hosts[0]})"
+                fault = f"lost the connection to {host}: it ended, see its messages, or the network", []
+            if fault and not self.has_left.is_set():
+                self.fail(*fault)
+            self.has_left.wait(BEAT)
 
-    def _find_silent(self, seen: Mapping[int, tuple[list | None, int]]) -> dict | None:
-        """Counts looks, not the time: after a pause of the whole machine nobody is blamed."""
-        silent = [rank for rank, (beat, times) in seen.items() if beat and times * BEAT > SILENCE]
-        reason = f"gave no sign of life for {SILENCE} seconds: killed, or stopped"
-        return self.fail(f"{self._name(silent)} {reason}", 1, silent) if silent else None
+    def _find_fault(self, seen: Mapping[int, tuple[list | None, int]]) -> tuple[str, list[int]] | None:
+        """What is wrong, and the ranks at fault: those without a sign of life, or, where training stands still, behind.
 
-    def _find_stuck(self, seen: Mapping[int, tuple[list | None, int]]) -> dict | None:
-        """If training has stood still for as long as processes may wait: those that are behind the others."""
-        beats = {rank: beat for rank, (beat, _) in seen.items() if beat and re.fullmatch(r"step \d+", beat[0])}
-        if len(beats) < self.world_size:
-            return None
-        steps, waited = {rank: int(doing[5:]) for rank, (doing, _) in beats.items()}, min(s for _, s in beats.values())
+        Counts looks, not the time: after a pause of the whole machine nobody is blamed.
+        """
+        beats = {rank: beat for rank, (beat, _) in seen.items() if beat}
+        silent = [rank for rank in beats if seen[rank][1] * BEAT > SILENCE]
+        if silent:
+            return f"{self._name(silent)} gave no sign of life for {SILENCE} seconds: killed, or stopped", silent
+        steps = {rank: int(doing[5:]) for rank, (doing, _) in beats.items() if re.fullmatch(r"step \d+", doing)}
         behind = [rank for rank, step in steps.items() if step < max(steps.values())]
+        waited = min((seconds for _, seconds in beats.values()), default=0)
         # Earlier than NCCL, which would end the process with a stack of C++ calls.
-        if not behind or waited < 0.95 * PROCESS_TIMEOUT.total_seconds():
-            return None
-        return self.fail(
-            f"{self._name(behind)} did not come to step {max(steps.values())} for {waited:.0f} s", 1, behind
-        )
+        if behind and len(steps) == self.world_size and waited > 0.95 * PROCESS_TIMEOUT.total_seconds():
+            return f"{self._name(behind)} did not come to step {max(steps.values())} for {waited:.0f} s", behind
+        return None
 
-    def find_failure(self, error: Exception) -> dict:
-        """Why the connection to the others broke: what another process wrote, or which ones are dead."""
+    def find_lost(self, error: Exception) -> tuple[str, list[int]]:
+        """Why the connection to the others broke, and the ranks that are dead. ("", []) if another process wrote it."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         beats = {rank: self._get(f"beat/{rank}") for rank in others}
         for _ in range(16):
-            if failure := self._get("failure"):
-                return failure
+            if self._get("failure"):
+                return "", []
             time.sleep(BEAT / 4)
-        missing = [rank for rank in others if beats[rank] and self._get(f"beat/{rank}") == beats[rank]]
-        if missing:
-            reason = "ended without a message: killed? Where memory was short, dmesg tells"
-            return self.fail(f"{self._name(missing)} {reason}", 1, missing)
+        dead = [rank for rank in others if beats[rank] and self._get(f"beat/{rank}") == beats[rank]]
+        if dead:
+            return f"{self._name(dead)} ended without a message: killed? Where memory was short, dmesg tells", dead
         doing, first_line = launch.activity[0], str(error).splitlines()[0]
-        return self.fail(f"lost the other processes at {doing} ({first_line}); {self._name(others)}", 1)
+        return f"lost the other processes at {doing} ({first_line}); {self._name(others)}", []
 
-    def fail(self, reason: str, code: int, silent: Sequence[int] = ()) -> dict:
-        """Tell all why this process, or the silent ones, ended, unless another was first. Returns what was first."""
+    def fail(self, reason: str, silent: Sequence[int] = (), code: int = 1) -> NoReturn:
+        """End this process and all others. Of several reasons the first counts; each machine prints it once.
+
+        reason: "" if another process gave it. silent: ranks that cannot do so themselves. code: the exit code.
+        """
         failure = dict(rank=self.rank, host=self.hosts[self.rank], reason=reason, code=code, silent=list(silent))
         with suppress(RuntimeError):
-            self.store.set(f"reason/{self.rank}", json.dumps(reason))
-            return json.loads(self.store.compare_set("failure", "", json.dumps(failure)))
-        return failure
-
-    def end(self, failure: dict) -> NoReturn:
-        """Print why all end, once per machine; wait until the other machines know, then leave with its exit code."""
+            if reason:
+                self.store.set(f"reason/{self.rank}", json.dumps(reason))
+            failure = json.loads(self.store.compare_set("failure", "", json.dumps(failure)))
         self.is_ending.acquire()  # another thread that comes here waits until this one ends the process
         time.sleep(0.3)  # others may fail for the same reason
         local_rank, silent = environment("LOCAL_RANK", 0), failure["silent"]
         if local_rank == 0 or self.rank - local_rank in silent:
             reasons = {self._get(f"reason/{rank}") for rank in range(self.world_size)}
-            is_of_all = reasons == {failure["reason"]} or silent
-            where = "" if is_of_all else f"host {failure['host']}, rank {failure['rank']}: "
-            print(f"error: {where}{failure['reason']}", file=sys.stderr, flush=True)
-            write_to_log(f"error: {where}{failure['reason']}\n")
+            where = f"host {failure['host']}, rank {failure['rank']}: "
+            line = f"error: {'' if silent or reasons == {failure['reason']} else where}{failure['reason']}"
+            print(line, file=sys.stderr, flush=True)
+            launch.write_to_log(line + "\n")
         self._meet("ended", 3, len(silent))  # torchrun stops the others once one has left
         self._meet("gone", 3 if self.hosts_store else 0, len(silent))  # they would complain of a lost connection
-        _exit(failure["code"], at_once=True)
+        launch.end_process(failure["code"])
 
     def leave(self, limit: float) -> None:
         """Wait until all processes leave, or `limit` seconds; the one that hosts the store goes last."""

@@ -235,6 +235,26 @@ def test_two_machines_train(machines):
     assert "done; evaluate" in (machines / "0" / "run" / "log.txt").read_text() and not consoles[1]
 
 
+def raise_error() -> None:
+    raise UserError("data_path: the disk is gone")
+
+
+@pytest.mark.parametrize("fault", [raise_error, lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["fails", "killed"])
+def test_the_lock_is_removed_when_another_process_ends_a_run_whose_main_thread_hangs(fault, machines):
+    def main(rank):
+        def hang(*_):
+            assert rank == 1 or os.path.exists("run/run.lock")
+            print("hangs", flush=True)
+            signal.pause()
+
+        train.train = hang if rank == 0 else lambda *_: (time.sleep(1), fault())
+        start_training()
+
+    codes, consoles = run_machines(main, machines, SILENCE=2)
+    assert 0 not in codes and "hangs" in consoles[0] and len(errors(consoles[0])) == 1, consoles
+    assert not (machines / "0" / "run" / "run.lock").exists()
+
+
 # Processes that die, hang or fail
 
 
@@ -709,8 +729,10 @@ def test_several_tasks_without_the_variables_of_a_step_are_refused(step):
         ("a-b.example.org", "a-b.example.org"),
     ],
 )
-def test_the_first_host_of_a_list(hosts, first):
-    assert processes.first_host(hosts) == first
+def test_the_first_host_of_a_list_is_where_processes_meet(hosts, first, step):
+    step.setenv("SLURM_STEP_NODELIST", hosts)
+    processes.read_slurm_step()
+    assert os.environ["MASTER_ADDR"] == first
 
 
 def test_tasks_of_srun_train_together(machines, monkeypatch):

@@ -140,7 +140,8 @@ def test_bad_options_are_user_errors(words, message):
         (launch.positive_int, {"1": 1}, ["0"]),
         (launch.nonnegative, {"0": 0.0, "1e-3": 0.001}, ["-1", "nan", "inf"]),
         (launch.positive, {"0.5": 0.5}, ["0", "nan", "inf", "-inf"]),
-        (launch.int_or_auto, {"auto": "auto", "0": 0}, ["-1", "some"]),
+        (launch.workers_or_auto, {"auto": "auto", "0": 0, "1024": 1024}, ["-1", "some", "1025"]),
+        (launch.epoch_count, {"1": 1, "10000000": 10**7}, ["0", "10000001"]),
         (launch.number(int, 2), {"2": 2}, ["1"]),
     ],
 )
