@@ -182,7 +182,7 @@ TRAIN = [
     ("--seed=", "--seed: expected a whole number from 0, got "),
     ("--seed 0x1F", "--seed: expected a whole number from 0, got 0x1F"),
     ("--epochs 1e3", "--epochs: expected a whole number from 1, got 1e3"),
-    (f"--epochs {BIG}", "--epochs: expected a whole number from 1 to 10000000, got 1"),
+    (f"--epochs {BIG}", "--epochs: expected a whole number from 1 to 10000000, got 9999"),
     ("--epochs 10000001", "--epochs: expected a whole number from 1 to 10000000, got 10000001"),
     ("--workers 1025", "--workers: expected a whole number from 0 to 1024, got 1025"),
     ("--epochs 0", "--epochs: expected a whole number from 1, got 0"),
