@@ -55,9 +55,9 @@ def user_errors(prefix: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{prefix}{error}".replace("\n", " ")) from None
 
 
@@ -74,7 +74,9 @@ REMEDIES = {  # what an error's text holds: what happened, and what to do
         "or --batch_size; --workers 0 shows its error"
     ),
     r"^OutOfMemoryError": "the GPU is out of memory; lower --batch_size, or use fewer or smaller crops",
-    r"MemoryError|an't allocate memory|annot allocate memory": "memory is short; lower --batch_size or --workers",
+    r"MemoryError|an't allocate memory|annot allocate memory": (
+        "memory is short; lower --batch_size or --workers, or choose a smaller model, queue or crops"
+    ),
     r"Too many open files|received 0 items of ancdata": (
         "too many open files; raise the limit (ulimit -n 65536), or lower --workers"
     ),
@@ -388,13 +390,12 @@ def show_progress(line: str, keep: bool = False, *, to_file: bool = True) -> Non
 def track(batches: Iterable, title: str, unit: str = "batch") -> Iterator:
     """Yield the batches, with a progress line: each second on a terminal, every 30 s in a file."""
     on_terminal = sys.stdout.isatty()
-    interval = 1 if on_terminal else 30
     start = last_line = time.perf_counter()
     for done, batch in enumerate(batches, 1):
         note_activity(f"{title}: {unit} {done}")
         yield batch
         now = time.perf_counter()
-        if now - last_line > interval:
+        if now - last_line > (1 if on_terminal else 30):
             left = timedelta(seconds=round((now - start) / done * (len(batches) - done)))
             show_progress(f"{title}: {unit} {done}/{len(batches)}  ETA {left}", to_file=not on_terminal)
             last_line = now

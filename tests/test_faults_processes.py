@@ -511,7 +511,20 @@ def test_an_error_of_memory_is_one_line(error, line, tmp_path):
 
 def test_memory_that_is_really_short_is_one_line(tmp_path):
     code, console = run_alone(allocate, tmp_path)
-    assert (code, console) == (1, "error: memory is short; lower --batch_size or --workers\n")
+    advice = "lower --batch_size or --workers, or choose a smaller model, queue or crops"
+    assert (code, console) == (1, f"error: memory is short; {advice}\n")
+
+
+@pytest.mark.parametrize("words", ["--nmb_prototypes 2000000000", "--queue_length 2000000000", "--size_crops 20000 9"])
+def test_a_model_queue_or_crops_that_do_not_fit_into_memory_are_one_line(words, machines, monkeypatch):
+    def main():
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+        start_training(*words.split())
+
+    monkeypatch.chdir(machines / "0")
+    code, console = run_alone(main, machines)
+    (line,) = errors(console)
+    assert code == 1 and line.startswith("error: memory is short; ") and "Traceback" not in console
 
 
 def test_workers_leave_signals_to_their_parent(tmp_path):
