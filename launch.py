@@ -56,9 +56,7 @@ def user_errors(prefix: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{prefix}{error}".replace("\n", " ")) from None
+        raise error if isinstance(error, UserError) else UserError(f"{prefix}{error}".replace("\n", " ")) from None
 
 
 REMEDIES = {  # what an error's text holds: what happened, and what to do
@@ -88,9 +86,9 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, (UserError, RunStopped)):
         *_, message = str(error).splitlines() or [repr(error)]  # a loader worker's error comes below its traceback
         return message.removeprefix("launch.UserError: ")
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}" if isinstance(error, (RuntimeError, OSError, MemoryError)) else ""
     for pattern, message in REMEDIES.items():
-        if isinstance(error, (RuntimeError, OSError, MemoryError)) and (found := re.search(pattern, text)):
+        if found := re.search(pattern, text):
             return message.format(*found.groups())
     return None
 
