@@ -43,7 +43,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import STOP_CODES, RunStopped, UserError, Votes, environment, log, show_progress
+from launch import STOP_CODES, RunStopped, UserError, at_exit, environment, log, show_progress
+from processes import Votes
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
@@ -574,14 +575,15 @@ def locked(dump: Path) -> Iterator[None]:
             with suppress(OSError):
                 os.utime(path)
 
-    threading.Thread(target=renew, daemon=True).start()
-    try:
-        yield
-    finally:
+    def remove() -> None:
         done.set()
         if read_lock(path) == ours:
             with suppress(OSError):
                 path.unlink()
+
+    threading.Thread(target=renew, daemon=True).start()
+    with at_exit(remove):
+        yield
 
 
 def read_lock(path: Path) -> dict | None:

@@ -32,23 +32,19 @@ from launch import (
     OptionParser,
     RunStopped,
     UserError,
-    check_same,
-    choose_device,
-    int_or_auto,
-    leave_processes,
+    epoch_count,
     log,
     nonnegative,
     nonnegative_int,
     positive,
     positive_int,
-    run_script,
-    set_threads_and_workers,
-    setup_processes,
     track,
     user_errors,
-    workers_that_fit,
+    workers_or_auto,
 )
+from machine import choose_device, set_threads_and_workers, workers_that_fit
 from model import ARCHS, ResNet, architecture_of, backbone_weights
+from processes import check_same, leave_processes, run_script, setup_processes
 
 LARGER = 1.4  # images of up to this many times the crops keep their size: derived crops are 3/4 of small images
 
@@ -88,7 +84,7 @@ def option_parser() -> OptionParser:
             help="Fit a logistic regression to cached features, instead of SGD over random crops: quick.",
         )
     )
-    add("epochs", 100, positive_int, "Train the linear probe for this many epochs.", common="N")
+    add("epochs", 100, epoch_count, "Train the linear probe for this many epochs.", common="N")
     add("batch_size", None, positive_int, "images per process (default: 256 over all processes)")
     add(
         "lr",
@@ -100,7 +96,7 @@ def option_parser() -> OptionParser:
     add("knn_k", 20, positive_int, "Let this many nearest neighbours vote.", common="N")
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     parser.start_group("machine", affects="nothing")
-    add("workers", "auto", int_or_auto, "Load images in this many processes, or auto.", common="N")
+    add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
     add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
         common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("seed", 31, nonnegative_int, "Seed the probe and the random weights.", common="N")

@@ -38,20 +38,9 @@ from PIL import Image, UnidentifiedImageError, features
 from torch.utils.data import DataLoader, Dataset
 
 from data import UnreadableImage, has_16_bits, to_pixels
-from launch import (
-    OptionParser,
-    RunStopped,
-    UserError,
-    available_cores,
-    environment,
-    exchange,
-    log,
-    memory_left,
-    nonnegative_int,
-    run_script,
-    shared_memory_left,
-    track,
-)
+from launch import OptionParser, RunStopped, UserError, environment, log, track, worker_count
+from machine import available_cores, memory_left, shared_memory_left
+from processes import exchange, run_script
 
 try:  # torchvision plans to drop it
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -906,7 +895,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.start_group("check", affects="nothing")
     parser.common.append(parser.group.add_argument("folder", metavar="DIR", help="Check the images of this folder."))
-    parser.add("workers", None, nonnegative_int, "Read in this many processes.", common="N",
+    parser.add("workers", None, worker_count, "Read in this many processes.", common="N",
         default_text="one per CPU core")  # fmt: skip
     args = parser.parse_args(argv)
     sys.exit(1 if check_folder(args.folder, available_cores() if args.workers is None else args.workers) else 0)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from launch import environment, log, mean_over_processes, show_progress
+from launch import environment, log, show_progress
+from processes import mean_over_processes
 
 
 def step_of(row: str) -> float:

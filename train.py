@@ -32,6 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
+import machine
+import processes
 from data import (
     CroppedBatches,
     MultiCrop,
@@ -64,7 +66,7 @@ from images import (
     sizes_to_cache,
     typical_side,
 )
-from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
+from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
 from optim import LARS, warmup_cosine
@@ -140,7 +142,7 @@ def option_parser() -> launch.OptionParser:
     add("epoch_queue_starts", None, nonnegative_int, "epoch from which the queue fills; later is safer")
 
     parser.start_group("optimisation")
-    add("epochs", 200, positive_int, "Train for this many passes over the images.", common="N")
+    add("epochs", 200, epoch_count, "Train for this many passes over the images.", common="N")
     add("batch_size", None, positive_int, "Take this many images per process and step.", common="N")
     add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), not rescaled for you")
     add("final_lr", None, nonnegative, "learning rate at the end of the cosine schedule")
@@ -154,7 +156,7 @@ def option_parser() -> launch.OptionParser:
     add("device", "auto", str, "Train on cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
         common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
     add("precision", None, str, "Compute in bf16, fp16 or fp32 (default: bf16 if the device supports it).",
-        common="NAME", choices=tuple(launch.DTYPES), affects="learning")  # fmt: skip
+        common="NAME", choices=tuple(machine.DTYPES), affects="learning")  # fmt: skip
     add("use_fp16", None, str.lower, "alias: true is --precision fp16, false is fp32", choices=("true", "false"),
         affects="learning")  # fmt: skip
     add("sync_bn", None, str, "BatchNorm statistics. pytorch: over all processes; apex: over groups of them, as the "
@@ -162,7 +164,7 @@ def option_parser() -> launch.OptionParser:
         choices=("pytorch", "apex", "none"), affects="learning")  # fmt: skip
     add("syncbn_process_group_size", None, positive_int, "processes per group of --sync_bn apex (default: "
         f"{APEX_GROUP_SIZE})", affects="learning")  # fmt: skip
-    add("workers", "auto", launch.int_or_auto, "Load images in this many worker processes.", common="N")
+    add("workers", "auto", launch.workers_or_auto, "Load images in this many worker processes.", common="N")
     add("augment", "auto", str, "where to flip, jitter and blur. device (auto): batched, on the training device; "
         "workers: in the loader's workers", choices=("auto", "device", "workers"))  # fmt: skip
     add("cache", "auto", str, "keep decoded images in memory, once per machine. auto: if they fit into a quarter of "
@@ -351,14 +353,14 @@ def build_multicrop(args: argparse.Namespace) -> MultiCrop:
 def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bool) -> tuple[int, int]:
     """(loader workers that the options ask for, bytes of a batch). Sets torch's threads."""
     crop_only = args.augment != "workers"
-    workers = launch.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
+    workers = machine.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
     return workers, batch_bytes(build_multicrop(args), args.batch_size, crop_only=crop_only)
 
 
 def build_loader(
     args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    workers = launch.workers_that_fit(*choose_workers(args, device, in_memory=not isinstance(images, ImageFiles)))
+    workers = machine.workers_that_fit(*choose_workers(args, device, in_memory=not isinstance(images, ImageFiles)))
     sharing = dict(seed=args.seed, rank=rank, world_size=world_size, workers=workers)
     multi_crop, pin_memory, crop_only = build_multicrop(args), device.type == "cuda", args.augment != "workers"
     return training_loader(images, multi_crop, args.batch_size, pin_memory=pin_memory, crop_only=crop_only, **sharing)
@@ -387,12 +389,12 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 
 def main(args: argparse.Namespace) -> None:
     """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself."""
-    device = launch.choose_device(args.device)
+    device = machine.choose_device(args.device)
     if args.replay:
         replay(args.replay, args.data_path, device)
         return
-    dtype, dump = launch.choose_precision(args.precision, device), Path(args.dump_path)
-    rank, world_size = launch.setup_processes(device)
+    dtype, dump = machine.choose_precision(args.precision, device), Path(args.dump_path)
+    rank, world_size = processes.setup_processes(device)
     check_args(args, world_size)
     open_dump_path(dump)
     with checkpoint.locked(dump) if rank == 0 else nullcontext():
@@ -413,7 +415,7 @@ def main(args: argparse.Namespace) -> None:
                 except UnreadableImage as error:  # nor are those that were tried in its place
                     message = str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")
                     raise launch.RunStopped(message) from None
-    launch.leave_processes()
+    processes.leave_processes()
 
 
 def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
@@ -421,7 +423,7 @@ def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     affects = option_parser().affects
     names = (name for name in vars(args) if affects.get(name, "nothing") != "nothing" and name != "data_path")
     options = {f"--{name}": getattr(args, name) for name in names}
-    launch.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
+    processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
 
 def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size: int) -> tuple[Dataset, dict, dict]:
@@ -430,23 +432,23 @@ def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size:
     def value_range() -> list[float] | None:  # a set that has grown is scaled as before
         return (checkpoint.find(Path(args.dump_path), quiet=True) or {}).get("value_range")
 
-    scale = launch.share("reading the run so far", value_range)
+    scale = processes.share("reading the run so far", value_range)
     # The first process of each machine downloads and finds errors.
-    images = launch.in_turn(
+    images = processes.in_turn(
         "opening the images",
         lambda is_first: open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=scale),
     )
     if world_size > 1:
         found = fingerprint(images)
-        launch.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
+        processes.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
     if any(getattr(args, name) is None for name in DERIVED):
         log("derived from the images, or from the run so far:")
-    settings, reasons = launch.share("choosing options", lambda: resolve_options(args, images, world_size))
+    settings, reasons = processes.share("choosing options", lambda: resolve_options(args, images, world_size))
     vars(args).update({name: settings["options"][name] for name in DERIVED})
     sizes = None
     if launch.environment("LOCAL_RANK", 0) == 0:
         workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
-        sizes = sizes_to_cache(images, args.cache, for_workers=launch.shared_memory_needed(workers, bytes_of_batch))
+        sizes = sizes_to_cache(images, args.cache, for_workers=machine.shared_memory_needed(workers, bytes_of_batch))
     return cache_images(images, sizes), settings, reasons
 
 
@@ -487,7 +489,7 @@ def train(
     model = model.to(device, memory_format=layout)
     if world_size > 1 and args.sync_bn != "none":
         group_size = args.syncbn_process_group_size or APEX_GROUP_SIZE
-        model = sync_batchnorm(model, batchnorm_group(args.sync_bn, group_size, launch.PROCESS_TIMEOUT))
+        model = sync_batchnorm(model, batchnorm_group(args.sync_bn, group_size, processes.PROCESS_TIMEOUT))
     criterion = build_loss(args, world_size).to(device)
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)  # each step sets its learning rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -496,7 +498,7 @@ def train(
     first_epoch, first_step, losses = checkpoint.resume(dump, settings, parts, steps_per_epoch)
     steps_done = first_epoch * steps_per_epoch + first_step
     augment_crops, steps = augment, args.epochs * steps_per_epoch
-    if launch.use_compile(args.compile, device, world_size, steps=steps - steps_done, crop_size=max(args.size_crops)):
+    if machine.use_compile(args.compile, device, world_size, steps=steps - steps_done, crop_size=max(args.size_crops)):
         log("compiling: the first steps take a minute or two")
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch advises TF32, which would change codes by up to 1 %
         model.features = torch.compile(model.features, dynamic=False)  # only the backbone; one graph per resolution
@@ -619,7 +621,7 @@ def replay(path: str, data_path: str | None, device: torch.device) -> str | None
     images = open_images(args.dataset, data_path or args.data_path, "pretrain")
     keys = [(contents["epoch"] - 1, index) for index in contents["image_indices"]]
     batch, _ = CroppedBatches(images, build_multicrop(args), args.seed).__getitems__(keys)
-    dtype, model, criterion = launch.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)
+    dtype, model, criterion = machine.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)
     model.load_state_dict(contents["state_dict"])
     queue, filled = (contents["queue"][name] for name in ("queue", "queue_filled"))
     criterion.queue = queue[:, contents["steps_since"] * len(keys) :]  # [A, Q, D], newest first
@@ -706,4 +708,4 @@ def recover(args: argparse.Namespace, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(lambda: main(parse_args(sys.argv[1:])), "; the same command resumes after the last saved step")
+    processes.run_script(lambda: main(parse_args(sys.argv[1:])), "; the same command resumes after the last saved step")

@@ -22,7 +22,8 @@ from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
 from data import SMALLEST_CROP
-from launch import MAX_INT, OptionParser, UserError, positive, run_script, user_errors
+from launch import MAX_INT, OptionParser, UserError, positive, user_errors
+from processes import run_script
 
 
 class Benchmark(NamedTuple):

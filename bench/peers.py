@@ -23,7 +23,7 @@ from data import MEAN, STD, CentreCrop, ordered_loader
 from eval_linear import choose_sizes, parse_args
 from features import accuracies, evaluate_features
 from images import open_images, typical_side
-from launch import choose_precision
+from machine import choose_precision
 from model import ResNet
 
 Method = tuple[Callable, Callable, torch.optim.Optimizer, int]

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.measure import Times, report, setup_process, synchronize
 from bench.published import EPSILON, ITERATIONS
 from bench.step import Trainer
-from launch import available_cores
+from machine import available_cores
 from model import SwAV, sync_batchnorm
 from sinkhorn_ext import sinkhorn_potentials, swav_loss
 

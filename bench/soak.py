@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import launch
 import train
 from bench.measure import fresh_process, run_in
+from processes import run_script
 
 KILL_ALL, KILL_ONE, KILL_WHILE_SAVING = "SIGKILL of all", "SIGKILL of one", "SIGKILL while saving"
 TRUNCATE, TERMINATE = "newest checkpoint truncated", "SIGTERM"
@@ -325,7 +325,7 @@ def be_rank(argv: list[str], rank: int, world_size: int, port: int, prefix: str)
         return crops_to_device(batch, *arguments, **options)
 
     train.crops_to_device = recorded
-    launch.run_script(lambda: train.main(train.parse_args(argv)))
+    run_script(lambda: train.main(train.parse_args(argv)))
 
 
 def checksums(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:

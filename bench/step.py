@@ -25,8 +25,8 @@ from bench.published import LEARNING_RATE, WEIGHT_DECAY
 from data import MultiCrop, augment, crops_to_device, training_loader
 from guard import CollapseGuard
 from images import ImageFiles
-from launch import choose_precision
 from loss import SwAVLoss
+from machine import choose_precision
 from model import ResNet, SwAV
 from optim import LARS
 

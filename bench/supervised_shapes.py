@@ -9,8 +9,8 @@ from torch import nn
 
 from data import CentreCrop, ProbeCrop, ordered_loader, training_loader
 from images import open_images
-from launch import run_script
 from model import resnet18
+from processes import run_script
 
 EPOCHS, BATCH_SIZE = 10, 64
 

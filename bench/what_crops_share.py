@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import checkpoint
 from data import augment_one_by_one
 from images import open_images
-from launch import UserError, run_script
+from launch import UserError
+from processes import run_script
 from train import build_model, build_multicrop
 
 DIRECTIONS, CELLS, FITTED = 4, (1, 2, 4), 1500

@@ -56,18 +56,51 @@ PIECES = {
         ["launch.py"],
         True,
         """
-        import sys
-        from launch import OptionParser, UserError, choose_device, log, positive_int, run_script, setup_processes
+        from launch import OptionParser, UserError, log, positive_int, user_errors
+        parser = OptionParser(prog="my_script.py", description="Count.")
+        parser.add("epochs", 10, positive_int, "Train for this many epochs.", common="N")
+        log(f"{parser.parse_args(['--epochs', '3']).epochs} epochs")
+        for words in (["--epochs", "0"], ["--epoch", "1"]):
+            try:
+                parser.parse_args(words)
+            except UserError as error:
+                assert "--epoch" in str(error)
+            else:
+                raise AssertionError(words)
+        """,
+    ),
+    "machine": (
+        ["machine.py", "launch.py"],
+        True,
+        """
+        import torch
+        from machine import choose_device, choose_precision, set_threads_and_workers, workers_that_fit
+        device = choose_device("cpu")
+        assert workers_that_fit(set_threads_and_workers(0, device), batch_bytes=2**20) == 0
+        assert choose_precision("fp32", device) == torch.float32
+        """,
+    ),
+    "processes": (
+        ["processes.py", "launch.py"],
+        True,
+        """
+        import torch
+        from launch import OptionParser, UserError, log, positive_int
+        from processes import check_same, leave_processes, run_script, setup_processes, share
         parser = OptionParser(prog="my_script.py", description="Count.")
         parser.add("epochs", 10, positive_int, "Train for this many epochs.", common="N")
         def main(args):
-            device = choose_device("cpu")
-            log(f"{args.epochs} epochs on {device}, rank and world size {setup_processes(device)}")
+            log(f"{args.epochs} epochs, rank and world size {setup_processes(torch.device('cpu'))}")
+            check_same("comparing options", vars(args))
+            assert share("counting", lambda: [1, 2]) == [1, 2]
+            leave_processes()
         run_script(lambda: main(parser.parse_args(["--epochs", "3"])))
         try:
-            parser.parse_args(["--epochs", "0"])
-        except UserError as error:
-            assert "--epochs: expected a whole number from 1, got 0" in str(error)
+            run_script(lambda: main(parser.parse_args(["--epochs", "0"])))
+        except SystemExit as leave:
+            assert leave.code == 2
+        else:
+            raise AssertionError("no epochs")
         """,
     ),
     "defaults": (
@@ -172,9 +205,11 @@ SCRIPTS = {"train", "eval_linear", "export", "look"}  # all but other scripts
 ALLOWED = {
     **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup"), set()),
     "loss": {"sinkhorn_ext"},
-    "checkpoint": {"launch"},
-    "run_log": {"launch"},
-    "images": {"data", "launch"},
+    "machine": {"launch"},
+    "processes": {"launch"},
+    "checkpoint": {"launch", "processes"},
+    "run_log": {"launch", "processes"},
+    "images": {"data", "launch", "machine", "processes"},
     "features": {"data", "launch"},
     "hubconf": set(),  # loads model.py by its path
 }

@@ -17,8 +17,9 @@ import hubconf
 import train
 from bench.__main__ import parse_args as parse_bench
 from defaults import derive
-from launch import UserError, run_script
+from launch import UserError
 from model import ResNet
+from processes import run_script
 
 
 class Bomb:
@@ -176,14 +177,16 @@ BIG = "99999999999999999999999"
 LONG = "9" * 5000
 TRAIN = [
     ("--seed -1", "--seed: expected a whole number from 0, got -1"),
-    (f"--seed {BIG}", f"--seed: expected a whole number from 1 to 2147483647, got {BIG}"),
+    (f"--seed {BIG}", f"--seed: expected a whole number from 0 to 2147483647, got {BIG}"),
     (f"--seed {LONG}", r"--seed: .* got 9{50}\.\.\. \(5000 characters\)"),
     ("--seed=", "--seed: expected a whole number from 0, got "),
     ("--seed 0x1F", "--seed: expected a whole number from 0, got 0x1F"),
     ("--epochs 1e3", "--epochs: expected a whole number from 1, got 1e3"),
-    (f"--epochs {BIG}", "--epochs: expected a whole number from 1 to 2147483647"),
+    (f"--epochs {BIG}", "--epochs: expected a whole number from 1 to 10000000, got 9999"),
+    ("--epochs 10000001", "--epochs: expected a whole number from 1 to 10000000, got 10000001"),
+    ("--workers 1025", "--workers: expected a whole number from 0 to 1024, got 1025"),
     ("--epochs 0", "--epochs: expected a whole number from 1, got 0"),
-    (f"--queue_length {BIG}", "--queue_length: expected a whole number from 1 to 2147483647"),
+    (f"--queue_length {BIG}", "--queue_length: expected a whole number from 0 to 2147483647"),
     ("--width 100000000", "--width, --blocks, --queue_length: expected smaller ones; torch says: .* overflow"),
     ("--base_lr inf", "--base_lr: expected a number from 1.1755e-38 to 3.402823466e"),
     ("--base_lr nan", "--base_lr: expected a number above 0, got nan"),
@@ -217,6 +220,8 @@ EVALUATE = [
     ("--batch_size 0", "--batch_size: expected a whole number from 1, got 0"),
     (f"--batch_size {BIG}", "--batch_size: expected a whole number from 1 to 2147483647"),
     ("--seed -1", "--seed: expected a whole number from 0, got -1"),
+    ("--epochs 10000001", "--epochs: expected a whole number from 1 to 10000000, got 10000001"),
+    ("--workers 1025", "--workers: expected a whole number from 0 to 1024, got 1025"),
     ("--dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
     ("--data_path=", "--data_path: expected a folder, got "),
     ("--data_path {tmp}/file", "--data_path: expected a folder, got .*file"),

@@ -26,6 +26,8 @@ from PIL import Image
 import data
 import images as images_module
 import launch
+import machine
+import processes
 import train
 from data import MultiCrop, start_epoch, training_loader
 from launch import RunStopped, UserError
@@ -49,7 +51,7 @@ def forked(main: Callable[[], object], console: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        launch.run_script(main)
+        processes.run_script(main)
         code = 0
     except SystemExit as leave:
         code = leave.code or 0
@@ -87,7 +89,7 @@ def run_alone(main: Callable[[], object], folder: Path) -> tuple[int, str]:
 def run_machines(main: Callable[[int], object], folder: Path, count: int = 2, **patches) -> tuple[list[int], list[str]]:
     """(exit codes, consoles) of main(rank) on machines of one process each, whose current folders are 0, 1, ...
 
-    patches: of launch, in all processes.
+    patches: of processes.py, in all processes.
     """
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     port, pids = free_port(), []
@@ -96,18 +98,18 @@ def run_machines(main: Callable[[int], object], folder: Path, count: int = 2, **
 
         place = dict(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, GROUP_RANK=rank)
         place |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        before = Path.cwd(), dict(os.environ), launch.BEAT, launch.GRACE
+        before = Path.cwd(), processes.BEAT
         try:  # a fork has all this from its start, as run_script connects before it calls main
             os.chdir(folder / str(rank))
             os.environ.update({name: str(value) for name, value in place.items()})
-            saved = {name: getattr(launch, name) for name in patches}
-            vars(launch).update(BEAT=0.2, GRACE=2, **patches)
+            saved = {name: getattr(processes, name) for name in patches}
+            vars(processes).update(BEAT=0.2, **patches)
             pids.append(forked(partial(main, rank), folder / f"console-{rank}"))
         finally:
             os.chdir(before[0])
             for name in place:
                 os.environ.pop(name)
-            vars(launch).update(BEAT=before[2], GRACE=before[3], **saved)
+            vars(processes).update(BEAT=before[1], **saved)
     codes = wait_for(pids)
     return codes, [(folder / f"console-{rank}").read_text() for rank in range(count)]
 
@@ -126,10 +128,10 @@ HOST = socket.gethostname()
 @pytest.fixture
 def machines(tmp_path) -> Path:
     """Folders 0 and 1, each with images/ of the same names."""
-    for machine in "01":
-        (tmp_path / machine / "images").mkdir(parents=True)
+    for name in "01":
+        (tmp_path / name / "images").mkdir(parents=True)
         for i in range(8):
-            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / machine / "images" / f"{i}.png")
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / name / "images" / f"{i}.png")
     return tmp_path
 
 
@@ -165,16 +167,16 @@ def a_file_as_dump_path() -> None:
 
 
 def other_versions() -> None:
-    launch.versions = lambda: {"Python": "3.10.1", "torch": torch.__version__, "program": "0"}
+    processes.versions = lambda: {"Python": "3.10.1", "torch": torch.__version__, "program": "0"}
 
 
 def another_program() -> None:
-    versions = launch.versions()
-    launch.versions = lambda: versions | {"program": "0123456789ab"}
+    versions = processes.versions()
+    processes.versions = lambda: versions | {"program": "0123456789ab"}
 
 
 def no_gpu() -> None:
-    launch.choose_device = lambda name: (_ for _ in ()).throw(UserError("--device cuda: torch cannot use a GPU: why"))
+    machine.choose_device = lambda name: (_ for _ in ()).throw(UserError("--device cuda: torch cannot use a GPU: why"))
 
 
 ON_ONE = {  # name: (fault of the second machine, its message)
@@ -233,14 +235,34 @@ def test_two_machines_train(machines):
     assert "done; evaluate" in (machines / "0" / "run" / "log.txt").read_text() and not consoles[1]
 
 
+def raise_error() -> None:
+    raise UserError("data_path: the disk is gone")
+
+
+@pytest.mark.parametrize("fault", [raise_error, lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["fails", "killed"])
+def test_the_lock_is_removed_when_another_process_ends_a_run_whose_main_thread_hangs(fault, machines):
+    def main(rank):
+        def hang(*_):
+            assert rank == 1 or os.path.exists("run/run.lock")
+            print("hangs", flush=True)
+            signal.pause()
+
+        train.train = hang if rank == 0 else lambda *_: (time.sleep(1), fault())
+        start_training()
+
+    codes, consoles = run_machines(main, machines, SILENCE=2)
+    assert 0 not in codes and "hangs" in consoles[0] and len(errors(consoles[0])) == 1, consoles
+    assert not (machines / "0" / "run" / "run.lock").exists()
+
+
 # Processes that die, hang or fail
 
 
 def join_and(work: Callable[[int], object]) -> Callable[[int], object]:
     def main(rank: int) -> None:
-        launch.setup_processes(torch.device("cpu"))
+        processes.setup_processes(torch.device("cpu"))
         work(rank)
-        launch.leave_processes()
+        processes.leave_processes()
 
     return main
 
@@ -280,7 +302,7 @@ def test_a_process_that_is_killed_or_stopped_at_the_start_ends_the_others(stoppe
             launch.note_activity("opening the images")
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGSTOP if stopped else signal.SIGKILL)
-        launch.exchange("waiting", None)
+        processes.exchange("waiting", None)
 
     codes, consoles = run_machines(main, tmp_path, SILENCE=2)
     other = 1 - stopped
@@ -295,8 +317,8 @@ def test_a_process_that_is_killed_or_stopped_at_the_start_ends_the_others(stoppe
 def test_a_process_that_never_starts_is_named(tmp_path):
     def run(**place):
         os.environ.update(place)
-        launch.PROCESS_TIMEOUT = timedelta(seconds=1)
-        launch.run_script(lambda: None)
+        processes.PROCESS_TIMEOUT = timedelta(seconds=1)
+        processes.run_script(lambda: None)
 
     place = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
@@ -307,8 +329,8 @@ def test_a_process_that_never_starts_is_named(tmp_path):
 def test_a_first_process_that_never_starts_is_named(tmp_path):
     def run(**place):
         os.environ.update(place)
-        launch.PROCESS_TIMEOUT = timedelta(seconds=1)
-        launch.run_script(lambda: None)
+        processes.PROCESS_TIMEOUT = timedelta(seconds=1)
+        processes.run_script(lambda: None)
 
     place = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     code, console = run_alone(lambda: run(**place), tmp_path)
@@ -388,10 +410,10 @@ def test_a_collective_that_takes_too_long_names_what_the_others_do(tmp_path):
 
 def test_machines_do_their_first_process_first_and_share_what_the_very_first_finds(tmp_path):
     def work(rank):
-        done = launch.in_turn("downloading", lambda is_first: [rank, is_first])
+        done = processes.in_turn("downloading", lambda is_first: [rank, is_first])
         assert done == [rank, True]
-        assert launch.share("choosing", lambda: {"chosen": [rank, 0.1, None]}) == {"chosen": [0, 0.1, None]}
-        assert launch.exchange("all", rank) == [0, 1]
+        assert processes.share("choosing", lambda: {"chosen": [rank, 0.1, None]}) == {"chosen": [0, 0.1, None]}
+        assert processes.exchange("all", rank) == [0, 1]
         print("ok")
 
     codes, consoles = run_machines(join_and(work), tmp_path)
@@ -489,7 +511,20 @@ def test_an_error_of_memory_is_one_line(error, line, tmp_path):
 
 def test_memory_that_is_really_short_is_one_line(tmp_path):
     code, console = run_alone(allocate, tmp_path)
-    assert (code, console) == (1, "error: memory is short; lower --batch_size or --workers\n")
+    advice = "lower --batch_size or --workers, or choose a smaller model, queue or crops"
+    assert (code, console) == (1, f"error: memory is short; {advice}\n")
+
+
+@pytest.mark.parametrize("words", ["--nmb_prototypes 2000000000", "--queue_length 2000000000", "--size_crops 20000 9"])
+def test_a_model_queue_or_crops_that_do_not_fit_into_memory_are_one_line(words, machines, monkeypatch):
+    def main():
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+        start_training(*words.split())
+
+    monkeypatch.chdir(machines / "0")
+    code, console = run_alone(main, machines)
+    (line,) = errors(console)
+    assert code == 1 and line.startswith("error: memory is short; ") and "Traceback" not in console
 
 
 def test_workers_leave_signals_to_their_parent(tmp_path):
@@ -541,11 +576,11 @@ def with_small_shm(mebibytes: int, main: Callable[[], object], folder: Path) -> 
 
 def test_workers_that_dev_shm_cannot_hold_are_left_out(tmp_path):
     def main():
-        assert launch.workers_that_fit(4, 2**20) == 4
-        assert launch.workers_that_fit(8, 8 * 2**20) == 3
-        assert launch.workers_that_fit(4, 65 * 2**20) == 0
+        assert machine.workers_that_fit(4, 2**20) == 4
+        assert machine.workers_that_fit(8, 8 * 2**20) == 3
+        assert machine.workers_that_fit(4, 65 * 2**20) == 0
         os.environ["LOCAL_WORLD_SIZE"] = "4"
-        assert launch.workers_that_fit(4, 4 * 2**20) == 1
+        assert machine.workers_that_fit(4, 4 * 2**20) == 1
 
     code, console = with_small_shm(64, main, tmp_path)
     assert code == 0, console
@@ -638,13 +673,13 @@ def step(monkeypatch):
 
 
 def test_a_task_of_srun_finds_its_place(step):
-    launch.read_slurm_step()
+    processes.read_slurm_step()
     assert [os.environ[name] for name in PLACE] == ["4", "6", "0", "2", "2", "gpu007"]
     port = int(os.environ["MASTER_PORT"])
     assert 1024 < port < 32768  # below the ports that systems give to clients
     step.delenv("RANK")
     step.setenv("SLURM_STEP_ID", "1")
-    launch.read_slurm_step()
+    processes.read_slurm_step()
     assert int(os.environ["MASTER_PORT"]) != port
 
 
@@ -664,7 +699,7 @@ def test_a_task_of_srun_finds_its_place(step):
 def test_a_command_that_srun_did_not_start_stays_alone(changes, step):
     for name, value in changes.items():
         step.delenv(name, raising=False) if value is None else step.setenv(name, value)
-    launch.read_slurm_step()
+    processes.read_slurm_step()
     assert "WORLD_SIZE" not in os.environ
 
 
@@ -685,7 +720,7 @@ def test_tasks_that_do_not_know_their_place_never_train_side_by_side(name, value
     with pytest.raises(
         UserError, match="^Slurm started 6 tasks, .*; start one task per GPU with srun, .* or torchrun$"
     ):
-        launch.read_slurm_step()
+        processes.read_slurm_step()
 
 
 def test_several_tasks_without_the_variables_of_a_step_are_refused(step):
@@ -693,7 +728,7 @@ def test_several_tasks_without_the_variables_of_a_step_are_refused(step):
     step.setenv("SLURM_NTASKS", "2")
     step.delenv("SLURM_STEP_NODELIST")
     with pytest.raises(UserError, match="^Slurm started 2 tasks"):
-        launch.read_slurm_step()
+        processes.read_slurm_step()
 
 
 @pytest.mark.parametrize(
@@ -707,8 +742,10 @@ def test_several_tasks_without_the_variables_of_a_step_are_refused(step):
         ("a-b.example.org", "a-b.example.org"),
     ],
 )
-def test_the_first_host_of_a_list(hosts, first):
-    assert launch.first_host(hosts) == first
+def test_the_first_host_of_a_list_is_where_processes_meet(hosts, first, step):
+    step.setenv("SLURM_STEP_NODELIST", hosts)
+    processes.read_slurm_step()
+    assert os.environ["MASTER_ADDR"] == first
 
 
 def test_tasks_of_srun_train_together(machines, monkeypatch):

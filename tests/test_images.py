@@ -15,7 +15,7 @@ from conftest import run_training
 from PIL import Image
 
 import images as images_module
-import launch
+import machine
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from images import (
     CachedImages,
@@ -270,7 +270,7 @@ def test_memory_is_limited_by_every_parent_control_group(groups, limits, expecte
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert launch.memory_left() == expected
+    assert machine.memory_left() == expected
 
 
 def test_a_cache_takes_its_share_of_what_control_groups_allow(cached, monkeypatch):
