@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import launch
+from cache import CachedImages, cache_images, sizes_to_cache
 from data import (
     CroppedBatches,
     MultiCrop,
@@ -53,17 +54,7 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import (
-    DATASETS,
-    BadImages,
-    CachedImages,
-    ImageFiles,
-    cache_images,
-    fingerprint,
-    open_images,
-    sizes_to_cache,
-    typical_side,
-)
+from images import DATASETS, BadImages, ImageFiles, fingerprint, open_images, typical_side
 from launch import UserError, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm

@@ -170,11 +170,13 @@ def test_multi_crop_is_in_data():
 
 SCRIPTS = {"train", "eval_linear", "export", "look"}  # all but other scripts
 ALLOWED = {
-    **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup"), set()),
+    **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup", "shapes"), set()),
     "loss": {"sinkhorn_ext"},
     "checkpoint": {"launch"},
     "run_log": {"launch"},
-    "images": {"data", "launch"},
+    "decode": {"data"},
+    "images": {"data", "decode", "launch", "shapes"},
+    "cache": {"data", "decode", "images", "launch"},
     "features": {"data", "launch"},
     "hubconf": set(),  # loads model.py by its path
 }

@@ -16,24 +16,20 @@ import torch
 from conftest import TINY, run_processes, run_training
 from PIL import Image, ImageOps
 
+import decode
 import eval_linear
 import images as images_module
 import train
+from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import CroppedBatches, MultiCrop, SeededImages, UnreadableImage, start_epoch, training_loader
+from decode import image_size, read_image, shown
 from features import describe_images, quality_crops, tracked_images
 from images import (
     BadImages,
-    CachedImages,
     ImageFiles,
-    LabelledImageFiles,
-    cache_bytes,
     check_folder,
-    image_size,
     new_bad_images,
     open_images,
-    read_image,
-    shown,
-    sizes_to_cache,
     typical_side,
 )
 from launch import OptionParser, RunStopped, UserError
@@ -158,7 +154,7 @@ def test_an_eps_file_starts_no_other_program(tmp_path, monkeypatch):
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "decode_jpeg", lambda *_: pytest.fail("decoded"))
     jpeg_of_size(65000, 65000)(tmp_path / "a.jpg")
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(str(tmp_path / "a.jpg"))
@@ -204,7 +200,7 @@ def failing_open(monkeypatch, path, number, times):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "open", fails)
-    monkeypatch.setattr(images_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(decode.time, "sleep", pauses.append)
     return pauses
 
 
@@ -228,7 +224,7 @@ def test_too_many_open_files_are_no_bad_image(tmp_path):
     if worker == 0:
         code = 1
         try:
-            images_module.time.sleep = lambda _: opened.pop().close()
+            decode.time.sleep = lambda _: opened.pop().close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
             opened = []
             try:
@@ -247,7 +243,7 @@ def test_memory_that_ends_is_no_bad_image(tmp_path, monkeypatch):
         raise MemoryError
 
     path = save(tmp_path / "a.png")
-    monkeypatch.setattr(images_module, "to_pixels", fails)
+    monkeypatch.setattr(decode, "to_pixels", fails)
     with pytest.raises(MemoryError):
         read_image(str(path))
 
@@ -498,7 +494,7 @@ def test_a_link_to_a_folder_is_followed_once(name, tmp_path):
         (tmp_path / "set" / link).symlink_to(target.format(out=tmp_path / "out"))
     assert names_of(ImageFiles(tmp_path / "set")) == expected
     if "c" not in links:
-        assert names_of(LabelledImageFiles(tmp_path / "set"))[:2] == (
+        assert names_of(ImageFiles(tmp_path / "set", labelled=True))[:2] == (
             expected if "0" not in links else ["0/0.png", "a/0.png"]
         )
 
@@ -687,7 +683,7 @@ def test_other_endings_and_wrong_ones(name, format, tmp_path):
 
 def test_heic_files_are_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
     heif = pytest.importorskip("pillow_heif")
-    images_module.readable_formats.cache_clear()
+    decode.readable_formats.cache_clear()
     heif.from_pillow(noise(64, 48)).save(tmp_path / "a.heic")
     assert ImageFiles(tmp_path)[0][0].shape == (3, 48, 64)
 

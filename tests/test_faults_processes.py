@@ -23,8 +23,8 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, script
 from PIL import Image
 
+import cache
 import data
-import images as images_module
 import launch
 import train
 from data import MultiCrop, start_epoch, training_loader
@@ -581,8 +581,8 @@ def test_a_cache_that_cannot_be_allocated_is_left_out(has_fallocate, tmp_path, m
         monkeypatch.delattr(os, "posix_fallocate")
 
     def main():
-        assert images_module._allocate_cache([(600, 500)] * 4) is None and not os.listdir("/dev/shm")
-        path = images_module._allocate_cache([(100, 100)] * 4)
+        assert cache._allocate_cache([(600, 500)] * 4) is None and not os.listdir("/dev/shm")
+        path = cache._allocate_cache([(100, 100)] * 4)
         assert os.path.getsize(path) == 4 + 120_000 <= os.stat(path).st_blocks * 512  # a hole would have no blocks
 
     code, console = with_small_shm(1, main, tmp_path)
