@@ -11,8 +11,9 @@ import functools
 import io
 import os
 import stat
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -24,20 +25,19 @@ from PIL import Image, UnidentifiedImageError, features
 from data import UnreadableImage, has_16_bits, to_8_bits, to_pixels
 
 try:  # torchvision plans to drop it
-    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+    from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
-    decode_jpeg = decode_png = None
+    decode_jpeg = None
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 # Pillow's formats. Not all that it knows: to open some of them it starts other programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000")
 
 # Errors of storage that may be gone a moment later
-STORAGE_ERRORS = tuple(
-    getattr(errno, name)
-    for name in "EIO ESTALE EMFILE ENFILE ETIMEDOUT EAGAIN EBUSY ENOMEM EREMOTEIO ENOTCONN ECONNRESET EHOSTDOWN".split()
-    if hasattr(errno, name)
+STORAGE_ERRORS = (
+    "EIO ESTALE EMFILE ENFILE ETIMEDOUT EAGAIN EBUSY ENOMEM EREMOTEIO ENOTCONN ECONNRESET EHOSTDOWN".split()
 )
+STORAGE_ERRORS = [getattr(errno, name) for name in STORAGE_ERRORS if hasattr(errno, name)]
 RETRY_PAUSE = 1.0  # seconds
 
 
@@ -121,53 +121,54 @@ def read_image(path: str, value_range: tuple[float, float] | None = None) -> tor
 
 def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None) -> torch.Tensor:
     if decode_jpeg and image.format in ("JPEG", "MPO"):  # torchvision decodes them faster
-        content = _content_of(image)
-        if content[-2:].tolist() == [0xFF, 0xD9]:  # Pillow takes those that are cut short, and other colour spaces
+        image.fp.seek(0)
+        content = bytearray(image.fp.read())
+        if content.endswith(b"\xff\xd9"):  # Pillow takes those that are cut short, and other colour spaces
             with suppress(RuntimeError):
-                return _turn(decode_jpeg(content, ImageReadMode.RGB), orientation_of(image))
+                pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), ImageReadMode.RGB)
+                return _turn(pixels, orientation_of(image))
     values = deep_colours(image)
     image.load()  # also turns TIFF files
     orientation = orientation_of(image)
     if values is not None:
-        colours, alpha = values
-        image = Image.fromarray(np.concatenate([to_8_bits(colours, value_range), to_8_bits(alpha)], axis=2))
+        image = Image.fromarray(np.concatenate([to_8_bits(values[0], value_range), to_8_bits(values[1])], axis=2))
     return _turn(to_pixels(image, value_range), orientation)
 
 
-def _content_of(image: Image.Image) -> torch.Tensor:
-    """The bytes of an opened image file, uint8 [N]."""
-    image.fp.seek(0)
-    return torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-
-
-def has_deep_colours(image: Image.Image) -> bool:
-    """Whether an opened image has several channels of 16 bits; of these Pillow keeps the upper 8."""
-    return len(image.getbands()) > 1 and (
-        16 in image.tag_v2.get(258, ()) if image.format == "TIFF" else ";16" in str(image.tile[:1])
-    )
+def deep_mode(image: Image.Image) -> str:
+    """How Pillow unpacks an opened image with several channels of 16 bits, such as RGB;16B; empty for other images."""
+    args = image.tile[0][3] if image.tile else ""
+    mode = str(args[0]) if args and isinstance(args, tuple) else str(args)
+    return mode if ";16" in mode and len(image.getbands()) > 1 else ""
 
 
 def loses_bits(image: Image.Image) -> bool:
-    """Whether `read_image` gives only the upper 8 of an opened image's 16 bits a channel."""
-    return has_deep_colours(image) and (decode_png is None or image.format != "PNG")
+    """Whether `read_image` uses only the upper 8 of an opened image's 16 bits a channel."""
+    is_known = image.format in ("PNG", "TIFF") and deep_mode(image)[:-1] in ("RGB;16", "RGBA;16", "LA;16")
+    in_planes = image.format == "TIFF" and image.tag_v2.get(284) == 2
+    return deep_mode(image) != "" and (in_planes or not is_known)
 
 
 def deep_colours(image: Image.Image) -> tuple[np.ndarray, np.ndarray] | None:
-    """(colours [H, W, 1 or 3], alpha [H, W, 1]) in 16 bits of an opened PNG file with several such channels.
+    """(colours [H, W, 1 or 3], alpha [H, W, 1]) in 16 bits of an opened PNG or TIFF file with several such channels.
 
-    None for other images. Raises ValueError for a damaged file, and for a TIFF file that Pillow would misread.
+    None for other images. Raises ValueError for a TIFF file that Pillow would misread.
     """
-    if not has_deep_colours(image):
-        return None
-    if image.format == "TIFF" and image.tile[0][3][0] == "R":
+    if image.format == "TIFF" and image.tile[0][3][0] == "R" and 16 in image.tag_v2.get(258, ()):
         raise ValueError("it has 16-bit channels in separate planes, which Pillow misreads; save it as 16-bit PNG")
-    if loses_bits(image):
+    mode = deep_mode(image)
+    if not mode or loses_bits(image):
         return None
-    try:
-        values = decode_png(_content_of(image)).permute(1, 2, 0).numpy()
-    except RuntimeError:
-        image.load()  # raises with a reason that people can read
-        raise ValueError("it is damaged") from None
+    # Pillow gives the upper byte of each value. If told the other order of bytes, it gives the lower one.
+    other_order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[mode[-1]]
+    other = "RGBA" if mode == "LA;16B" else mode[:-1] + other_order  # RGBA: all four bytes
+    image.fp.seek(0)
+    with Image.open(image.fp, formats=[image.format]) as again:
+        for i, (*place, args) in enumerate(again.tile):
+            tile = (*place, other if isinstance(args, str) else (other, *args[1:]))
+            again.tile[i] = getattr(type(again.tile[i]), "_make", tuple)(tile)  # older Pillow has tuples
+        lower = np.asarray(again)
+    values = lower.view(">u2") if other == "RGBA" else np.asarray(image).astype(np.uint16) << 8 | lower
     if values.shape[2] in (2, 4):
         return values[..., :-1], values[..., -1:]
     is_opaque = (values != image.info.get("transparency", -1)).any(2, keepdims=True)
@@ -219,12 +220,15 @@ def value_limits(image: Image.Image) -> tuple[float, float, bool] | None:
     return (*np.percentile(values, (0.1, 99.9)).tolist(), is_16_bit) if values.size else None
 
 
-def check_image(path: str, value_range: tuple[float, float] | None) -> tuple[tuple | None, str | None]:
-    """((format, mode, shorter side, loses bits), reason) of a file: None if its header or nothing is damaged."""
-    facts = None
-    try:
-        facts = look_at(path, lambda image: (image.format, image.mode, min(size_of(image)), loses_bits(image)))
-        read_image(path, value_range)
-    except UnreadableImage as error:
-        return facts, error.reason
-    return facts, None
+def check_images(paths: Sequence[str], value_range: tuple[float, float] | None) -> list[tuple]:
+    """((format, mode, shorter side, loses bits), why it cannot be read) of each file; None for what is not known."""
+    found = []
+    for path in paths:
+        facts = None
+        try:
+            facts = look_at(path, lambda image: (image.format, image.mode, min(size_of(image)), loses_bits(image)))
+            read_image(path, value_range)
+            found.append((facts, None))
+        except UnreadableImage as error:
+            found.append((facts, error.reason))
+    return found

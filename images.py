@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import launch
 from data import UnreadableImage
-from decode import check_image, look_at, loses_bits, read_image, readable_formats, shown, size_of, value_limits
+from decode import check_images, look_at, loses_bits, read_image, readable_formats, shown, size_of, value_limits
 from launch import RunStopped, UserError, environment, log, show_progress, track
 from shapes import SHAPES_CLASSES, draw_shapes
 
@@ -442,12 +442,7 @@ def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
 
 # Check a folder: python images.py DIR
 
-SIDES = {"from 512": 512, "224 to 511": 224, "96 to 223": 96, "32 to 95": 32, "below 32": 0}  # pixels
-
-
-def check_files(paths: Sequence[str], value_range: tuple[float, float] | None) -> list[tuple]:
-    """(what `decode.check_image` finds, identity) for each file."""
-    return [(check_image(path, value_range), _identity(path)) for path in paths]
+SIDES = {"below 32": 0, "32 to 95": 32, "96 to 223": 96, "224 to 511": 224, "from 512": 512}  # least pixels of each
 
 
 def check_folder(root: str, workers: int) -> int:
@@ -455,35 +450,39 @@ def check_folder(root: str, workers: int) -> int:
     images = ImageFiles(root)
     log(f"{shown(root)}: {len(images):,} image files; reading them all in {workers or 1} process(es)")
     options = dict(multiprocessing_context="fork") if workers and sys.platform == "linux" else {}
-    check = partial(check_files, value_range=images.value_range)
+    check = partial(check_images, value_range=images.value_range)
     batches = DataLoader(images.paths, 32, num_workers=workers, collate_fn=check, **options)
     endings, formats, modes, sides, lossy = Counter(map(ending_of, images.paths)), Counter(), Counter(), Counter(), 0
-    first, copies, bad = {}, {}, {}
+    first, links, bad = {}, {}, {}
     found = chain.from_iterable(track(batches, "checking", unit="batch of 32"))
-    for path, ((facts, reason), identity) in zip(images.paths, found, strict=True):
+    for path, (facts, reason) in zip(images.paths, found, strict=True):
         if facts:
             format, mode, side, loses = facts
             formats[format] += 1
             modes[mode] += 1
-            sides[next(name for name, least in SIDES.items() if side >= least)] += 1
+            sides[[name for name, least in SIDES.items() if side >= least][-1]] += 1
             lossy += loses
         if reason:
             bad[path] = reason
-        if first.setdefault(identity, path) != path:
-            copies[path] = first[identity]
-    log(f"endings: {counted(endings)}")
-    log(f"formats: {counted(formats) or 'none'}")
-    log(f"modes: {counted(modes) or 'none'}")
-    log(f"shorter side in pixels: {counted(sides) or 'unknown'}")
+        same = first.setdefault(_identity(path), path)
+        if same != path:
+            links[path] = same
+    for name, counts in dict(endings=endings, formats=formats, modes=modes).items():
+        log(f"{name}: {counted(counts) or 'none'}")
+    log("shorter side in pixels: " + (", ".join(f"{name}: {sides[name]:,}" for name in SIDES if sides[name]) or "none"))
     if lossy:
         log(f"{lossy:,} files have {LOST_BITS}")
     log(f"left out, as no images: {counted(images.left_out) or 'none'}")
-    log(f"the same file as another, by a link: {len(copies):,}")
-    for path, other in list(copies.items())[:20]:
+    log(f"links to an image that is counted already: {len(links):,}")
+    for path, other in list(links.items())[:20]:
         log(f"  {shown(path)} is {shown(other)}")
+    if len(links) > 20:
+        log("  ...")
     log(f"cannot be read: {len(bad):,}")
     for path, reason in bad.items():
         log(f"  {reason}\t{shown(path)}")
+    if bad:
+        log("repair or delete these; train.py takes other images in their place, up to --max_bad_images of them")
     return len(bad)
 
 
@@ -492,11 +491,14 @@ def main(argv: Sequence[str]) -> None:
     parser = launch.OptionParser(
         prog="images.py",
         usage="images.py DIR [options]",
-        description="Read every image below a folder and print what it holds: endings, formats, modes, sizes, files\n"
-        "left out, copies by links, and images that cannot be read. Exit code 1 if there are any of these.",
+        description="Read every image in and below a folder, as a run does, and print what is there: endings,\n"
+        "formats, colour modes, sizes, other files, links to the same image, and what cannot be read, and why.\n"
+        "Exit code 1 if an image cannot be read, else 0. Example: python images.py photos > found.txt",
     )
     parser.start_group("check", affects="nothing")
-    parser.common.append(parser.group.add_argument("folder", metavar="DIR", help="Check the images of this folder."))
+    parser.common.append(
+        parser.group.add_argument("folder", metavar="DIR", help="The folder, as for --data_path of train.py.")
+    )
     parser.add("workers", None, launch.nonnegative_int, "Read in this many processes.", common="N",
         default_text="one per CPU core")  # fmt: skip
     args = parser.parse_args(argv)

@@ -590,6 +590,17 @@ def test_a_cache_that_cannot_be_allocated_is_left_out(has_fallocate, tmp_path, m
     assert console == "cache: none, as 3 MiB of /dev/shm could not be allocated: No space left on device\n"
 
 
+def test_a_cache_that_leaves_no_room_for_its_sizes_is_left_out(tmp_path):
+    def main():
+        save, saved = cache.np.save, []
+        cache.np.save = lambda path, sizes: saved.append(os.path.getsize(path[:-4])) or save(path, sizes)
+        assert cache._allocate_cache([(591, 591)]) is None and not os.listdir("/dev/shm")
+        assert saved == [1 + 3 * 591**2]  # the memory itself did fit
+
+    code, console = with_small_shm(1, main, tmp_path)
+    assert code == 0, console
+
+
 # Log
 
 
