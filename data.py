@@ -252,6 +252,13 @@ def has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
+def to_8_bits(values: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+    """Scale values to uint8, so that those of value_range (None: 0 and 65535) become 0 and 255; NaN becomes 0."""
+    low, high = value_range or (0, 65535)
+    scaled = (np.asarray(values, np.float64) - low) / ((high - low) / 255) + 0.5
+    return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8)
+
+
 def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float] | None = None) -> torch.Tensor:
     """Convert a PIL image to uint8 [3, H, W], stored pixel by pixel, which resizes fastest; return such a tensor as is.
 
@@ -261,9 +268,7 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     """
     if not torch.is_tensor(image):
         if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
-            low, high = value_range or (0, 65535)
-            scaled = (np.asarray(image, np.float64) - low) / ((high - low) / 255) + 0.5
-            image = Image.fromarray(np.nan_to_num(scaled).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray(to_8_bits(image, value_range))
         elif image.mode in ("I", "F"):
             raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
         elif image.mode.endswith(("A", "a")) or "transparency" in image.info:

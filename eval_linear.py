@@ -26,8 +26,9 @@ from torch.utils.data import Dataset
 
 import checkpoint
 from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
+from decode import shown
 from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
-from images import DATASETS, BadImages, fingerprint, open_images, shown, typical_side
+from images import DATASETS, BadImages, fingerprint, open_images, typical_side
 from launch import (
     OptionParser,
     RunStopped,

@@ -34,6 +34,7 @@ import checkpoint
 import launch
 import machine
 import processes
+from cache import CachedImages, cache_images, sizes_to_cache
 from data import (
     CroppedBatches,
     MultiCrop,
@@ -55,17 +56,7 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import (
-    DATASETS,
-    BadImages,
-    CachedImages,
-    ImageFiles,
-    cache_images,
-    fingerprint,
-    open_images,
-    sizes_to_cache,
-    typical_side,
-)
+from images import DATASETS, BadImages, ImageFiles, fingerprint, open_images, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm

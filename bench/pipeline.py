@@ -13,7 +13,8 @@ from PIL import Image
 from bench import published
 from bench.measure import Times, fresh_process, measure, report, run_in, setup_process
 from data import CroppedBatches, MultiCrop, SeededImages, augment, reuse_freed_memory
-from images import ImageFiles, read_image
+from decode import read_image
+from images import ImageFiles
 
 PHOTO, SMALL_PHOTO, JPEG_QUALITY = (500, 375), (160, 120), 89  # PHOTO takes about 110 KB, as the files of ImageNet do
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import images
+import shapes
 
 PHOTOS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "coffee.png", "grass.png", "gravel.png",
@@ -88,8 +89,7 @@ def dataset_options(name: str, folder: Path, photographs: Path | None = None) ->
 def labelled_images(name: str, split: str, photographs: Path | None) -> Iterable[tuple[np.ndarray, int]]:
     """Return the images of a data set that is written as files: uint8 [S, S] or [S, S, 3], and labels."""
     if name == "shapes_128":
-        drawn = images.draw_shapes(split, 128)
-        return zip(drawn.pixels, drawn.labels, strict=True)
+        return zip(*shapes.draw_shapes(split, 128), strict=True)
     if name == "patches":
         return patches(split)
     if name == "mnist_1440":

@@ -37,6 +37,30 @@ PIECES = {
             assert all(crop.dtype == torch.float32 for crop in crops) and len(labels) == 2
         """,
     ),
+    "decode": (
+        ["decode.py", "data.py"],
+        False,
+        """
+        import numpy as np
+        from PIL import Image
+        from decode import UnreadableImage, image_size, read_image
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("a.png")
+        assert read_image("a.png").shape == (3, 20, 30) and image_size("a.png") == (30, 20)
+        try:
+            read_image("none.png")
+        except UnreadableImage as error:
+            assert error.reason == "No such file or directory"
+        """,
+    ),
+    "shapes": (
+        ["shapes.py"],
+        True,
+        """
+        from shapes import SHAPES_CLASSES, draw_shape
+        pixels, label = draw_shape("val", 3)
+        assert pixels.shape == (64, 64, 3) and SHAPES_CLASSES[label] == "rings"
+        """,
+    ),
     "model": (
         ["model.py"],
         True,
@@ -203,13 +227,15 @@ def test_multi_crop_is_in_data():
 
 SCRIPTS = {"train", "eval_linear", "export", "look"}  # all but other scripts
 ALLOWED = {
-    **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup"), set()),
+    **dict.fromkeys(("data", "model", "optim", "guard", "defaults", "launch", "setup", "shapes"), set()),
     "loss": {"sinkhorn_ext"},
     "machine": {"launch"},
     "processes": {"launch"},
     "checkpoint": {"launch", "processes"},
     "run_log": {"launch", "processes"},
-    "images": {"data", "launch", "machine", "processes"},
+    "decode": {"data"},
+    "images": {"data", "decode", "launch", "machine", "processes", "shapes"},
+    "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
     "hubconf": set(),  # loads model.py by its path
 }

@@ -151,7 +151,10 @@ def test_probe_over_two_processes_equals_that_of_one(trained, images, tmp_path):
         ("{tmp}/layer.pth", "checkpoint: .*layer.pth does not hold a whole ResNet"),
         ("{tmp}/nan.pth --data_path {images}", "checkpoint: .*nan.pth holds weights that are nan or inf"),
         ("{trained} --arch resnet50", "--arch: .* holds a resnet18.* got resnet50"),
-        ("{trained} --data_path {tmp}", "data_path: expected .*train with a folder of images for each class"),
+        (
+            "{trained} --data_path {tmp}",
+            "data_path: .*/train: No such file or directory; labels need train/ and val/",
+        ),
         ("{trained} --data_path {tmp}/none", "--data_path: expected a folder"),
         ("{trained} --pretrained {trained}", "--pretrained .*: expected none beside the checkpoint"),
         ("{trained} --dataset shapes --data_path {images}", "--data_path: expected none for --dataset shapes"),

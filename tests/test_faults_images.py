@@ -8,6 +8,7 @@ import struct
 import subprocess
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,20 @@ import torch
 from conftest import TINY, run_processes, run_training
 from PIL import Image, ImageOps
 
+import decode
 import eval_linear
 import images as images_module
 import train
+from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import CroppedBatches, MultiCrop, SeededImages, UnreadableImage, start_epoch, training_loader
+from decode import image_size, read_image, shown
 from features import describe_images, quality_crops, tracked_images
 from images import (
     BadImages,
-    CachedImages,
     ImageFiles,
-    LabelledImageFiles,
-    cache_bytes,
     check_folder,
-    image_size,
     new_bad_images,
     open_images,
-    read_image,
-    shown,
-    sizes_to_cache,
     typical_side,
 )
 from launch import OptionParser, RunStopped, UserError
@@ -158,7 +155,7 @@ def test_an_eps_file_starts_no_other_program(tmp_path, monkeypatch):
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "decode_jpeg", lambda *_: pytest.fail("decoded"))
     jpeg_of_size(65000, 65000)(tmp_path / "a.jpg")
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(str(tmp_path / "a.jpg"))
@@ -204,7 +201,7 @@ def failing_open(monkeypatch, path, number, times):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "open", fails)
-    monkeypatch.setattr(images_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(decode.time, "sleep", pauses.append)
     return pauses
 
 
@@ -228,7 +225,7 @@ def test_too_many_open_files_are_no_bad_image(tmp_path):
     if worker == 0:
         code = 1
         try:
-            images_module.time.sleep = lambda _: opened.pop().close()
+            decode.time.sleep = lambda _: opened.pop().close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
             opened = []
             try:
@@ -247,7 +244,7 @@ def test_memory_that_ends_is_no_bad_image(tmp_path, monkeypatch):
         raise MemoryError
 
     path = save(tmp_path / "a.png")
-    monkeypatch.setattr(images_module, "to_pixels", fails)
+    monkeypatch.setattr(decode, "to_pixels", fails)
     with pytest.raises(MemoryError):
         read_image(str(path))
 
@@ -498,7 +495,7 @@ def test_a_link_to_a_folder_is_followed_once(name, tmp_path):
         (tmp_path / "set" / link).symlink_to(target.format(out=tmp_path / "out"))
     assert names_of(ImageFiles(tmp_path / "set")) == expected
     if "c" not in links:
-        assert names_of(LabelledImageFiles(tmp_path / "set"))[:2] == (
+        assert names_of(ImageFiles(tmp_path / "set", labelled=True))[:2] == (
             expected if "0" not in links else ["0/0.png", "a/0.png"]
         )
 
@@ -518,6 +515,20 @@ def test_files_left_out_are_counted_by_ending(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"data: left out in {tmp_path}, as no images: 2 .txt, " in out and "1 no ending" in out
     assert ("1 .heic" in out) == ("pip install pillow-heif" in out) and "1 .odd\\n" in out and "hidden" not in out
+
+
+def test_a_long_listing_shows_its_progress(tmp_path, monkeypatch, capsys):
+    folder_of(tmp_path / "b", 3)
+    (tmp_path / "b" / "0.txt").write_bytes(b"")
+    ticks = iter(range(0, 1000, 16))  # seconds; a line every 30
+    monkeypatch.setattr(images_module.time, "monotonic", lambda: next(ticks))
+    ImageFiles(tmp_path)
+    *lines, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
+    assert lines and all(line.endswith(f" images found so far, in {tmp_path}/b") for line in lines)
+    assert last == "data: 3 images found"
+    monkeypatch.setattr(images_module.time, "monotonic", lambda: 0)
+    ImageFiles(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_of_other_files_tells_what_it_holds(tmp_path):
@@ -650,6 +661,128 @@ def test_files_of_all_16_bits_stay_as_they_are_and_8_bits_have_no_range(tmp_path
     assert ImageFiles(folder_of(tmp_path / "8")).value_range is None
 
 
+def deep_png(values, colour_type, before_data=b""):
+    """A PNG file of values uint16 [H, W, C], which Pillow cannot write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before_data + data + chunk(b"IEND", b"")
+
+
+def deep_tiff(values, planes=False, compressed=False, order="<"):
+    """A TIFF file of values uint16 [H, W, 3 or 4]; order: < or > for its bytes."""
+    height, width, channels = values.shape
+    parts = [part.astype(order + "u2").tobytes() for part in (values.transpose(2, 0, 1) if planes else [values])]
+    parts = [zlib.compress(part) for part in parts] if compressed else parts
+    content = struct.pack(order + "4H", *[16] * 4)  # bits
+    places = [8 + len(content) + sum(map(len, parts[:i])) for i in range(len(parts))]
+    content += b"".join(parts)
+    tables = 8 + len(content), 8 + len(content) + 4 * len(parts)
+    places_and_sizes = tables if planes else (places[0], len(parts[0]))
+    content += struct.pack(f"{order}{2 * len(parts)}L", *places, *map(len, parts))
+    tags = [(256, width), (257, height), (258, 8), (259, 8 if compressed else 1), (262, 2)]
+    tags += [(273, places_and_sizes[0]), (277, channels), (278, height), (279, places_and_sizes[1])]
+    tags += [(284, 2 if planes else 1), *([(338, 2)] if channels == 4 else [])]
+    counts = {258: channels, 273: len(parts), 279: len(parts)}
+    directory = struct.pack(order + "H", len(tags))
+    for tag, value in tags:
+        directory += struct.pack(order + "HHLL", tag, 3 if tag == 258 else 4, counts.get(tag, 1), value)
+    start = struct.pack(order + "2sHL", b"II" if order == "<" else b"MM", 42, 8 + len(content))
+    return start + content + directory + bytes(4)
+
+
+def deep_values(channels, low=0, high=65535):
+    return np.random.default_rng(0).integers(low, high, (40, 50, channels), dtype=np.uint16, endpoint=True)
+
+
+DEEP = {  # {name: (channels, what makes the file)}
+    "grey and alpha.png": (2, lambda values: deep_png(values, 4)),
+    "colour.png": (3, lambda values: deep_png(values, 2)),
+    "colour and alpha.png": (4, lambda values: deep_png(values, 6)),
+    "little-endian.tif": (3, deep_tiff),
+    "big-endian.tif": (4, partial(deep_tiff, order=">")),
+    "compressed.tif": (4, partial(deep_tiff, compressed=True)),
+    "compressed big-endian.tif": (3, partial(deep_tiff, compressed=True, order=">")),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("low, high", [(100, 4000), (0, 65535)])
+def test_colours_of_16_bits_are_scaled_like_grey_ones(name, low, high, tmp_path, capsys):
+    channels, make = DEEP[name]
+    has_alpha = channels in (2, 4)
+    values = deep_values(channels, low, high)
+    if has_alpha:
+        values[..., -1] = 65535
+        values[:, 25:, -1] = 0  # transparent
+    (tmp_path / name).write_bytes(make(values))
+    images = open_images("folder", tmp_path)
+    found = images.value_range
+    assert found == (pytest.approx((low, high), abs=0.005 * (high - low)) if high < 2**15 else (0, 65535))
+    assert ("data: values from" in capsys.readouterr().out) == (high < 2**15)
+    colours = values[..., : channels - has_alpha].astype(float)
+    expected = np.clip((colours - found[0]) / (found[1] - found[0]), 0, 1) * 255
+    expected = np.broadcast_to(expected, (40, 50, 3)).copy()
+    if has_alpha:
+        expected[:, 25:] = 255
+    pixels = images[0][0]
+    assert pixels.dtype == torch.uint8 and np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() <= 0.5 + 1e-6
+    assert image_size(tmp_path / name) == (50, 40) and pixels.stride(0) == 1
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path):
+    values = deep_values(3)
+    values[3:9] = 300, 5, 40_000
+    values[10] = 300, 5, 40_001
+    key = struct.pack(">3H", 300, 5, 40_000)
+    chunk = struct.pack(">I", 6) + b"tRNS" + key + struct.pack(">I", zlib.crc32(b"tRNS" + key))
+    (tmp_path / "a.png").write_bytes(deep_png(values, 2, chunk))
+    pixels = read_image(tmp_path / "a.png")
+    assert (pixels[:, 3:9] == 255).all() and (pixels[:, 10, 0].tolist()) == [1, 0, 156]
+
+
+def test_a_damaged_png_of_16_bits_is_named_with_a_reason(tmp_path):
+    content = deep_png(deep_values(3), 2)
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UnreadableImage, match="^data_path: cannot read .*/a.png as an image: .*truncated"):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(content.replace(b"IDAT", b"JDAT"))
+    with pytest.raises(UnreadableImage, match="^data_path: cannot read .*/a.png as an image: "):
+        read_image(tmp_path / "a.png")
+
+
+def lost(count):
+    return f"{count} have 16 bits a channel in colour, of which only the upper 8 are used; save them as 16-bit PNG"
+
+
+def test_bits_of_a_tiff_that_are_lost_are_told_at_the_start_and_by_a_check(tmp_path, capsys):
+    values = deep_values(3)
+    for i in range(2):
+        (tmp_path / f"{i}.tif").write_bytes(deep_tiff(values, planes=True, compressed=True))
+    save(tmp_path / "8.tif")
+    images = open_images("folder", tmp_path)
+    assert images.value_range is None and np.array_equal(images[0][0].permute(1, 2, 0), values >> 8)
+    assert capsys.readouterr().out.count(f"data: {lost('2 of 3 files looked at')}") == 1
+    assert check_folder(str(tmp_path), workers=0) == 0
+    assert f"\n{lost('2 files')}" in capsys.readouterr().out
+
+
+def test_a_tiff_that_pillow_misreads_is_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(deep_tiff(deep_values(3), planes=True))
+    with pytest.raises(UnreadableImage, match="it has 16-bit channels in separate planes.*; save it as 16-bit PNG$"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_without_torchvisions_decoder_pillow_reads_jpeg(tmp_path, monkeypatch):
+    expected = read_image(save(tmp_path / "1.jpg")).int()
+    monkeypatch.setattr(decode, "decode_jpeg", None)
+    assert (read_image(tmp_path / "1.jpg") - expected).abs().max() <= 3
+
+
 def test_nan_and_infinity_in_a_float_image_are_ends_of_the_range(tmp_path):
     values = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
     values[0, :2], values[1, :2] = np.nan, np.inf
@@ -687,7 +820,7 @@ def test_other_endings_and_wrong_ones(name, format, tmp_path):
 
 def test_heic_files_are_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
     heif = pytest.importorskip("pillow_heif")
-    images_module.readable_formats.cache_clear()
+    decode.readable_formats.cache_clear()
     heif.from_pillow(noise(64, 48)).save(tmp_path / "a.heic")
     assert ImageFiles(tmp_path)[0][0].shape == (3, 48, 64)
 
@@ -715,15 +848,16 @@ def test_a_folder_is_checked(tmp_path, capsys):
         "endings: 6 .png, 1 .jpg",
         "formats: 6 PNG, 1 JPEG",
         "modes: 6 RGB, 1 L",
-        "shorter side in pixels: 5 below 32, 1 32 to 95, 1 224 to 511",
+        "shorter side in pixels: below 32: 5, 32 to 95: 1, 224 to 511: 1",
         "left out, as no images: 1 .txt",
-        "the same file as another, by a link: 2",
+        "links to an image that is counted already: 2",
         f"  {root}/link.png is {root}/1.png",
         f"  {root}/sub/hard.png is {root}/2.png",
         "cannot be read: 1",
     ):
         assert line in lines, line
-    assert lines[-1].endswith(f"\t{root}/cut.png") and "truncated" in lines[-1]
+    assert lines[-2].endswith(f"\t{root}/cut.png") and "truncated" in lines[-2]
+    assert lines[-1].startswith("repair or delete these")
 
 
 @pytest.mark.parametrize("bad, code", [((), 0), ((1,), 1)])

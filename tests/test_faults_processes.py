@@ -23,8 +23,8 @@ import torch.distributed as dist
 from conftest import ROOT, TINY, script
 from PIL import Image
 
+import cache
 import data
-import images as images_module
 import launch
 import machine
 import processes
@@ -616,13 +616,24 @@ def test_a_cache_that_cannot_be_allocated_is_left_out(has_fallocate, tmp_path, m
         monkeypatch.delattr(os, "posix_fallocate")
 
     def main():
-        assert images_module._allocate_cache([(600, 500)] * 4) is None and not os.listdir("/dev/shm")
-        path = images_module._allocate_cache([(100, 100)] * 4)
+        assert cache._allocate_cache([(600, 500)] * 4) is None and not os.listdir("/dev/shm")
+        path = cache._allocate_cache([(100, 100)] * 4)
         assert os.path.getsize(path) == 4 + 120_000 <= os.stat(path).st_blocks * 512  # a hole would have no blocks
 
     code, console = with_small_shm(1, main, tmp_path)
     assert code == 0, console
     assert console == "cache: none, as 3 MiB of /dev/shm could not be allocated: No space left on device\n"
+
+
+def test_a_cache_that_leaves_no_room_for_its_sizes_is_left_out(tmp_path):
+    def main():
+        save, saved = cache.np.save, []
+        cache.np.save = lambda path, sizes: saved.append(os.path.getsize(path[:-4])) or save(path, sizes)
+        assert cache._allocate_cache([(591, 591)]) is None and not os.listdir("/dev/shm")
+        assert saved == [1 + 3 * 591**2]  # the memory itself did fit
+
+    code, console = with_small_shm(1, main, tmp_path)
+    assert code == 0, console
 
 
 # Log

@@ -29,7 +29,7 @@ from features import (
     trivial_r2,
     unique_prototypes,
 )
-from images import ImageArrays, draw_shapes
+from images import ImageArrays, open_images
 from launch import RunStopped
 from model import ResNet, SwAV
 
@@ -149,7 +149,7 @@ KINDS = {
     "letters anywhere": (letters(200, 64, spread=20), "objects on a plain ground"),
     "letters on paper": (letters(200, paper=6), "objects on a plain ground"),
     "white letters": (ImageArrays(255 - letters(200).pixels, np.zeros(200)), "objects on a plain ground"),
-    "shapes": (draw_shapes("val"), "textures"),
+    "shapes": (open_images("shapes", split="val"), "textures"),
 }
 
 

@@ -1,4 +1,4 @@
-"""images.py: image files, folders and named sets, the cache in memory, and the drawn shapes."""
+"""images.py, decode.py, cache.py, shapes.py: image files, folders, named sets, the cache, the drawn shapes."""
 
 import gzip
 import hashlib
@@ -14,24 +14,22 @@ import torch
 from conftest import run_training
 from PIL import Image
 
+import cache
 import images as images_module
 import machine
+import shapes
+from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
+from decode import image_size, read_image
 from images import (
-    CachedImages,
     ImageArrays,
     ImageFiles,
-    LabelledImageFiles,
-    cache_bytes,
-    draw_shape,
     fingerprint,
-    image_size,
     open_images,
-    read_image,
-    sizes_to_cache,
     typical_side,
 )
 from launch import UserError
+from shapes import draw_shape
 
 # Image files
 
@@ -53,12 +51,12 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux shows a process's memory")
-@pytest.mark.parametrize("kind", [ImageFiles, LabelledImageFiles])
-def test_a_worker_that_reads_paths_does_not_copy_them(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_worker_that_reads_paths_does_not_copy_them(labelled, tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     names = [f"{i:080d}.png" for i in range(100_000)]
-    monkeypatch.setattr(os, "walk", lambda root, **_: [(str(root), [], names)])
-    images = kind(tmp_path)
+    monkeypatch.setattr(images_module, "files_below", lambda root, seen: (f"{root}/{name}" for name in names))
+    images = ImageFiles(tmp_path, labelled=labelled)
     assert len(images) == len(names)
     paths = images.paths
 
@@ -274,17 +272,17 @@ def test_memory_is_limited_by_every_parent_control_group(groups, limits, expecte
 
 
 def test_a_cache_takes_its_share_of_what_control_groups_allow(cached, monkeypatch):
-    monkeypatch.setattr(images_module, "memory_left", lambda: 4000)
+    monkeypatch.setattr(cache, "memory_left", lambda: 4000)
     assert cache_bytes(cached[0])[1] == 1000
 
 
 def test_a_cache_leaves_workers_their_share_of_shared_memory(cached, monkeypatch):
-    monkeypatch.setattr(images_module, "shared_memory_left", lambda: 4000)
+    monkeypatch.setattr(cache, "shared_memory_left", lambda: 4000)
     assert [cache_bytes(cached[0], 0.8, needed)[1] for needed in (0, 1000, 3900, 5000)] == [3200, 3000, 100, 0]
 
 
 def test_a_system_without_shared_memory_has_no_cache(cached, monkeypatch):
-    monkeypatch.setattr(images_module, "shared_memory_left", lambda: math.inf)
+    monkeypatch.setattr(cache, "shared_memory_left", lambda: math.inf)
     assert cache_bytes(cached[0])[1] == 0 and sizes_to_cache(cached[0], "auto") is None
     with pytest.raises(UserError, match="^--cache ram: expected at most 0.0 GiB"):
         sizes_to_cache(cached[0], "ram")
@@ -319,16 +317,16 @@ def test_a_fingerprint_of_images_in_memory_is_that_of_their_pixels():
 
 
 def test_images_that_do_not_fit_into_memory_are_not_cached(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (2**40, 2**33))
+    monkeypatch.setattr(cache, "cache_bytes", lambda images, share, for_workers: (2**40, 2**33))
     run_training(images, tmp_path, "--epochs", "1")
     assert "cached in memory" not in capsys.readouterr().out
     message = "^--cache ram: expected at most 8.0 GiB .* got about 1024.0; write --cache off"
     with pytest.raises(UserError, match=message):
         run_training(images, tmp_path, "--cache", "ram")
     allowed = 10 * 20 * 24 * 3 - 1  # the estimate is too low: then the sizes of all images decide
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (1, allowed))
+    monkeypatch.setattr(cache, "cache_bytes", lambda images, share, for_workers: (1, allowed))
     assert sizes_to_cache(open_images("folder", images), "auto") is None
-    monkeypatch.setattr(images_module, "cache_bytes", lambda images, share, for_workers: (1, allowed + 1))
+    monkeypatch.setattr(cache, "cache_bytes", lambda images, share, for_workers: (1, allowed + 1))
     assert sizes_to_cache(open_images("folder", images), "auto") == [(24, 20)] * 10
 
 
@@ -447,8 +445,8 @@ def test_unknown_sets_unknown_splits_and_a_missing_path_are_refused_by_name(name
 
 def test_shapes_are_the_same_in_every_call_and_differ_by_split_and_index():
     assert all(np.array_equal(draw_shape("train", i)[0], draw_shape("train", i)[0]) for i in range(10))
-    shapes = [draw_shape(split, i)[0].tobytes() for split in ("train", "val") for i in range(40)]
-    assert len(set(shapes)) == 80
+    drawn = [draw_shape(split, i)[0].tobytes() for split in ("train", "val") for i in range(40)]
+    assert len(set(drawn)) == 80
 
 
 def test_the_first_shape_is_the_stored_one():
@@ -467,8 +465,8 @@ def test_the_first_shape_is_the_stored_one():
 
 @pytest.mark.parametrize("split, count", [("pretrain", 30), ("train", 30), ("val", 20)])
 def test_shapes_are_small_colour_images_with_balanced_labels(monkeypatch, split, count):
-    assert all(full % len(images_module.SHAPES_CLASSES) == 0 for full in images_module.SHAPES_COUNTS.values())
-    monkeypatch.setattr(images_module, "SHAPES_COUNTS", {"train": 30, "val": 20})
+    assert all(full % len(shapes.SHAPES_CLASSES) == 0 for full in shapes.SHAPES_COUNTS.values())
+    monkeypatch.setattr(shapes, "SHAPES_COUNTS", {"train": 30, "val": 20})
     images = open_images("shapes", split=split)
     assert images.pixels.shape == (count, 64, 64, 3) and images.pixels.dtype == np.uint8
     assert np.bincount(images.labels).tolist() == [count // 10] * 10 and len(images.classes) == 10
