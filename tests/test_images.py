@@ -16,7 +16,6 @@ from PIL import Image
 
 import cache
 import images as images_module
-import machine
 import shapes
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
@@ -236,39 +235,6 @@ def test_the_size_of_a_cache_is_known_in_advance(cached):
     assert needed == sum(3 * 11 * (8 + i) for i in range(5)) == images.ends[-1] - 5 and allowed > 2**20
     assert cache_bytes(files, share=1e-9) == (needed, pytest.approx(allowed * 4e-9, abs=10))
     assert cache_bytes(ImageArrays(np.zeros((3, 40, 40, 3), np.uint8), np.arange(3))) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "groups, limits, expected",
-    [
-        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
-        ("0::/\n", {"memory.max": "512"}, 512),
-        ("5:devices:/a\n4:memory:/a/b\n0::/\n", {"memory/memory.limit_in_bytes": "99", "memory/a/b/other": "1"}, 99),
-        ("0::/job\n", {"job/memory.max": "max"}, math.inf),
-        ("0::/job\n", {"job/memory.max": "900", "job/memory.current": "600"}, 300),
-        (  # files that the system may drop do not count
-            "0::/\n",
-            {"memory.max": "900", "memory.current": "600", "memory.stat": "anon 1\ninactive_file 250\n"},
-            550,
-        ),
-        (
-            "4:memory:/\n",
-            {"memory/memory.limit_in_bytes": "99", "memory/memory.usage_in_bytes": "120"},
-            0,
-        ),
-        ("0::/\n", {"memory.max": "damaged"}, math.inf),
-    ],
-)
-def test_memory_is_limited_by_every_parent_control_group(groups, limits, expected, monkeypatch):
-    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
-
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert machine.memory_left() == expected
 
 
 def test_a_cache_takes_its_share_of_what_control_groups_allow(cached, monkeypatch):

@@ -158,6 +158,44 @@ def test_threads_that_the_user_sets_are_kept(monkeypatch):
     assert not threads
 
 
+def use_control_groups(groups: str, limits: dict[str, str], monkeypatch) -> None:
+    """Let files below /proc and /sys say that this process is in these control groups, with these limits."""
+    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+@pytest.mark.parametrize(
+    "groups, limits, expected",
+    [
+        ("0::/job/step\n", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/\n", {"memory.max": "512"}, 512),
+        ("5:devices:/a\n4:memory:/a/b\n0::/\n", {"memory/memory.limit_in_bytes": "99", "memory/a/b/other": "1"}, 99),
+        ("0::/job\n", {"job/memory.max": "max"}, math.inf),
+        ("0::/job\n", {"job/memory.max": "900", "job/memory.current": "600"}, 300),
+        (  # files that the system may drop do not count
+            "0::/\n",
+            {"memory.max": "900", "memory.current": "600", "memory.stat": "anon 1\ninactive_file 250\n"},
+            550,
+        ),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "99", "memory/memory.usage_in_bytes": "120"},
+            0,
+        ),
+        ("0::/\n", {"memory.max": "damaged"}, math.inf),
+    ],
+)
+def test_memory_is_limited_by_every_parent_control_group(groups, limits, expected, monkeypatch):
+    use_control_groups(groups, limits, monkeypatch)
+    assert machine.memory_left() == expected
+
+
 @pytest.mark.parametrize(
     "groups, limits, cores",
     [
@@ -170,14 +208,7 @@ def test_threads_that_the_user_sets_are_kept(monkeypatch):
     ],
 )
 def test_cpu_quotas_of_control_groups_limit_the_cores(groups, limits, cores, monkeypatch):
-    files = {"/proc/self/cgroup": groups} | {f"/sys/fs/cgroup/{name}": text for name, text in limits.items()}
-
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    use_control_groups(groups, limits, monkeypatch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert machine.available_cores() == cores

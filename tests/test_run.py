@@ -334,6 +334,22 @@ def test_the_defaults_are_the_published_run_at_256():
     assert different == {"dump_path"}
 
 
+@pytest.mark.parametrize(
+    "words, folder",
+    [
+        ("--data_path imagenet/train", "runs/imagenet"),
+        ("--data_path photos/", "runs/photos"),
+        ("--data_path /data/a.b/train/", "runs/a.b"),
+        ("--data_path train", f"runs/{Path.cwd().name}"),
+        ("--dataset shapes", "runs/shapes"),
+        ("--dataset cifar10 --data_path data", "runs/cifar10"),
+        ("--data_path photos --dump_path here", "here"),
+    ],
+)
+def test_the_default_folder_of_a_run_has_the_name_of_its_images(words, folder):
+    assert train.parse_args(words.split()).dump_path == folder
+
+
 def test_both_spellings_and_aliases_of_options_are_accepted():
     args = train.parse_args("--nmb-crops 2 4 --base-lr=0.3 --use_fp16 False --dump-path a-b".split())
     assert (args.nmb_crops, args.base_lr, args.precision, args.dump_path) == ([2, 4], 0.3, "fp32", "a-b")
