@@ -549,6 +549,7 @@ def train(
                 measures["bad_images"] = bad_images.update()
                 run_log.log_step(measures, lr=learning_rates[step])
                 if measures["collapsing"]:
+                    saver.wait()  # for the state that it may go back to
                     handle_collapse(args, settings, measures, step + 1)
             saver.save_if_due()
 
