@@ -56,9 +56,9 @@ def test_a_slanted_digit_becomes_upright_and_fills_the_image():
 
 
 def test_larger_shapes_are_written_as_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets.images, "SHAPES_COUNTS", {"train": 20, "val": 10})
+    monkeypatch.setattr(sets.shapes, "SHAPES_COUNTS", {"train": 20, "val": 10})
     assert sets.dataset_options("shapes_128", tmp_path) == f"--data_path {tmp_path / 'shapes_128'}"
-    for split, count in sets.images.SHAPES_COUNTS.items():
+    for split, count in sets.shapes.SHAPES_COUNTS.items():
         images = sets.images.open_images("folder", tmp_path / "shapes_128", split)
         assert len(images) == count and images[0][0].shape == (3, 128, 128)
     assert [label for _, label in images] == list(range(10))
