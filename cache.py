@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from data import UnreadableImage
 from decode import image_size, size_of
 from images import ImageFiles, look_at_some
-from launch import UserError, environment, log, track
+from launch import UserError, at_exit, environment, log, track
 from machine import memory_left, shared_memory_left
 from processes import exchange
 
@@ -94,15 +94,13 @@ def cache_images(images: Dataset, sizes: list[tuple[int, int]] | None) -> Datase
     """
     path = sizes and _allocate_cache(sizes)
     machine = [socket.gethostname(), environment("GROUP_RANK", 0)]
-    try:
+    # The memory stays until the last process that opened it ends.
+    with at_exit(lambda: path and _delete_cache(path)):
         offers = exchange("sharing the cache", [machine, path])
         offer = next((theirs for place, theirs in offers if place == machine and theirs), None)
         if offer is not None:
             images = CachedImages(images, np.load(offer + ".npy"), offer)
         exchange("opening the cache", None)
-    finally:
-        if path:
-            _delete_cache(path)  # the memory stays until the last process that opened it ends
     return images
 
 

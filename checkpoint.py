@@ -346,7 +346,7 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
             contents = load_run(path)
             damage = find_damage(path)
         except UserError as error:
-            damage = str(error)
+            damage = str(error).removeprefix(f"checkpoint: cannot read {path}: ")
         if not damage:
             if problems and not quiet:
                 log(f"warning: {problems[0]}; using {path}, the state after step {contents['step']}")
@@ -451,7 +451,8 @@ def check_same_run(
     if any(affects.get(name) == "model" for name in changes):
         raise UserError(f"--dump_path: {dump} holds a run of another architecture ({text}); {advice}")
     if checkpoint["epoch"] >= options["epochs"]:
-        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}); {advice}")
+        note = "; --resume_anyway does not apply, as all epochs are done" if resume_anyway else ""
+        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {advice}")
     if not resume_anyway:
         raise UserError(
             f"--dump_path: {dump} holds an unfinished run with other options ({text}); write another --dump_path, "

@@ -307,6 +307,11 @@ def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     return found
 
 
+def most_bad(images: int) -> int:
+    """How many images of a set may be bad by default: 1 %, at least 1."""
+    return max(1, images // 100)
+
+
 class BadImages:
     """The images of a set that could not be read, over all processes: {path: reason}. Every process needs one.
 
@@ -315,7 +320,7 @@ class BadImages:
 
     def __init__(self, images: Dataset, most: int | None = None, folder: Path | None = None) -> None:
         self.images, self.list_path = images, folder and folder / "bad_images.txt"
-        self.most = max(1, len(images) // 100) if most is None else most
+        self.most = most_bad(len(images)) if most is None else most
         self.reasons: dict[str, str] = {}
 
     def update(self) -> int:
@@ -333,7 +338,7 @@ class BadImages:
             some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(self.reasons.items())[:3])
             listed = f"all are listed in {shown(self.list_path)}; " if self.list_path else ""
             raise RunStopped(
-                f"{len(self.reasons)} of {len(self.images)} images cannot be read, more than --max_bad_images "
+                f"{len(self.reasons)} of {len(self.images)} images cannot be read, and --max_bad_images allows "
                 f"{self.most}: {some}; {listed}repair or delete them, or set --max_bad_images"
             )
         return len(self.reasons)
@@ -483,7 +488,9 @@ def check_folder(root: str, workers: int) -> int:
     for path, reason in bad.items():
         log(f"  {reason}\t{shown(path)}")
     if bad:
-        log("repair or delete these; train.py takes other images in their place, up to --max_bad_images of them")
+        most = most_bad(len(images.paths))
+        stops = f"so it stops unless you set --max_bad_images {len(bad)}" if len(bad) > most else "so it goes on"
+        log(f"repair or delete these; train.py takes other images in the place of {most} at most, {stops}")
     return len(bad)
 
 

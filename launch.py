@@ -308,7 +308,7 @@ REPEAT_SECONDS = 1  # torchrun passes on a SIGINT that the terminal has sent to 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Note SIGTERM, SIGUSR1 and a first SIGINT instead of ending at once. A second SIGINT interrupts as usual.
+    """Note SIGTERM, SIGUSR1 and SIGINT instead of ending at once. A second one of a kind interrupts at once.
 
     Yields a function that gives the name of the signal that came, or None. Does nothing outside of the main thread.
     """
@@ -316,7 +316,7 @@ def stop_signals() -> Iterator[Callable[[], str | None]]:
 
     def note(number: int, _frame: object) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if name == "SIGINT" and any(n == name and now - then > REPEAT_SECONDS for n, then in came):
+        if any(n == name and now - then > REPEAT_SECONDS for n, then in came):
             raise KeyboardInterrupt
         came.append((name, now))
 

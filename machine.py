@@ -185,11 +185,26 @@ def shared_memory_needed(workers: int, batch_bytes: int, prefetch: int = 2) -> i
     return environment("LOCAL_WORLD_SIZE", 1) * (prefetch * workers + 1) * batch_bytes if workers else 0
 
 
+def largest_file() -> float:
+    """Bytes that a file may have, also those in /dev/shm; inf without a limit."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.inf
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
 def workers_that_fit(workers: int, batch_bytes: int, prefetch: int = 2) -> int:
     """How many of the loader's workers /dev/shm holds the batches of; says so if these are fewer than `workers`.
 
     batch_bytes: of a batch of one process. Each worker loads `prefetch` batches ahead, and one more is in use.
     """
+    if workers and batch_bytes > largest_file():
+        log(
+            f"--workers: 0 in place of {workers}, as files may have {largest_file() / 2**20:.1f} MiB at most (ulimit -f)"
+        )
+        return 0
     free, fit = shared_memory_left(), workers
     while shared_memory_needed(fit, batch_bytes, prefetch) > free:
         fit -= 1

@@ -358,7 +358,7 @@ def test_a_run_without_bad_images_does_not_speak_of_them(images, tmp_path, capsy
 def test_a_run_stops_at_more_bad_images_than_allowed(tmp_path):
     with_bad(tmp_path / "photos", 12, bad=(1, 2, 3))
     message = (
-        "^3 of 12 images cannot be read, more than --max_bad_images 2: .*/photos/.*png .*; "
+        "^3 of 12 images cannot be read, and --max_bad_images allows 2: .*/photos/.*png .*; "
         "all are listed in .*bad_images.txt; repair or delete them, or set --max_bad_images$"
     )
     with pytest.raises(RunStopped, match=message):
@@ -456,7 +456,7 @@ def test_the_evaluation_stops_at_too_many_bad_images(labelled, count, bad, words
     (labelled / "set" / "train" / "dogs" / "0.png").write_bytes(b"")
     if count == 1:
         save(labelled / "set" / "train" / "dogs" / "0.png")
-    with pytest.raises(UserError, match=f"^{bad} of 8 images cannot be read, more than --max_bad_images"):
+    with pytest.raises(UserError, match=f"^{bad} of 8 images cannot be read, and --max_bad_images allows"):
         evaluate(labelled, "--cached", *words)
     assert not (labelled / "c.eval.json").exists()
 

@@ -2,11 +2,12 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_gpu
+from conftest import needs_gpu, script
 
 import eval_linear
 import machine
@@ -284,3 +285,12 @@ def test_a_task_of_slurm_with_a_gpu_of_its_own_takes_it(monkeypatch):
     monkeypatch.delenv("SLURM_GPUS_PER_TASK")
     with pytest.raises(UserError, match="^--nproc_per_node=4: this machine has 1"):
         machine.choose_device("auto")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files")
+def test_a_limit_of_files_that_is_below_a_batch_leaves_no_workers(capsys):
+    program = "import machine; print(machine.workers_that_fit(4, 300_000), machine.workers_that_fit(4, 10_000))"
+    done = script("bash", "-c", f"ulimit -f 100; exec {sys.executable} -c '{program}'")
+    assert "--workers: 0 in place of 4, as files may have 0.1 MiB at most (ulimit -f)\n0 4\n" in done.stdout, (
+        done.stderr
+    )

@@ -556,7 +556,7 @@ def test_unreadable_images_are_named_by_any_process(images, tmp_path):
     words = [*TINY, "--data_path", tmp_path / "broken", "--dump_path", tmp_path / "run", "--batch_size", "2"]
     failed = torchrun(2, ROOT / "train.py", *words, "--workers", "1", "--max_bad_images", "0")
     assert failed.returncode != 0
-    line = rf"^error: 1 of 10 images cannot be read, more than --max_bad_images 0: {broken} "
+    line = rf"^error: 1 of 10 images cannot be read, and --max_bad_images allows 0: {broken} "
     assert (
         len(re.findall(line, failed.stderr, re.MULTILINE)) == 1 and "Traceback" not in failed.stderr.split("torch/")[0]
     )
