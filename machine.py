@@ -201,9 +201,8 @@ def workers_that_fit(workers: int, batch_bytes: int, prefetch: int = 2) -> int:
     batch_bytes: of a batch of one process. Each worker loads `prefetch` batches ahead, and one more is in use.
     """
     if workers and batch_bytes > largest_file():
-        log(
-            f"--workers: 0 in place of {workers}, as files may have {largest_file() / 2**20:.1f} MiB at most (ulimit -f)"
-        )
+        largest = f"{largest_file() / 2**20:.1f} MiB"
+        log(f"--workers: 0 in place of {workers}, as files may have {largest} at most (ulimit -f)")
         return 0
     free, fit = shared_memory_left(), workers
     while shared_memory_needed(fit, batch_bytes, prefetch) > free:
