@@ -189,19 +189,18 @@ def test_only_the_first_process_logs(monkeypatch, capsys):
 # Signals
 
 
-def test_signals_are_noted_and_a_second_interrupt_is_one(monkeypatch):
+def test_signals_are_noted_and_a_second_one_interrupts(monkeypatch):
     before = {name: signal.getsignal(getattr(signal, name)) for name in launch.STOP_CODES}
     for name in launch.STOP_CODES:
-        with launch.stop_signals() as requested_stop:
+        with launch.stop_signals() as requested_stop, monkeypatch.context() as patch:
             assert requested_stop() is None
             os.kill(os.getpid(), getattr(signal, name))
             assert requested_stop() == name
             os.kill(os.getpid(), getattr(signal, name))  # torchrun passes on what the terminal sent
-            if name == "SIGINT":
-                monkeypatch.setattr(launch, "REPEAT_SECONDS", 0)
-                with pytest.raises(KeyboardInterrupt):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    time.sleep(5)
+            patch.setattr(launch, "REPEAT_SECONDS", 0)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), getattr(signal, name))
+                time.sleep(5)
     assert before == {name: signal.getsignal(getattr(signal, name)) for name in launch.STOP_CODES}
 
 
