@@ -34,6 +34,7 @@ import checkpoint
 import launch
 import machine
 import processes
+import run_folder
 from cache import CachedImages, cache_images, sizes_to_cache
 from data import (
     CroppedBatches,
@@ -388,14 +389,14 @@ def main(args: argparse.Namespace) -> None:
     rank, world_size = processes.setup_processes(device)
     check_args(args, world_size)
     open_dump_path(dump)
-    with checkpoint.locked(dump) if rank == 0 else nullcontext():
+    with run_folder.locked(dump) if rank == 0 else nullcontext():
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
         check_same_options(args, dtype)
         images, settings, reasons = open_and_resolve(args, device, world_size)
         launch.log_to(dump / "log.txt")
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
-            checkpoint.write_facts(dump, settings, reasons, **facts)
+            run_folder.write_facts(dump, settings, reasons, **facts)
         with launch.stop_signals() as requested_stop:
             while True:
                 try:

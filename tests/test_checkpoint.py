@@ -1,15 +1,11 @@
-"""checkpoint.py: saving, loading and resuming runs, comparing options, rolling back after a collapse, locks."""
+"""checkpoint.py: saving, loading and resuming runs, comparing options, rolling back after a collapse."""
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from itertools import count
 
@@ -373,77 +369,6 @@ def test_the_size_limit_of_files_is_a_full_disk_too(images, tmp_path):
     assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.pth"))
 
 
-# One run, one folder
-
-
-def test_a_folder_in_use_is_refused_and_a_lock_left_behind_is_taken_over(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "run.lock"
-    with checkpoint.locked(tmp_path):
-        holder = json.loads(path.read_text())
-        assert holder["pid"] == os.getpid() and holder["host"] == socket.gethostname()
-    assert not path.exists()
-
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        path.write_text(json.dumps(holder | {"pid": other.pid, "started": checkpoint.start_of_process(other.pid)}))
-        with pytest.raises(
-            UserError, match=f"--dump_path: another run writes to .*process {other.pid} on .*wait for it"
-        ):
-            with checkpoint.locked(tmp_path):
-                pass
-        assert path.exists()
-        path.write_text(json.dumps(holder | {"pid": other.pid, "started": "1"}))  # another process had this number
-        with checkpoint.locked(tmp_path):
-            assert "taken over" in capsys.readouterr().out
-    finally:
-        other.communicate(b"\n")
-    for left_behind in (json.dumps(holder | {"pid": other.pid}), "half a fi", ""):
-        path.write_text(left_behind)
-        with checkpoint.locked(tmp_path):
-            assert json.loads(path.read_text())["pid"] == os.getpid()
-        assert not path.exists()
-
-
-def test_a_lock_of_another_machine_counts_for_ten_minutes(tmp_path, monkeypatch):
-    path = tmp_path / "run.lock"
-    elsewhere = {"host": "elsewhere", "pid": 1, "started": "1", "since": "today", "slurm_job_id": "77"}
-    path.write_text(json.dumps(elsewhere))
-    with pytest.raises(UserError, match="process 1 on elsewhere, since today"), checkpoint.locked(tmp_path):
-        pass
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
-    with pytest.raises(UserError), checkpoint.locked(tmp_path):
-        pass
-    monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another machine
-    with checkpoint.locked(tmp_path):
-        pass
-    monkeypatch.delenv("SLURM_JOB_ID")
-    path.write_text(json.dumps(elsewhere))
-    os.utime(path, (0, time.time() - 601))
-    with checkpoint.locked(tmp_path):
-        pass
-
-
-def test_a_lock_is_renewed_and_a_stolen_one_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.01)
-    path = tmp_path / "run.lock"
-    with checkpoint.locked(tmp_path):
-        os.utime(path, (0, 0))
-        for _ in range(500):
-            time.sleep(0.01)
-            if path.stat().st_mtime > 0:
-                break
-        assert path.stat().st_mtime > 0
-        path.write_text('{"pid": 1}')
-    assert path.read_text() == '{"pid": 1}'
-
-
-def test_processes_are_known_without_proc(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
-    monkeypatch.setattr(checkpoint.Path, "exists", lambda self: False)
-    assert checkpoint.start_of_process(os.getpid()) == "running"
-    assert checkpoint.start_of_process(2**22 + 1) is None
-
-
 def test_a_run_with_other_images_is_refused(images, tmp_path, capsys):
     run_training(images, tmp_path / "run", "--epochs", "1")
     shutil.copytree(images, tmp_path / "copy")
@@ -455,17 +380,6 @@ def test_a_run_with_other_images_is_refused(images, tmp_path, capsys):
     run_training(tmp_path / "copy", tmp_path / "run", "--epochs", "3", "--resume_anyway")
     with pytest.raises(UserError, match="finished run with other options .*images 10"):
         run_training(images, tmp_path / "run", "--epochs", "3")
-
-
-def test_run_json_has_the_command_and_the_reasons_of_options(images, tmp_path):
-    run_training(images, tmp_path, "--epochs", "1")
-    facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["options"]["epochs"] == {"value": 1, "reason": "set by the user"}
-    assert facts["options"]["wd"] == {"value": 1e-6, "reason": "default"}
-    assert facts["options"]["sync_bn"]["reason"].startswith("embeddings must not")
-    assert facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert facts["world_size"] == 1 and facts["sinkhorn"] in ("cpp", "torch") and facts["sinkhorn_ext"]["platform"]
-    assert facts["command"] and facts["images"]["images"] == 10 and facts["device"] == "cpu"
 
 
 # Compare and inherit options

@@ -233,6 +233,7 @@ ALLOWED = {
     "processes": {"launch"},
     "checkpoint": {"launch", "processes"},
     "run_log": {"launch", "processes"},
+    "run_folder": {"launch"},
     "decode": {"data"},
     "images": {"data", "decode", "launch", "machine", "processes", "shapes"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
