@@ -314,28 +314,23 @@ def test_a_process_that_is_killed_or_stopped_at_the_start_ends_the_others(stoppe
         assert f"lost the connection to rank 0 ({HOST})" in line
 
 
-def test_a_process_that_never_starts_is_named(tmp_path):
-    def run(**place):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_starts_is_named(rank, tmp_path):
+    place = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+    def run():
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         os.environ.update(place)
         processes.PROCESS_TIMEOUT = timedelta(seconds=1)
         processes.run_script(lambda: None)
 
-    place = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    code, console = run_alone(lambda: run(**place), tmp_path)
-    assert code == 1 and errors(console) == ["error: starting: rank 1 (not started) did not come within 1 seconds"]
-
-
-def test_a_first_process_that_never_starts_is_named(tmp_path):
-    def run(**place):
-        os.environ.update(place)
-        processes.PROCESS_TIMEOUT = timedelta(seconds=1)
-        processes.run_script(lambda: None)
-
-    place = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    code, console = run_alone(lambda: run(**place), tmp_path)
+    code, console = run_alone(run, tmp_path)
+    (line,) = errors(console)
     assert code == 1
-    assert f"rank 1 ({HOST}) cannot reach the first process at 127.0.0.1:{place['MASTER_PORT']}" in errors(console)[0]
+    if rank == 0:
+        assert line == "error: starting: rank 1 (not started) did not come within 1 seconds"
+    else:
+        assert f"rank 1 ({HOST}) cannot reach the first process at 127.0.0.1:{place['MASTER_PORT']}" in line
 
 
 def test_a_process_whose_main_thread_hangs_is_ended_when_another_fails(tmp_path):
