@@ -264,17 +264,20 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise UserError(f"--width, --blocks, --queue_length: expected smaller ones; torch says: {reason}") from None
 
 
-def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) -> tuple[dict, dict[str, str]]:
+def resolve_options(
+    args: argparse.Namespace, images: Dataset, world_size: int, earlier: dict | None = None
+) -> tuple[dict, dict[str, str]]:
     """Fill the options that the user left open, print them with reasons, and check all. Raises UserError.
 
-    They come from the run in dump_path, if there is one to resume, else from the images (defaults.py).
+    They come from the run to resume, if there is one, else from the images (defaults.py). earlier: its newest state.
     Returns what checkpoints keep of this (from options to value_range, see checkpoint.py), and the reasons by option.
     """
     if len(images) < 2 * world_size:
         raise UserError(f"--data_path: expected {2 * world_size} images or more (2 per process), got {len(images)}")
-    affects, dump = option_parser().affects, Path(args.dump_path)
+    parser, dump = option_parser(), Path(args.dump_path)
+    affects = parser.affects
     user_options = {n: v for n, v in vars(args).items() if v is not None and affects.get(n, "nothing") != "nothing"}
-    chosen, recovered, earlier = {}, [], checkpoint.find(dump)
+    chosen, recovered = {}, []
     if earlier:
         recovered = earlier["recovered"]
         chosen = checkpoint.inherited_options(
@@ -311,7 +314,6 @@ def resolve_options(args: argparse.Namespace, images: Dataset, world_size: int) 
     settings |= {"images": fingerprint(images), "value_range": images.value_range}
     if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
-    parser = option_parser()
     reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}
     return settings, reasons | {name: reason for name, (_, reason) in chosen.items()}
 
@@ -420,11 +422,9 @@ def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
 def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size: int) -> tuple[Dataset, dict, dict]:
     """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons)."""
-
-    def value_range() -> list[float] | None:  # a set that has grown is scaled as before
-        return (checkpoint.find(Path(args.dump_path), quiet=True) or {}).get("value_range")
-
-    scale = processes.share("reading the run so far", value_range)
+    earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
+    # A set that has grown is scaled as before.
+    scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
     # The first process of each machine downloads and finds errors.
     images = processes.in_turn(
         "opening the images",
@@ -435,7 +435,7 @@ def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size:
         processes.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
     if any(getattr(args, name) is None for name in DERIVED):
         log("derived from the images, or from the run so far:")
-    settings, reasons = processes.share("choosing options", lambda: resolve_options(args, images, world_size))
+    settings, reasons = processes.share("choosing options", lambda: resolve_options(args, images, world_size, earlier))
     vars(args).update({name: settings["options"][name] for name in DERIVED})
     sizes = None
     if launch.environment("LOCAL_RANK", 0) == 0:

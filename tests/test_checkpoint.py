@@ -445,13 +445,13 @@ def test_without_a_batch_size_the_batch_over_all_processes_stays(images, tmp_pat
     arrays = ImageArrays(np.zeros((24, 20, 24, 3), np.uint8), np.zeros(24))
     for world_size, batch_size in ((1, 8), (2, 4), (4, 2)):
         args = train.parse_args(many)
-        train.resolve_options(args, arrays, world_size)
+        train.resolve_options(args, arrays, world_size, checkpoint.find(tmp_path))
         assert args.batch_size == batch_size
     for world_size in (3, 5, 8):  # BatchNorm needs two images in each
         with pytest.raises(
             UserError, match=f"{world_size} processes cannot share .* of 8 images; expected 1, 2, 4 proc"
         ):
-            train.resolve_options(train.parse_args(many), arrays, world_size)
+            train.resolve_options(train.parse_args(many), arrays, world_size, checkpoint.find(tmp_path))
 
 
 # Checkpoints of older versions
