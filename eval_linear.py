@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import checkpoint
+from backbones import choose_sizes, load_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
 from decode import shown
 from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
-from images import DATASETS, BadImages, fingerprint, open_images, typical_side
+from images import DATASETS, BadImages, fingerprint, open_splits, typical_side
 from launch import (
     OptionParser,
     RunStopped,
@@ -40,14 +41,11 @@ from launch import (
     positive,
     positive_int,
     track,
-    user_errors,
     workers_or_auto,
 )
 from machine import choose_device, set_threads_and_workers, workers_that_fit
-from model import ARCHS, ResNet, architecture_of, backbone_weights
+from model import ARCHS, ResNet
 from processes import check_same, leave_processes, run_script, setup_processes
-
-LARGER = 1.4  # images of up to this many times the crops keep their size: derived crops are 3/4 of small images
 
 
 def option_parser() -> OptionParser:
@@ -135,75 +133,11 @@ def options_without_effect(args: argparse.Namespace) -> list[str]:
 # What is evaluated, on which images
 
 
-def load_backbone(path: Path, arch: str | None) -> tuple[ResNet, dict, dict]:
-    """Load the backbone of a checkpoint: (backbone, arguments of ResNet, options of its training, {} if unknown).
-
-    The options include value_range, of data.to_pixels, where training had one.
-
-    arch: the architecture it must have; None for any. Raises UserError if it is not a whole ResNet, or holds NaN.
-    """
-    contents = checkpoint.load(path)
-    with user_errors(f"{path}: "):
-        weights = backbone_weights(contents)
-        architecture = architecture_of(weights)
-    if arch not in (None, architecture["arch"]):
-        raise UserError(f"--arch: {path} holds a {architecture['arch']}, got {arch}")
-    with user_errors(f"checkpoint: {path} holds no whole ResNet: "):
-        backbone = ResNet(**architecture)
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not hold a whole ResNet: {error}".replace("\n", " ")) from None
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"checkpoint: {path} holds weights that are nan or inf")
-    options, value_range = contents.get("options"), contents.get("value_range")
-    is_ours = isinstance(options, dict)  # other programs save other things
-    return backbone, architecture, {**options, "value_range": value_range} if is_ours else {}
-
-
 def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
     """Data set and folder: those asked for, else those of the checkpoint's training, else shapes."""
     if args.dataset or args.data_path:
         return args.dataset or "folder", args.data_path
     return trained.get("dataset", "shapes"), trained.get("data_path")
-
-
-def open_splits(
-    dataset: str, data_path: str | None, world_size: int, value_range: tuple[float, float] | None = None
-) -> tuple[Dataset, Dataset]:
-    """Training and validation images, which have the same classes. Raises UserError.
-
-    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels.
-    """
-    download = world_size == 1
-    train_images = open_images(dataset, data_path, "train", download, value_range)
-    val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
-    if train_images.classes != val_images.classes:
-        raise UserError(
-            f"data_path: expected the same class folders in train/ and val/, got {train_images.classes} and "
-            f"{val_images.classes}"
-        )
-    if min(len(train_images), len(val_images)) < world_size:
-        raise UserError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
-    return train_images, val_images
-
-
-def choose_sizes(args: argparse.Namespace, trained: dict, dataset: str, side: int) -> tuple[int, int]:
-    """(size, resize) of the images in pixels; side: their typical shorter side. Raises UserError.
-
-    By default images keep their own size, and none are smaller than the training's crops. Images of a folder are
-    shrunk to the training's crops (224 pixels if unknown) and cropped, as in the paper, if they are larger than LARGER
-    times these, or than 224 pixels and the crops.
-    """
-    is_folder = dataset == "folder"
-    crop = max(trained.get("size_crops", [224 if is_folder else 0]))
-    is_cropped = is_folder and side > min(LARGER * crop, max(224, crop))
-    size = args.size or (crop if is_cropped else max(side, crop))
-    is_cropped = is_folder and side > size
-    resize = args.resize or (round(size * 8 / 7) if is_cropped else size)
-    if resize < size:
-        raise UserError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
-    return size, resize
 
 
 def count_bad_images(bad_images: dict[str, BadImages]) -> dict[str, int]:
@@ -293,7 +227,9 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if world_size > 1:
         found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
         check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
-    size, resize = choose_sizes(args, trained, dataset, typical_side(val_images))
+    size, resize = choose_sizes(
+        trained, typical_side(val_images), is_folder=dataset == "folder", size=args.size, resize=args.resize
+    )
     classes, val_transform = len(train_images.classes), CentreCrop(resize, size)
     reuse_freed_memory()
     batch_size = args.batch_size or max(1, 256 // world_size)

@@ -391,6 +391,26 @@ def open_images(
     return _open_torchvision(dataset, data_path, split, download)
 
 
+def open_splits(
+    dataset: str, data_path: str | None, world_size: int, value_range: tuple[float, float] | None = None
+) -> tuple[Dataset, Dataset]:
+    """Training and validation images, which have the same classes. Raises UserError.
+
+    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels.
+    """
+    download = world_size == 1
+    train_images = open_images(dataset, data_path, "train", download, value_range)
+    val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
+    if train_images.classes != val_images.classes:
+        raise UserError(
+            f"data_path: expected the same class folders in train/ and val/, got {train_images.classes} and "
+            f"{val_images.classes}"
+        )
+    if min(len(train_images), len(val_images)) < world_size:
+        raise UserError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
+    return train_images, val_images
+
+
 def _open_folder(root: str, split: str, value_range: tuple[float, float] | None) -> ImageFiles:
     train = os.path.join(root, "train")
     if split == "pretrain":

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
+from backbones import choose_sizes
 from data import MEAN, STD, CentreCrop, ordered_loader
-from eval_linear import choose_sizes, parse_args
 from features import accuracies, evaluate_features
 from images import open_images, typical_side
 from machine import choose_precision
@@ -134,7 +134,7 @@ def do_peer(run: PeerRun, threads: int) -> None:
     schedule = one_cycle if run.peer == "with labels" else cosine
     steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, schedule=schedule, dtype=dtype)
     side = typical_side(val_images)
-    size, resize = choose_sizes(parse_args([]), options, options["dataset"], side)
+    size, resize = choose_sizes(options, side, is_folder=options["dataset"] == "folder")
     evaluation = dict(device=torch.device("cpu"), classes=len(train_images.classes), batch_size=256)
     result = evaluate_features(backbone, train_images, val_images, CentreCrop(resize, size), **evaluation)
     result = {kind: result[kind]["top1"] for kind in ("knn", "linear")}

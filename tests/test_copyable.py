@@ -238,6 +238,7 @@ ALLOWED = {
     "images": {"data", "decode", "launch", "machine", "processes", "shapes"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
+    "backbones": {"checkpoint", "launch", "model"},
     "hubconf": set(),  # loads model.py by its path
 }
 

@@ -5,14 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import ROOT, run_training, torchrun
 
 import eval_linear
-from images import ImageArrays
 from launch import RunStopped, UserError
 from model import ResNet
 
@@ -64,36 +62,6 @@ def test_finds_the_newest_checkpoint_and_its_images(trained, images, monkeypatch
     monkeypatch.chdir(images)
     with pytest.raises(UserError, match="no runs/"):
         evaluate()
-
-
-@pytest.mark.parametrize(
-    ("crops", "options", "side", "expected"),
-    [
-        ([16, 9], "", 16, (16, 16)),  # images no larger than the crops: not cropped
-        ([16, 9], "", 24, (16, 18)),  # larger images: their centre, 7/8 of a side, as published
-        ([48], "", 64, (64, 64)),  # not much larger: their own size
-        ([48], "", 68, (48, 55)),
-        ([96], "", 128, (128, 128)),
-        ([192], "", 256, (192, 219)),  # large ones as published
-        ([224, 96], "", 256, (224, 256)),
-        (None, "", 24, (224, 224)),
-        (None, "", 256, (224, 256)),
-        (None, "--size 20", 24, (20, 23)),
-        ([16, 9], "--dataset fashion_mnist", 28, (28, 28)),
-        ([32], "--dataset fashion_mnist", 28, (32, 32)),
-        (None, "--dataset fashion_mnist", 28, (28, 28)),
-        ([32], "--dataset fashion_mnist --size 28 --resize 40", 28, (28, 40)),
-    ],
-)
-def test_small_images_keep_their_border_and_the_size_of_training(crops, options, side, expected, tmp_path, monkeypatch):
-    few = ImageArrays(
-        np.random.default_rng(0).integers(0, 256, (12, side, side, 3), np.uint8), np.arange(12) % 2, ["a", "b"]
-    )
-    monkeypatch.setattr(eval_linear, "open_images", lambda *_: few)
-    checkpoint = {"state_dict": ResNet("resnet18", width=1, blocks=(1, 1, 1, 1)).state_dict()}
-    torch.save(checkpoint | {"options": {"size_crops": crops} if crops else {}}, tmp_path / "c.pth")
-    result = evaluate(tmp_path / "c.pth", "--cached", "--data_path", tmp_path, *options.split())
-    assert (result["size"], result["resize"]) == expected
 
 
 def test_published_and_torchvision_files_are_evaluated_by_their_backbone(images, tmp_path):

@@ -793,8 +793,8 @@ def test_nan_and_infinity_in_a_float_image_are_ends_of_the_range(tmp_path):
 
 def test_the_evaluation_scales_by_the_range_of_the_training(labelled, monkeypatch):
     seen = []
-    opened = eval_linear.open_images
-    monkeypatch.setattr(eval_linear, "open_images", lambda *args: seen.append(args[4]) or opened(*args))
+    opened = images_module.open_images
+    monkeypatch.setattr(images_module, "open_images", lambda *args: seen.append(args[4]) or opened(*args))
     contents = torch.load(labelled / "c.pth", weights_only=True)
     torch.save(contents | {"options": {"size_crops": [16]}, "value_range": (3.0, 9.0)}, labelled / "c.pth")
     evaluate(labelled, "--cached")
