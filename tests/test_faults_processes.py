@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -179,6 +179,10 @@ def no_gpu() -> None:
     machine.choose_device = lambda name: (_ for _ in ()).throw(UserError("--device cuda: torch cannot use a GPU: why"))
 
 
+def a_dump_path_that_nobody_can_write() -> None:
+    os.symlink("/proc/self", "run")  # not even root, who can write a read-only folder
+
+
 ON_ONE = {  # name: (fault of the second machine, its message)
     "missing folder": (no_images, f"host {HOST}, rank 1: --data_path: expected a folder, got images"),
     "fewer images": (
@@ -188,6 +192,10 @@ ON_ONE = {  # name: (fault of the second machine, its message)
     "other names of images": (an_image_renamed, "their paths: expected the same in all processes, got "),
     "dump_path is a file": (
         a_file_as_dump_path,
+        f"host {HOST}, rank 1: --dump_path: expected a folder that can be writ",
+    ),
+    "dump_path is read-only": (
+        a_dump_path_that_nobody_can_write,
         f"host {HOST}, rank 1: --dump_path: expected a folder that can be writ",
     ),
     "another learning rate": (
@@ -794,12 +802,16 @@ def test_the_job_script_asks_slurm_for_a_signal_and_a_task_per_gpu():
 # Two torchrun agents, each of which stands in for a machine
 
 
-def two_agents(folder: Path, *words: str) -> tuple[list[int], list[str]]:
-    """(exit codes, consoles) of train.py under two agents whose current folders are 0 and 1."""
+def two_agents(folder: Path, *words: str, of_the_second: Sequence[str] = ()) -> tuple[list[int], list[str]]:
+    """(exit codes, consoles) of train.py under two agents whose current folders are 0 and 1.
+
+    of_the_second: more words for the second one.
+    """
     port, started = free_port(), []
     for node in range(2):
         launcher = f"-m torch.distributed.run --nnodes=2 --node_rank={node} --nproc_per_node=1 --master_port={port}"
         command = [sys.executable, *launcher.split(), "--master_addr=127.0.0.1", str(ROOT / "train.py"), *TINY, *words]
+        command += of_the_second if node else ()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         file = open(folder / f"console-{node}", "w")
         started.append(subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=folder / str(node)))
@@ -812,14 +824,14 @@ def two_agents(folder: Path, *words: str) -> tuple[list[int], list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["missing folder", "dump_path is a file", "fewer images"])
+@pytest.mark.parametrize("name", ["missing folder", "dump_path is read-only", "fewer images", "another learning rate"])
 def test_a_fault_under_one_of_two_agents_ends_both_with_the_reason(name, machines, monkeypatch):
     fault, message = ON_ONE[name]
     with monkeypatch.context() as patch:
         patch.chdir(machines / "1")
-        fault()
+        more = fault() or []
     words = ["--batch_size", "2", "--data_path", "images", "--dump_path", "run"]
-    codes, consoles = two_agents(machines, *words)
+    codes, consoles = two_agents(machines, *words, of_the_second=more)
     assert 0 not in codes
     for console in consoles:
         (line,) = errors(console)
