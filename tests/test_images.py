@@ -17,6 +17,7 @@ from PIL import Image
 import cache
 import images as images_module
 import shapes
+import sources
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from decode import image_size, read_image
@@ -54,7 +55,7 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
 def test_a_worker_that_reads_paths_does_not_copy_them(labelled, tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     names = [f"{i:080d}.png" for i in range(100_000)]
-    monkeypatch.setattr(images_module, "files_below", lambda root, seen: (f"{root}/{name}" for name in names))
+    monkeypatch.setattr(sources, "files_below", lambda root, seen: (f"{root}/{name}" for name in names))
     images = ImageFiles(tmp_path, labelled=labelled)
     assert len(images) == len(names)
     paths = images.paths
