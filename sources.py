@@ -214,13 +214,12 @@ def find_images(source: str, labelled: bool = False) -> Found:
 
 
 def check_data_path(path: str | None) -> None:
-    """Raise UserError unless a path is what `ImageFiles` takes."""
+    """Raise UserError unless a path is what `find_images` takes."""
     is_file = os.path.isfile(path or "")
     if is_file and path.lower().endswith(COMPRESSED_ENDINGS):
         refuse_compressed(path)
     if not os.path.isdir(path or "") and not (is_file and path.lower().endswith((".txt", ".tar"))):
-        more = " (nor is it a .txt list of paths or a .tar file)" if is_file else ""
-        raise UserError(f"--data_path: expected a folder, got {path or 'none'}{more}")
+        raise UserError(f"--data_path: expected a folder, a .tar file or a .txt list of paths, got {path or 'none'}")
 
 
 def split_paths(root: str) -> tuple[str, str] | None:
@@ -257,6 +256,8 @@ def _find_in_folder(root: str, labelled: bool) -> Found:
         raise UserError(f"data_path: expected a folder for each class in {shown(root)}, found none{hint}")
     for folder, of_folder, others in zip(folders, paths, left_out, strict=True):
         if not of_folder:
+            if others.keys() & {".tar", ".txt"}:
+                hint += "; name the folder of the .tar files, or the .txt list of paths, itself"
             raise UserError(
                 f"data_path: expected image files ({', '.join(readable_formats()[0])}), or .tar files of them, in or "
                 f"below {shown(folder)}, found none{f', but {counted(others)}' if others else ''}{hint}"

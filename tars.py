@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
@@ -63,24 +62,19 @@ def open_tars(tars: Sequence[str], index_path: str) -> TarImages:
     index_path: where to keep it. Logs progress, and what is damaged. Raises UserError for a file that is no tar file,
     is compressed, or is damaged in the middle; a last image that is cut short can be found but not read.
     """
-    kept, shards, new = _load(index_path), {}, []
+    kept, shards = _load(index_path), {}
     for tar in tars:
         try:
             status = os.stat(tar)
         except OSError as error:
             raise UserError(f"data_path: cannot read {shown(tar)}: {error.strerror}") from None
-        shard = kept.get(os.path.basename(tar))
-        if shard and (shard.size, shard.changed) == (status.st_size, status.st_mtime_ns):
-            shards[tar] = shard
-        else:
-            new.append(tar)
+        shards[tar] = kept.get((os.path.basename(tar), status.st_size, status.st_mtime_ns))
+    new = [tar for tar in tars if shards[tar] is None]
     if new:
         shards |= _index(new)
-        kept_at = _keep({os.path.basename(tar): shards[tar] for tar in tars}, index_path)
-        place = (
-            f"kept in {shown(kept_at)}" if kept_at else "not kept, as it cannot be written: it is built at each start"
-        )
-        log(f"data: index of {len(new):,} tar file(s) built, {place}")
+        kept_at = _keep({os.path.basename(tar): shard for tar, shard in shards.items()}, index_path)
+        place = f"kept in {shown(kept_at)}" if kept_at else "which cannot be kept: it is built at each start"
+        log(f"data: built the index of {len(new):,} tar file(s), {place}")
     for tar in tars:
         if shards[tar].damage:
             log(f"data: {shown(tar)} {shards[tar].damage}")
@@ -138,7 +132,7 @@ def _read_shard(path: str) -> Iterator[Shard]:
         with suppress(OSError), open(path, "rb") as file:
             if file.read(6).startswith(COMPRESSED):
                 refuse_compressed(path)
-        reason = getattr(error, "strerror", None) or f"no tar file, or a damaged one ({error})"
+        reason = getattr(error, "strerror", None) or f"it is no tar file, or damaged: {error}"
         raise UserError(f"data_path: cannot read {shown(path)}: {reason}") from None
 
 
@@ -201,40 +195,38 @@ def _end_of(descriptor: int, offset: int, size: int) -> str:
     """What is wrong with the end of a tar file, whose last member ends at offset; empty if nothing is."""
     block = os.pread(descriptor, BLOCK, offset)
     if offset > size or 0 < len(block) < BLOCK:
-        return "is cut short: images behind its end are lost, and the last one may not be readable"
+        return "is cut short: its last image may not be readable, and others may be missing"
     if not block:
-        return "has no end mark: it may be cut short"
+        return "has no end mark: it may be cut short, and images may be missing"
     if any(block):
         raise tarfile.ReadError(f"no header of a file at byte {offset:,}")
     for start in range(offset, size, 2**20):
         if os.pread(descriptor, 2**20, start).strip(b"\0"):
-            raise tarfile.ReadError("more follows its end mark, as in files that cat put together; keep them apart")
+            raise tarfile.ReadError("more follows its end mark; keep tar files apart, cat does not put them together")
     return ""
 
 
 # Keep it
 
 
-def _load(index_path: str) -> dict[str, Shard]:
-    """{name of a tar file: what it holds} of an index; {} without one that can be read."""
+def _load(index_path: str) -> dict[tuple[str, int, int], Shard]:
+    """{(name, size, time of change) of a tar file: what it holds}, of the indices that are kept and can be read."""
+    shards = {}
     for path in (index_path, _path_in_cache(index_path)):
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):  # built again
             with np.load(path) as saved:
                 about = json.loads(saved["about"].tobytes())
                 if about["version"] != INDEX_VERSION:
                     continue
                 columns = [saved[name].tobytes().split(b"\0")[:-1] for name in ("names", "labels")]
                 columns += [saved[name].tolist() for name in ("offsets", "sizes")]
-            shards, start = {}, 0
+            start = 0
             for name, size, changed, images, left_out, damage in about["tars"]:
                 parts = [column[start : start + images] for column in columns]
-                if any(len(part) != images for part in parts):
-                    raise ValueError("the index is cut short")
-                shards[name], start = Shard(size, changed, *parts, left_out, damage), start + images
-            return shards
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):
-            continue  # there is none, or it is damaged: it is built again
-    return {}
+                if all(len(part) == images for part in parts):
+                    shards[name, size, changed] = Shard(size, changed, *parts, left_out, damage)
+                start += images
+    return shards
 
 
 def _keep(shards: dict[str, Shard], index_path: str) -> str | None:
@@ -258,7 +250,8 @@ def _keep(shards: dict[str, Shard], index_path: str) -> str | None:
             os.replace(unfinished, path)
             return path
         except OSError:
-            Path(unfinished).unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(unfinished)
     return None
 
 
