@@ -129,13 +129,14 @@ class GivenImages(Images):
         if isinstance(images, IterableDataset) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
             raise UserError(
                 f"images: expected a Dataset with __len__ and __getitem__, as images are shuffled, got {name}; "
-                f"for a stream, write its images to a folder or to tar files"
+                "for a stream, write its images to a folder or to tar files"
             )
+        if not len(images):
+            raise UserError(f"images: expected a Dataset with images, got an empty {name}")
         self.given, self.source = images, f"{name} from Python"
         super().__init__(len(images))
-        for index in sample_of(self)[:1]:  # one of a wrong kind is found at once
-            with suppress(UnreadableImage):
-                self[index]
+        with suppress(UnreadableImage):
+            self[0]  # one of a wrong kind is found at once
 
     def __len__(self) -> int:
         return len(self.given)
