@@ -155,7 +155,7 @@ def read_list(path: str, labelled: bool = False) -> tuple[list[bytes], list[byte
     """(sorted paths, their labels or []) of a text file with a path a line, from its folder or absolute.
 
     A label stands after a TAB, the last one of the line; without `labelled` it is ignored. Paths are taken as the bytes
-    that they are. Whether there are such files is not checked. Raises UserError, also for a line without a label.
+    that they are. Raises UserError for a line without a label, and if none of a sample of the files exists.
     """
     try:
         content = Path(path).read_bytes()
@@ -182,6 +182,10 @@ def read_list(path: str, labelled: bool = False) -> tuple[list[bytes], list[byte
     if not rows:
         raise UserError(f"data_path: the list {shown(path)} is empty; expected {LIST_RULE}")
     rows.sort(key=lambda row: row[0])
+    some = rows[:: -(-len(rows) // 100)]
+    if not any(os.path.lexists(file) for file, _ in some):
+        missing = f"{shown(os.fsdecode(some[0][0]))} is not there, nor is any other of {len(some)} files looked for"
+        raise UserError(f"data_path: {shown(path)}: {missing}; a list has {LIST_RULE}")
     return [file for file, _ in rows], [label for _, label in rows] if labelled else []
 
 

@@ -426,7 +426,8 @@ def check_given(args: argparse.Namespace, images: Dataset | None) -> None:
     """Raise UserError unless a Dataset is given exactly with --dataset python."""
     if (args.dataset == GIVEN) != (images is not None):
         raise UserError(
-            f"--dataset: expected {GIVEN} with a Dataset from Python, and only then, got {args.dataset}; write "
+            f"--dataset: expected {GIVEN} with a Dataset from Python, and only then, got {args.dataset} "
+            f"{'without' if images is None else 'with'} one; write "
             f'train.main(train.parse_args(["--dataset", "{GIVEN}", ...]), images=dataset)'
         )
 
