@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data import UnreadableImage
-from decode import image_size, size_of
+from decode import image_size
 from images import ImageFiles, look_at_some
 from launch import UserError, at_exit, environment, log, track
 from machine import memory_left, shared_memory_left
@@ -31,8 +31,10 @@ class CachedImages(Dataset):
     /dev/shm), the same one for all processes and empty at first. It may be unlinked once all have opened it.
     """
 
+    in_memory = True
+
     def __init__(self, images: ImageFiles, sizes: Sequence[tuple[int, int]], path: str) -> None:
-        self.images, self.root = images, images.root
+        self.images, self.root, self.source = images, images.root, images.source
         self.sizes = np.array(sizes)  # an array, like paths: each worker would end up with a copy of a list
         # One byte per image, 1 if it is decoded, then the images.
         self.ends = len(images) + np.cumsum(3 * self.sizes.prod(axis=1))
@@ -143,7 +145,7 @@ def cache_bytes(images: Dataset, share: float = 1 / 4, for_workers: int = 0) -> 
     """
     if not isinstance(images, ImageFiles):
         return 0, 0
-    sizes = look_at_some(images, size_of)
+    sizes = look_at_some(images, images.size_of)
     needed = sum(3 * width * height for width, height in sizes) / len(sizes) * len(images)
     free = shared_memory_left()
     if math.isinf(free):

@@ -2,6 +2,7 @@
 
     pixels = read_image("photo.jpg")      # uint8 [3, H, W]
     width, height = image_size("photo.jpg")
+    pixels = read_image(Member("photos.tar", "photo.jpg", offset=512, size=7000))    # a file in a tar file
 
 Copy this file with `data.py` to use it elsewhere: they need only torch, torchvision and Pillow.
 """
@@ -13,10 +14,10 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -61,34 +62,72 @@ def shown(path: str | os.PathLike) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def ending_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower() or "no ending"
+
+
 # Open a file
+
+
+class Member(str):
+    """The path TAR/NAME of a file in an uncompressed tar file, with its place there: offset and size in bytes."""
+
+    def __new__(cls, tar: str, name: str, offset: int, size: int) -> "Member":
+        member = super().__new__(cls, f"{tar}/{name}")
+        member.tar, member.name, member.offset, member.size = tar, name, offset, size
+        return member
+
+    def __getnewargs__(self) -> tuple[str, str, int, int]:  # to be pickled
+        return self.tar, self.name, self.offset, self.size
 
 
 def look_at(path: str, what: Callable[[Image.Image], Any], whole: bool = False) -> Any:
     """Return what(image) of an image file, opened by Pillow, which has read its header. Raises UnreadableImage.
 
-    whole: read the whole file at once. Retries once after errors of storage.
+    path: of a file, or a Member. whole: read the whole file at once. Retries once after errors of storage.
     """
     for pause in (RETRY_PAUSE, None):
         try:
-            with open(path, "rb", opener=_open_without_waiting) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise ValueError("it is not a regular file")
-                if status.st_size == 0:
-                    raise ValueError("it is empty")
-                source = io.BytesIO(file.read()) if whole else file
+            with _open_member(path) if isinstance(path, Member) else _open_file(path, whole) as source:
                 with Image.open(source, formats=readable_formats()[1]) as image:  # refuses huge ones
                     return what(image)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
             if pause is not None and getattr(error, "errno", None) in STORAGE_ERRORS:
+                _opened_tar.cache_clear()
                 time.sleep(pause)
                 continue
             reason, of_system = _reason(path, error)
             how = "" if of_system else " as an image"
             raise UnreadableImage(f"data_path: cannot read {shown(path)}{how}: {reason}", reason) from None
+
+
+@contextmanager
+def _open_file(path: str, whole: bool) -> Iterator[BinaryIO]:
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size == 0:
+            raise ValueError("it is empty")
+        yield io.BytesIO(file.read()) if whole else file
+
+
+def _open_member(member: Member) -> io.BytesIO:
+    descriptor = _opened_tar(member.tar).fileno()
+    found = max(0, os.fstat(descriptor).st_size - member.offset)
+    if found < member.size:
+        raise ValueError(f"the tar file ends within it, after {found} of its {member.size} bytes")
+    if member.size == 0:
+        raise ValueError("it is empty")
+    return io.BytesIO(os.pread(descriptor, member.size, member.offset))
+
+
+@functools.lru_cache(maxsize=64)  # tar files that a process keeps open; one that leaves the cache is closed
+def _opened_tar(path: str) -> io.FileIO:
+    """A tar file to read by os.pread, which moves no position: forked processes may share it."""
+    return io.FileIO(path)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

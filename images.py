@@ -1,23 +1,23 @@
-"""Where images come from: folders, named sets, drawn ones; and which of them cannot be read.
+"""Where images come from: files, named sets, drawn ones, a Dataset of yours; and which of them cannot be read.
 
-    images = open_images("folder", "imagenet", split="train")
+    images = open_images("folder", "imagenet", split="train")    # or a list of paths, or tar files
     pixels, label = images[0]    # uint8 [3, H, W]; -1 where there is no label
 
-    python images.py photos      # checks a folder before a run: what it holds, which files cannot be read
+    python images.py photos      # checks images before a run: what is there, which files cannot be read
 
 To add a named set: put its name into DATASETS, and in `open_images` return an ImageArrays or your own Dataset.
 """
 
 import gzip
 import hashlib
+import json
 import mmap
 import os
 import sys
-import time
-import warnings
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,173 +28,167 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from data import UnreadableImage
-from decode import check_images, look_at, loses_bits, read_image, readable_formats, shown, size_of, value_limits
-from launch import OptionParser, RunStopped, UserError, environment, log, show_progress, track, worker_count
+from data import UnreadableImage, to_pixels
+from decode import (
+    Member,
+    check_images,
+    ending_of,
+    image_size,
+    look_at,
+    loses_bits,
+    read_image,
+    shown,
+    value_limits,
+)
+from launch import OptionParser, RunStopped, UserError, environment, log, track, worker_count
 from machine import available_cores
 from processes import run_script
 from shapes import SHAPES_CLASSES, draw_shapes
+from sources import NAMED_SPLITS, SPLIT_ENDINGS, check_data_path, counted, find_images, identity, split_paths
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
-NAMED_SPLITS = ("val", "valid", "validation", "test")  # beside train/: the first of these is the validation split
+GIVEN = "python"  # in the place of one of these: a Dataset that the caller of train.main gives
 SAMPLE = 100  # images of a set that are looked at for what all have in common
-
-
-# Files of a folder. Hidden ones, which systems and editors leave among images, are skipped.
-
-
-def counted(counts: Counter) -> str:
-    """Counts in words, the largest first."""
-    return ", ".join(f"{count:,} {shown(what)}" for what, count in counts.most_common())
-
-
-def ending_of(path: str) -> str:
-    return os.path.splitext(path)[1].lower() or "no ending"
-
-
-def _identity(path: str) -> tuple[int, int] | str:
-    """(device, inode) of a file or folder: the same by every link to it."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return path
-    return status.st_dev, status.st_ino
-
-
-def files_below(root: str, seen: set) -> Iterator[str]:
-    """Yield the path of each file in a folder and in those below it, each folder once; links to folders come last.
-
-    seen: identities of folders to leave out, to which those visited are added. Links to a folder that root lies in are
-    left out too: they lead back to root. Warns of folders that cannot be read.
-    """
-    seen |= {_identity(str(folder)) for folder in Path(root).resolve().parents}
-    folders = deque([root])
-    while folders:
-        folder = folders.popleft()
-        identity, subfolders, links = _identity(folder), [], []
-        if folder != root and identity in seen:
-            continue
-        seen.add(identity)
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if not os.path.isdir(entry) if entry.is_symlink() else not entry.is_dir():
-                        yield entry.path
-                    else:
-                        (links if entry.is_symlink() else subfolders).append(entry.path)
-        except OSError as error:
-            warnings.warn(f"data_path: {shown(folder)} is left out: {error.strerror}", stacklevel=2)
-        folders.extendleft(sorted(subfolders, reverse=True))
-        folders.extend(sorted(links))
-
-
-def list_images(folders: Sequence[str], seen: set) -> tuple[list[list[bytes]], list[Counter]]:
-    """(sorted paths of the images, counts of the other files by ending) in and below each folder. Logs progress.
-
-    seen: of `files_below`.
-    """
-    endings, pause = readable_formats()[0], 1 if sys.stdout.isatty() else 30
-    paths, left_out = [[] for _ in folders], [Counter() for _ in folders]
-    found, has_line, next_line = 0, False, time.monotonic() + pause
-    for of_folder, others, folder in zip(paths, left_out, folders, strict=True):
-        for path in files_below(folder, seen):
-            if path.lower().endswith(endings):
-                of_folder.append(os.fsencode(path))
-                found += 1
-            else:
-                others[ending_of(path)] += 1
-            if time.monotonic() > next_line:
-                show_progress(f"data: {found:,} images found so far, in {shown(os.path.dirname(path))}")
-                has_line, next_line = True, time.monotonic() + pause
-        of_folder.sort()
-    if has_line:
-        show_progress(f"data: {found:,} images found", keep=True)
-    return paths, left_out
-
-
-class Paths(Sequence):
-    """Paths of files, as bytes in one piece.
-
-    A list of strings takes several times as much. Each worker would end up with a copy of it besides, as reading a
-    Python string writes its reference count.
-    """
-
-    def __init__(self, paths: Sequence[bytes]) -> None:
-        self.text = b"".join(paths)
-        self.ends = np.fromiter(map(len, paths), np.int64, len(paths)).cumsum()
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.text[start : self.ends[index]])
 
 
 # Image sets: Datasets of (uint8 [3, H, W], label), label -1 where there is none. value_range: see data.to_pixels
 
 
-class ImageFiles(Dataset):
-    """Every image file in and below a folder, in the order of their paths, without labels.
+class Images(Dataset):
+    """Images that are read one by one, and may be unreadable. A subclass has `read`, `name_of` and `size_of`.
 
-    labelled: only those in and below its subfolders, which are the classes. left_out: number of other files by ending.
-    bad: a byte for each image, which workers share: 1 if it cannot be read, 2 if `new_bad_images` has told so. Raises
-    UserError if a folder is missing or holds no image; reading an image raises UnreadableImage.
+    bad: a byte for each image, which workers share: 1 if it cannot be read, 2 if `new_bad_images` has told so.
+    """
+
+    in_memory = False
+    labels = classes = value_range = None
+
+    def __init__(self, count: int) -> None:
+        self.bad = torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.uint8)  # /dev/shm may be full
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            return self.read(index)
+        except UnreadableImage:
+            if not self.bad[index]:
+                self.bad[index] = 1
+            raise
+
+
+class ImageFiles(Images):
+    """Image files, in the order of their paths, without labels: of a folder, a list of paths, or tar files.
+
+    root: a folder of images at any depth, or of .tar files where there are no others; a .txt file, see
+    sources.LIST_RULE; or a .tar file. labelled: with labels; of a folder only images in and below its subfolders, which
+    are the classes. Attributes: root, the folder; source, what was given; paths, a Sequence of str (decode.Member in
+    tar files); left_out, the number of other files by ending. Raises UserError if there is no image; reading an image
+    raises UnreadableImage.
     """
 
     def __init__(
         self, root: str | os.PathLike, value_range: tuple[float, float] | None = None, labelled: bool = False
     ) -> None:
-        self.root, hint = os.fspath(root), ""
-        if labelled:
-            hint = f"; labels need train/ and {'/ or '.join(NAMED_SPLITS)}/ with a folder of images for each class"
-        try:
-            with os.scandir(root) as entries:
-                classes = sorted(e.name for e in entries if labelled and e.is_dir() and not e.name.startswith("."))
-        except OSError as error:
-            reason = f"{shown(root)}: {error.strerror}{hint}"
-            raise UserError(f"data_path: expected a folder of images, got {reason}") from None
-        if labelled and not classes:
-            raise UserError(f"data_path: expected a folder for each class in {shown(root)}, found none{hint}")
-        self.classes = classes if labelled else None
-        folders = [os.path.join(self.root, name) for name in classes] if labelled else [self.root]
-        # With what is seen from the start, no link leads from one class to another.
-        paths, left_out = list_images(folders, {_identity(folder) for folder in (self.root, *folders)})
-        for folder, of_folder, others in zip(folders, paths, left_out, strict=True):
-            if not of_folder:
-                raise UserError(
-                    f"data_path: expected image files ({', '.join(readable_formats()[0])}) in or below "
-                    f"{shown(folder)}, found none{f', but {counted(others)}' if others else ''}{hint}"
-                )
-        self.paths, self.left_out = Paths(list(chain(*paths))), sum(left_out, Counter())
-        self.labels = np.repeat(np.arange(len(folders)), list(map(len, paths))) if labelled else None
-        self.bad = torch.frombuffer(mmap.mmap(-1, len(self.paths)), dtype=torch.uint8)  # /dev/shm may be full
+        self.source = os.fspath(root)
+        self.root = os.path.dirname(self.source) if os.path.isfile(self.source) else self.source
+        self.paths, self.labels, self.classes, self.left_out = find_images(self.source, labelled)
+        super().__init__(len(self.paths))
         self.value_range = value_range or find_value_range(self)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        label = -1 if self.labels is None else int(self.labels[index])
+        return read_image(self.paths[index], self.value_range), label
+
+    def name_of(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return image_size(self.paths[index])
+
+    def contents(self) -> bytes:
+        """The sorted names of the files, below their folder or in their tar file, with a NUL between."""
+        root = os.path.join(os.fsencode(self.root), b"")
+        names = (getattr(path, "name", path) for path in self.paths)  # of a decode.Member, or a path
+        return b"\0".join(sorted(os.fsencode(name).removeprefix(root) for name in names))
+
+
+class GivenImages(Images):
+    """The images of somebody's Dataset, without labels.
+
+    An item is an image, or a tuple that begins with one: PIL, uint8 tensor [3, H, W], or numpy uint8 [H, W, 3] or
+    [H, W]. One that raises UnreadableImage, or an error of Pillow or the system, counts as unreadable. Raises UserError
+    for a Dataset without length or index, and for items that are something else, such as normalised tensors.
+    """
+
+    def __init__(self, images: Dataset) -> None:
+        name = type(images).__name__
+        if isinstance(images, IterableDataset) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+            raise UserError(
+                f"images: expected a Dataset with __len__ and __getitem__, as images are shuffled, got {name}; "
+                "for a stream, write its images to a folder or to tar files"
+            )
+        if not len(images):
+            raise UserError(f"images: expected a Dataset with images, got an empty {name}")
+        self.given, self.source = images, f"{name} from Python"
+        super().__init__(len(images))
+        with suppress(UnreadableImage):
+            self[0]  # one of a wrong kind is found at once
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
-            pixels = read_image(self.paths[index], self.value_range)
-        except UnreadableImage:
-            if not self.bad[index]:
-                self.bad[index] = 1
-            raise
-        return pixels, -1 if self.labels is None else int(self.labels[index])
+            item = self.given[index]
+            image = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+            if isinstance(image, Image.Image):
+                image.load()
+        except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "reason", None) or shown(" ".join(str(error).split())) or type(error).__name__
+            raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {reason}", reason) from None
+        if isinstance(image, Image.Image):
+            try:
+                return to_pixels(image), -1
+            except ValueError as error:  # a mode of an unknown range
+                raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {error}", str(error)) from None
+        kind = f"{getattr(image, 'dtype', '')} {list(image.shape)}" if hasattr(image, "shape") else ""
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (1,), (3,)):
+            image = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
+            image = image.expand(3, -1, -1)
+        if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise UserError(
+                f"images: expected items that are, or begin with, an image: PIL, uint8 tensor [3, H, W] or numpy uint8 "
+                f"[H, W, 3]; got {type(image).__name__} {kind}".rstrip()
+                + f" in {self.name_of(index)}; leave out transforms, training crops and normalises by itself"
+            )
+        return image, -1
+
+    def name_of(self, index: int) -> str:
+        return f"item {index}"
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return tuple(self.read(index)[0].shape[:0:-1])
+
+    def contents(self) -> bytes:
+        """A checksum of a few items; empty, with a line that says so, if they differ from one call to the next."""
+        sums = []
+        for index in sample_of(self)[::10]:
+            with suppress(UnreadableImage):
+                sums.append([zlib.crc32(self.read(index)[0].numpy().tobytes()) for _ in range(2)])
+        if any(first != second for first, second in sums):
+            log("images: items differ from one call to the next, so a resumed run is not the same bit for bit")
+            return b""
+        return json.dumps([first for first, _ in sums]).encode()
 
 
 class ImageArrays(Dataset):
     """Images in memory: uint8 [N, H, W, 3] or grey [N, H, W], labels [N]."""
 
-    value_range = None
+    value_range, in_memory = None, True
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str] | None = None) -> None:
         self.pixels, self.labels, self.classes = pixels, labels, classes
@@ -206,23 +200,21 @@ class ImageArrays(Dataset):
         pixels = torch.from_numpy(self.pixels[index])
         return pixels.expand(3, -1, -1) if pixels.ndim == 2 else pixels.permute(2, 0, 1), int(self.labels[index])
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+    def contents(self) -> bytes:
+        """A checksum of the pixels."""
+        checksum = 0
+        for start in range(0, len(self), 1000):  # a part at a time: pixels may be a view that is copied here
+            checksum = zlib.crc32(np.ascontiguousarray(self.pixels[start : start + 1000]), checksum)
+        return str(checksum).encode()
+
 
 def fingerprint(images: Dataset) -> dict[str, int | str]:
-    """What tells a set of images from another: {"images": how many, "paths": sha256}.
-
-    The sum is over the sorted paths below the set's folder, as bytes with a NUL between; of images in memory over a
-    checksum of their pixels.
-    """
+    """What tells a set of images from another: {"images": how many, "paths": sha256 of their `contents`}."""
     images = getattr(images, "images", images)  # below a cache
-    if isinstance(images, ImageFiles):
-        root = os.path.join(os.fsencode(images.root), b"")
-        names = b"\0".join(sorted(os.fsencode(path).removeprefix(root) for path in images.paths))
-    else:
-        checksum = 0
-        for start in range(0, len(images), 1000):  # a part at a time: pixels may be a view that is copied here
-            checksum = zlib.crc32(np.ascontiguousarray(images.pixels[start : start + 1000]), checksum)
-        names = str(checksum).encode()
-    return {"images": len(images), "paths": hashlib.sha256(names).hexdigest()}
+    return {"images": len(images), "paths": hashlib.sha256(images.contents()).hexdigest()}
 
 
 # What a sample of a set tells
@@ -233,24 +225,24 @@ def sample_of(images: Dataset) -> range:
     return range(0, len(images), -(-len(images) // SAMPLE))
 
 
-def look_at_some(images: ImageFiles, what: Callable[[Image.Image], Any]) -> list:
-    """what(opened image) of a sample, for those that can be opened. Raises UserError if there are none."""
+def look_at_some(images: Dataset, what: Callable[[int], Any]) -> list:
+    """what(index) of a sample, for the images that can be opened. Raises UserError if there are none."""
     seen, first_error = [], None
-    for i in sample_of(images):
+    for index in sample_of(images):
         try:
-            seen.append(look_at(images.paths[i], what))
+            seen.append(what(index))
         except UnreadableImage as error:
             first_error = first_error or error
     if not seen:
-        raise UserError(f"{first_error}; nor can any other of {len(sample_of(images))} images of {shown(images.root)}")
+        count = len(sample_of(images))
+        raise UserError(f"{first_error}; nor can any other of {count} images of {shown(images.source)}")
     return seen
 
 
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, from a sample. Raises UserError if none can be read."""
-    if isinstance(images, ImageFiles):
-        return int(np.median([min(size) for size in look_at_some(images, size_of)]))
-    return int(np.median([min(images[i][0].shape[1:]) for i in sample_of(images)]))
+    images = getattr(images, "images", images)  # below a cache
+    return int(np.median([min(size) for size in look_at_some(images, images.size_of)]))
 
 
 LOST_BITS = "16 bits a channel in colour, of which only the upper 8 are used; save them as 16-bit PNG to use all"
@@ -268,7 +260,7 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
         return getattr(image, "n_frames", 1) > 1, loses_bits(image), value_limits(image)
 
     try:
-        facts = look_at_some(images, facts_of)
+        facts = look_at_some(images, lambda index: look_at(images.paths[index], facts_of))
     except UserError:  # none can be read: who needs one says so
         return None
     pages, lossy = (sum(column) for column in list(zip(*facts, strict=True))[:2])
@@ -292,18 +284,18 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
-    """(path, reason) of the images that this process and its loader's workers could not read since the last call."""
-    files = getattr(images, "images", images)  # below a cache
-    if not isinstance(files, ImageFiles):
+    """(name, reason) of the images that this process and its loader's workers could not read since the last call."""
+    images = getattr(images, "images", images)  # below a cache
+    if not isinstance(images, Images):
         return []
-    new, found = (files.bad == 1).nonzero().flatten().tolist(), []
-    files.bad[new] = 2
-    for path in (files.paths[i] for i in new):
+    new, found = (images.bad == 1).nonzero().flatten().tolist(), []
+    images.bad[new] = 2
+    for index in new:
         try:
-            read_image(path, files.value_range)
-            found.append((path, "it could not be read once, but can be read now"))
+            images.read(index)
+            found.append((images.name_of(index), "it could not be read once, but can be read now"))
         except UnreadableImage as error:
-            found.append((path, error.reason))
+            found.append((images.name_of(index), error.reason))
     return found
 
 
@@ -370,12 +362,15 @@ def open_images(
     """Open a data set of (image uint8 [3, H, W], label).
 
     dataset: one of DATASETS. split: "pretrain" (all images for training without labels), "train" or "val".
-    data_path: for "folder" and "pretrain", any tree of images (only its train/ if there is one of NAMED_SPLITS beside
-    it); for "folder" and the other splits, a folder with train/ and one of NAMED_SPLITS, which hold a folder per class.
-    For the named sets, where torchvision keeps them; for fashion_mnist also a folder with its four .gz files. "shapes"
-    does not use it. value_range: of data.to_pixels, for folders (None: find it). Raises UserError if there are no
-    images.
+    data_path: for "folder" and "pretrain", what `ImageFiles` takes: any tree of images, a folder of .tar files, a .tar
+    file or a .txt list of paths; of a folder that holds train/ and one of NAMED_SPLITS only train/. For "folder" and
+    the other splits, such a folder: labels are the folders in them, or those of tar files. In the place of both folders
+    may stand train.txt and val.txt, or train.tar and val.tar. For the named sets, where torchvision keeps them; for
+    fashion_mnist also a folder with its four .gz files. "shapes" does not use it. value_range: of data.to_pixels, for
+    files (None: find it). Raises UserError if there are no images.
     """
+    if dataset == GIVEN:
+        raise UserError("data_path: training had its images from Python; name images, by data_path or a data set")
     if dataset not in DATASETS:
         raise UserError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset}")
     if split not in ("pretrain", "train", "val"):
@@ -412,20 +407,23 @@ def open_splits(
 
 
 def _open_folder(root: str, split: str, value_range: tuple[float, float] | None) -> ImageFiles:
-    train = os.path.join(root, "train")
+    """Open a split of a folder with splits; for "pretrain" also a folder without them, a list of paths, tar files."""
+    splits = split_paths(root)
     if split == "pretrain":
-        beside = validation_folder(root)
-        if beside and os.path.isdir(train):
-            log(f"data: {shown(root)} holds train/ and {beside}/: training uses train/ alone")
-            root = train
+        if splits:
+            log(f"data: {shown(root)} holds {splits[0]} and {splits[1]}: training uses {splits[0]} alone")
+            root = os.path.join(root, splits[0])
     else:
-        if os.path.basename(os.path.normpath(root)) == "train" and not os.path.isdir(train):
+        name = os.path.basename(os.path.normpath(root))
+        if not splits and name in [f"train{ending}" for ending in SPLIT_ENDINGS]:
             root = os.path.dirname(os.path.normpath(root))  # training was given train/, and val/ lies next to it
-        root = os.path.join(root, "train" if split == "train" else validation_folder(root) or NAMED_SPLITS[0])
+            splits = split_paths(root)
+        splits = splits or ("train", validation_folder(root) or NAMED_SPLITS[0])
+        root = os.path.join(root, splits[split == "val"])
     images = ImageFiles(root, value_range, labelled=split != "pretrain")
     if images.left_out:
         hint = "; .heic needs pip install pillow-heif" if images.left_out.keys() & {".heic", ".heif"} else ""
-        log(f"data: left out in {shown(images.root)}, as no images: {counted(images.left_out)}{hint}")
+        log(f"data: left out in {shown(images.source)}, as no images: {counted(images.left_out)}{hint}")
     return images
 
 
@@ -466,13 +464,14 @@ def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
     return ImageArrays(pixels, labels, torchvision.datasets.FashionMNIST.classes)
 
 
-# Check a folder: python images.py DIR
+# Check images: python images.py DIR
 
 SIDES = {"below 32": 0, "32 to 95": 32, "96 to 223": 96, "224 to 511": 224, "from 512": 512}  # least pixels of each
 
 
 def check_folder(root: str, workers: int) -> int:
-    """Read every image below a folder, print what it holds, and return the number of images that cannot be read."""
+    """Read every image of a folder, list or tar files, print what is there, and return how many cannot be read."""
+    check_data_path(root)
     images = ImageFiles(root)
     log(f"{shown(root)}: {len(images):,} image files; reading them all in {workers or 1} process(es)")
     options = dict(multiprocessing_context="fork") if workers and sys.platform == "linux" else {}
@@ -490,7 +489,8 @@ def check_folder(root: str, workers: int) -> int:
             lossy += loses
         if reason:
             bad[path] = reason
-        same = first.setdefault(_identity(path), path)
+        place = (path.tar, path.offset) if isinstance(path, Member) else identity(path)
+        same = first.setdefault(place, path)
         if same != path:
             links[path] = same
     for name, counts in dict(endings=endings, formats=formats, modes=modes).items():
@@ -515,17 +515,21 @@ def check_folder(root: str, workers: int) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check the folder of a command line; exits with 1 if an image cannot be read. Raises UserError."""
+    """Check the images of a command line; exits with 1 if an image cannot be read. Raises UserError."""
     parser = OptionParser(
         prog="images.py",
         usage="images.py DIR [options]",
-        description="Read every image in and below a folder, as a run does, and print what is there: endings,\n"
-        "formats, colour modes, sizes, other files, links to the same image, and what cannot be read, and why.\n"
+        description="Read every image of a folder, a list or tar files, as a run does, and print what is there:\n"
+        "endings, formats, colour modes, sizes, other files, links to the same image; what cannot be read, and why.\n"
         "Exit code 1 if an image cannot be read, else 0. Example: python images.py photos > found.txt",
     )
     parser.start_group("check", affects="nothing")
     parser.common.append(
-        parser.group.add_argument("folder", metavar="DIR", help="The folder, as for --data_path of train.py.")
+        parser.group.add_argument(
+            "folder",
+            metavar="DIR",
+            help="A folder, a .txt list of paths or a .tar file, as for --data_path of train.py.",
+        )
     )
     parser.add("workers", None, worker_count, "Read in this many processes.", common="N",
         default_text="one per CPU core")  # fmt: skip

@@ -22,9 +22,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 # The largest numbers of an option; torch reports others in ways that are hard to read.
 MAX_INT, FLOAT32 = 2**31 - 1, torch.finfo(torch.float32)
@@ -399,3 +401,18 @@ def track(batches: Iterable, title: str, unit: str = "batch") -> Iterator:
             last_line = now
     if on_terminal and last_line > start:
         log("\r\033[2K", end="", to_file=False)
+
+
+def with_progress(items: Iterable[T], line: Callable[[T], str], last: Callable[[], str]) -> Iterator[T]:
+    """Yield the items, with a progress line each second on a terminal, every 30 s in a file; `last` ends these."""
+    pause = 1 if sys.stdout.isatty() else 30
+    has_line, next_line = False, time.monotonic() + pause
+    for item in items:
+        yield item
+        if time.monotonic() > next_line:
+            text = line(item)
+            note_activity(text)
+            show_progress(text)
+            has_line, next_line = True, time.monotonic() + pause
+    if has_line:
+        show_progress(last(), keep=True)

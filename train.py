@@ -57,7 +57,7 @@ from features import (
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import DATASETS, BadImages, ImageFiles, fingerprint, open_images, typical_side
+from images import DATASETS, GIVEN, BadImages, GivenImages, check_data_path, fingerprint, open_images, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
@@ -90,9 +90,10 @@ def option_parser() -> launch.OptionParser:
         parser.add(name, default, kind, help, default_text="from the images" if name in DERIVED else None, **more)
 
     parser.start_group("images")
-    add("data_path", None, str, "Train on the images in this folder, at any depth.", common="DIR")
+    add("data_path", None, str, "Train on this folder of images or .tar files, or on a .txt list of paths.",
+        common="DIR")  # fmt: skip
     add("dataset", "folder", str, f"Train on {', '.join(name for name in DATASETS if name != 'folder')}.",
-        common="NAME", choices=DATASETS)  # fmt: skip
+        common="NAME", choices=(*DATASETS, GIVEN))  # fmt: skip
     add("nmb_crops", None, positive_int, "crops of each resolution, large ones first; small ones suit large sets",
         nargs="+")  # fmt: skip
     add("size_crops", None, positive_int, "side of the crops in pixels; multiples of 32 for ResNet-50", nargs="+")
@@ -208,11 +209,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def name_of_images(args: argparse.Namespace) -> str:
-    """The data set's name, or that of its folder: imagenet for imagenet/train."""
+    """The data set's name, or that of its folder or file: imagenet for imagenet/train and for imagenet.txt."""
     if args.dataset != "folder" or not args.data_path:
         return args.dataset
-    folder = Path(args.data_path).absolute()
-    return (folder.parent if folder.name == "train" else folder).name or "folder"
+    path = Path(args.data_path).absolute()
+    path = path.with_suffix("") if path.suffix.lower() in (".txt", ".tar") else path
+    return (path.parent if path.name == "train" else path).name or "folder"
 
 
 def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
@@ -233,8 +235,10 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
             f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}; "
             "for a folder of your own write --dataset folder"
         )
-    if args.dataset == "folder" and not os.path.isdir(args.data_path or ""):
-        raise UserError(f"--data_path: expected a folder, got {args.data_path or 'none'}")
+    if args.dataset == GIVEN and args.data_path:
+        raise UserError(f"--data_path: expected none for --dataset {GIVEN}, got {args.data_path}")
+    if args.dataset == "folder":
+        check_data_path(args.data_path)
     if args.tensorboard == "on" and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:
@@ -332,7 +336,8 @@ def options_without_effect(args: argparse.Namespace, user_options: dict, world_s
         ("epoch_queue_starts", not args.queue_length, "without --queue_length"),
         ("sync_bn", world_size == 1, "in a single process"),
         ("syncbn_process_group_size", args.sync_bn != "apex", "without --sync_bn apex"),
-        ("cache", args.dataset != "folder", f"as the images of {args.dataset} are in memory anyway"),
+        ("cache", args.dataset == GIVEN, "as sizes of images that a Dataset gives are not known"),
+        ("cache", args.dataset not in ("folder", GIVEN), f"as the images of {args.dataset} are in memory anyway"),
     )
     found = [(name, reason) for name, is_idle, reason in checks if is_idle and set_options.get(name)]
     return [f"{launch.as_command_line({name: set_options[name]})} has no effect {reason}" for name, reason in found]
@@ -354,7 +359,7 @@ def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bo
 def build_loader(
     args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    workers = machine.workers_that_fit(*choose_workers(args, device, in_memory=not isinstance(images, ImageFiles)))
+    workers = machine.workers_that_fit(*choose_workers(args, device, in_memory=images.in_memory))
     sharing = dict(seed=args.seed, rank=rank, world_size=world_size, workers=workers)
     multi_crop, pin_memory, crop_only = build_multicrop(args), device.type == "cuda", args.augment != "workers"
     return training_loader(images, multi_crop, args.batch_size, pin_memory=pin_memory, crop_only=crop_only, **sharing)
@@ -381,12 +386,17 @@ def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:
 # The run
 
 
-def main(args: argparse.Namespace) -> None:
-    """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself."""
+def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
+    """Check, set up, train, clean up. Raises UserError for bad options, RunStopped if the run ends itself.
+
+    images: a Dataset to train on, see images.GivenImages, with args of parse_args(["--dataset", "python", ...]). Each
+    process gives its own, of the same images.
+    """
     device = machine.choose_device(args.device)
     if args.replay:
-        replay(args.replay, args.data_path, device)
+        replay(args.replay, args.data_path, device, images)
         return
+    check_given(args, images)
     dtype, dump = machine.choose_precision(args.precision, device), Path(args.dump_path)
     rank, world_size = processes.setup_processes(device)
     check_args(args, world_size)
@@ -394,7 +404,7 @@ def main(args: argparse.Namespace) -> None:
     with run_folder.locked(dump) if rank == 0 else nullcontext():
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
         check_same_options(args, dtype)
-        images, settings, reasons = open_and_resolve(args, device, world_size)
+        images, settings, reasons = open_and_resolve(args, device, world_size, images)
         launch.log_to(dump / "log.txt")
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
@@ -412,6 +422,16 @@ def main(args: argparse.Namespace) -> None:
     processes.leave_processes()
 
 
+def check_given(args: argparse.Namespace, images: Dataset | None) -> None:
+    """Raise UserError unless a Dataset is given exactly with --dataset python."""
+    if (args.dataset == GIVEN) != (images is not None):
+        raise UserError(
+            f"--dataset: expected {GIVEN} with a Dataset from Python, and only then, got {args.dataset} "
+            f"{'without' if images is None else 'with'} one; write "
+            f'train.main(train.parse_args(["--dataset", "{GIVEN}", ...]), images=dataset)'
+        )
+
+
 def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Raise UserError if processes have other options. Machines may hold the images in different folders."""
     affects = option_parser().affects
@@ -420,16 +440,24 @@ def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
 
-def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size: int) -> tuple[Dataset, dict, dict]:
-    """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons)."""
+def open_and_resolve(
+    args: argparse.Namespace, device: torch.device, world_size: int, given: Dataset | None = None
+) -> tuple[Dataset, dict, dict]:
+    """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons).
+
+    given: of --dataset python, see `main`.
+    """
     earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
     # A set that has grown is scaled as before.
     scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
-    # The first process of each machine downloads and finds errors.
-    images = processes.in_turn(
-        "opening the images",
-        lambda is_first: open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=scale),
-    )
+
+    def open_them(is_first: bool) -> Dataset:
+        if given is not None:
+            return GivenImages(given)
+        return open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=scale)
+
+    # The first process of each machine downloads, builds the index of tar files, and finds errors.
+    images = processes.in_turn("opening the images", open_them)
     if world_size > 1:
         found = fingerprint(images)
         processes.check_same("comparing images", {"images": found["images"], "their paths": found["paths"][:12]})
@@ -584,7 +612,7 @@ def print_run_summary(
         f"device: {where}; {group}; {loader.num_workers} loader workers each; {str(dtype).removeprefix('torch.')}; "
         f"sinkhorn: {backend(device)}"
     )
-    source = getattr(images, "root", None) or args.data_path or "drawn in memory"
+    source = getattr(images, "source", None) or args.data_path or "drawn in memory"
     if isinstance(images, CachedImages):
         source = f"{source}, cached in memory, {images.ends[-1] / 2**20:.0f} MiB"
     log(
@@ -601,17 +629,23 @@ def print_run_summary(
 # A bad step
 
 
-def replay(path: str, data_path: str | None, device: torch.device) -> str | None:
+def replay(path: str, data_path: str | None, device: torch.device, given: Dataset | None = None) -> str | None:
     """Run the step of a bad_step-RANK.pth again, with anomaly detection. Return its first bad tensor, or None.
 
-    data_path: where the images are now; None: as in the run. Of several processes it runs the images of one, so codes
-    are balanced over fewer images. Embeddings that the queue got since the bad step are left out.
+    data_path: where the images are now; None: as in the run. given: the Dataset of a run on --dataset python. Of
+    several processes it runs the images of one, so codes are balanced over fewer images. Embeddings that the queue got
+    since the bad step are left out.
     """
     contents = checkpoint.load(path)
     if "image_indices" not in contents:
         raise UserError(f"--replay: expected a bad_step-RANK.pth of a run that stopped, got {path}")
     args = argparse.Namespace(**contents["options"])
-    images = open_images(args.dataset, data_path or args.data_path, "pretrain")
+    if args.dataset == GIVEN and given is None:
+        raise UserError(
+            f"--replay: the run of {path} had its images from Python; run it again with them: "
+            f'train.main(train.parse_args(["--replay", "{path}"]), images=dataset)'
+        )
+    images = open_images(args.dataset, data_path or args.data_path) if given is None else GivenImages(given)
     keys = [(contents["epoch"] - 1, index) for index in contents["image_indices"]]
     batch, _ = CroppedBatches(images, build_multicrop(args), args.seed).__getitems__(keys)
     dtype, model, criterion = machine.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 import decode
 import eval_linear
 import images as images_module
+import launch
 import train
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import CroppedBatches, MultiCrop, SeededImages, UnreadableImage, start_epoch, training_loader
@@ -521,12 +522,12 @@ def test_a_long_listing_shows_its_progress(tmp_path, monkeypatch, capsys):
     folder_of(tmp_path / "b", 3)
     (tmp_path / "b" / "0.txt").write_bytes(b"")
     ticks = iter(range(0, 1000, 16))  # seconds; a line every 30
-    monkeypatch.setattr(images_module.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(ticks))
     ImageFiles(tmp_path)
     *lines, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data: ")]
     assert lines and all(line.endswith(f" images found so far, in {tmp_path}/b") for line in lines)
     assert last == "data: 3 images found"
-    monkeypatch.setattr(images_module.time, "monotonic", lambda: 0)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: 0)
     ImageFiles(tmp_path)
     assert capsys.readouterr().out == ""
 

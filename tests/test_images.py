@@ -5,29 +5,26 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_training
+from conftest import ROOT, TINY, assert_same, forked_ranks, run_training
 from PIL import Image
 
 import cache
 import images as images_module
 import shapes
+import sources
+import train
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from decode import image_size, read_image
-from images import (
-    ImageArrays,
-    ImageFiles,
-    fingerprint,
-    open_images,
-    typical_side,
-)
-from launch import UserError
+from images import GivenImages, ImageArrays, ImageFiles, fingerprint, open_images, open_splits, typical_side
+from launch import RunStopped, UserError
 from shapes import draw_shape
 
 # Image files
@@ -54,7 +51,7 @@ def test_image_files_are_found_at_any_depth_in_order_of_path(tmp_path):
 def test_a_worker_that_reads_paths_does_not_copy_them(labelled, tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     names = [f"{i:080d}.png" for i in range(100_000)]
-    monkeypatch.setattr(images_module, "files_below", lambda root, seen: (f"{root}/{name}" for name in names))
+    monkeypatch.setattr(sources, "files_below", lambda root, seen: (f"{root}/{name}" for name in names))
     images = ImageFiles(tmp_path, labelled=labelled)
     assert len(images) == len(names)
     paths = images.paths
@@ -440,3 +437,250 @@ def test_shapes_are_small_colour_images_with_balanced_labels(monkeypatch, split,
     assert image.shape == (3, 64, 64) and label == images.labels[3]
     expected, _ = draw_shape("val" if split == "val" else "train", 3)
     assert np.array_equal(image.permute(1, 2, 0), expected)
+
+
+# Lists of paths
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A folder with set/a.png, "set/b c.png", set/d.png and a function that writes a list of bytes beside it."""
+    for name in ("a", "b c", "d"):
+        save(tmp_path / "set" / f"{name}.png")
+
+    def write(content, name="list.txt"):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"set/d.png\nset/a.png\nset/b c.png\n",
+        b"\n./set/a.png\n.//set/d.png\n\nset/b c.png",
+        b"\xef\xbb\xbfset/a.png\r\nset/b c.png\r\nset/d.png\r\n",
+        "\ufeffset/a.png\r\nset/b c.png\r\nset/d.png\r\n".encode("utf-16-le"),
+        b"set/a.png\tdog\nset/b c.png\t1\nset/d.png\ta label with spaces\n",
+        b"{folder}/set/a.png\nset/b c.png\nset/d.png\n",
+    ],
+)
+def test_a_list_of_a_folders_images_gives_the_images_of_the_folder(content, listed, tmp_path):
+    path = listed(content.replace(b"{folder}", os.fsencode(tmp_path)))
+    images, folder = open_images("folder", path), ImageFiles(tmp_path / "set")
+    assert list(images.paths) == list(folder.paths)
+    assert all(torch.equal(images[i][0], folder[i][0]) and images[i][1] == -1 for i in range(3))
+    assert fingerprint(images)["paths"] == hashlib.sha256(b"set/a.png\0set/b c.png\0set/d.png").hexdigest()
+
+
+def test_a_list_of_paths_in_any_encoding_and_without_endings(listed, tmp_path):
+    for name in (b"\xff\xfe", b"\xe9t\xe9.png", "雪".encode()):
+        os.link(tmp_path / "set" / "a.png", os.fsencode(tmp_path / "set") + b"/" + name)
+    images = ImageFiles(listed(b"set/\xff\xfe\nset/\xe9t\xe9.png\nset/\xe9\x9b\xaa\n"))
+    names = [os.fsencode(path).rpartition(b"/")[2] for path in images.paths]
+    assert names == [b"\xe9t\xe9.png", "雪".encode(), b"\xff\xfe"]
+    assert all(images[i][0].shape == (3, 12, 20) for i in range(3))
+
+
+def test_missing_files_of_a_list_are_bad_images(listed, tmp_path):
+    images = ImageFiles(listed(b"set/a.png\nset/none.png\n/nowhere/0.png\n"))
+    assert typical_side(images) == 12
+    for index in (0, 2):
+        with pytest.raises(UnreadableImage, match="No such file or directory"):
+            images[index]
+    assert images_module.new_bad_images(images) == [
+        ("/nowhere/0.png", "No such file or directory"),
+        (f"{tmp_path}/set/none.png", "No such file or directory"),
+    ]
+    message = (
+        "^data_path: .*/list.txt: .*/0.png is not there, nor is any other of 100 files looked for; a list has a path"
+    )
+    with pytest.raises(UserError, match=message):
+        ImageFiles(listed(b"".join(b"%d.png\n" % i for i in range(1000))))
+
+
+@pytest.mark.parametrize(
+    "content, labelled, message",
+    [
+        (b"\n \n", False, "list.txt is empty; expected a path a line"),
+        (b"set/a.png\0set/d.png\0", False, "line 1: expected text, got a zero byte; a list has a path a line"),
+        (b"set/d.png\nset/a.png 3\n", False, "line 2: expected a TAB before the label, got set/a.png 3"),
+        (b"set/a.png\t1\nset/d.png\n", True, "line 2: expected a TAB and a label after the path, got set/d.png"),
+        (b"set/a.png\t\n", True, "line 1: expected a TAB and a label after the path"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_refused_by_its_line(content, labelled, message, listed):
+    with pytest.raises(UserError, match=f"^data_path: .*{message}"):
+        ImageFiles(listed(content), labelled=labelled)
+
+
+def test_lists_with_labels_are_the_splits_of_a_folder(listed, tmp_path, capsys):
+    listed(b"set/d.png\t10\nset/a.png\t9\nset/b c.png\t9\n", "train.txt")
+    listed(b"set/a.png\t10\nset/d.png\t9\n", "valid.txt")
+    train_images, val_images = open_splits("folder", str(tmp_path), 1)
+    assert train_images.classes == val_images.classes == ["9", "10"]  # numbers, not text
+    assert [label for _, label in train_images] == [0, 0, 1] and [label for _, label in val_images] == [1, 0]
+    assert [label for _, label in open_images("folder", tmp_path / "train.txt", "val")] == [1, 0]
+    capsys.readouterr()
+    assert len(open_images("folder", tmp_path)) == 3
+    assert "holds train.txt and valid.txt: training uses train.txt alone" in capsys.readouterr().out
+    listed(b"set/a.png\n", "valid.txt")
+    with pytest.raises(UserError, match="valid.txt, line 1: expected a TAB and a label"):
+        open_images("folder", tmp_path, "val")
+
+
+def test_a_run_on_a_list_equals_that_on_the_folder(images, tmp_path, capsys):
+    names = sorted((images / "train").rglob("*.png"))
+    (tmp_path / "cats and dogs.txt").write_text("".join(f"{name}\t{name.parent.name}\n" for name in names))
+    expected = run_training(images / "train", tmp_path / "a", "--epochs", "1")
+    found = run_training(tmp_path / "cats and dogs.txt", tmp_path / "b", "--epochs", "1")
+    assert_same(found["state_dict"], expected["state_dict"])
+    assert f"data: 10 images (folder, {tmp_path}/cats and dogs.txt" in capsys.readouterr().out
+
+
+# A Dataset from Python
+
+
+class Given(torch.utils.data.Dataset):
+    """The training images of a folder, as somebody's own Dataset. kind: of its items. bad: an index with an error."""
+
+    def __init__(self, folder, kind="PIL", bad=None):
+        self.paths, self.kind, self.bad = sorted(Path(folder).rglob("*.png")), kind, bad
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise OSError("image file is truncated")
+        image = Image.open(self.paths[index])
+        array = np.asarray(image)
+        return {
+            "PIL": (image, "a label of any kind"),
+            "alone": image,
+            "numpy": (array, 3),
+            "tensor": (torch.from_numpy(array.copy()).permute(2, 0, 1), 3, "more"),
+            "random": (np.random.default_rng().integers(0, 256, array.shape, dtype=np.uint8), 3),
+        }[self.kind]
+
+
+def train_on(dataset, dump, *more):
+    args = train.parse_args([*TINY, "--dataset", "python", "--dump_path", str(dump), *more])
+    train.main(args, images=dataset)
+    return torch.load(dump / "checkpoint.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["PIL", "alone", "numpy", "tensor"])
+def test_items_of_a_dataset_from_python(kind, images):
+    files, given = ImageFiles(images / "train"), GivenImages(Given(images / "train", kind))
+    assert len(given) == 10 and all(torch.equal(given[i][0], files[i][0]) and given[i][1] == -1 for i in range(10))
+    assert typical_side(given) == 20 and given.size_of(0) == (24, 20)
+    assert fingerprint(given) == fingerprint(GivenImages(Given(images / "train", "numpy")))
+    assert torch.equal(pickle.loads(pickle.dumps(given))[3][0], files[3][0])
+
+
+def test_grey_numpy_items_become_rgb():
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for array in (values, values[..., None]):
+        assert all(np.array_equal(channel, values) for channel in GivenImages([array, array])[0][0])
+
+
+def test_a_run_on_a_dataset_from_python_equals_that_on_its_files_and_resumes(images, tmp_path, capsys):
+    expected = run_training(images / "train", tmp_path / "a", "--cache", "off", "--epochs", "2")
+    options = "--cache", "ram", "--epochs", "2", "--workers", "2"
+    found = train_on(Given(images / "train"), tmp_path / "b", *options)
+    assert_same(found["state_dict"], expected["state_dict"])
+    out = capsys.readouterr().out
+    assert "data: 10 images (python, Given from Python)" in out and "--cache ram has no effect as sizes" in out
+    (tmp_path / "b" / "checkpoint.pth").unlink()
+    os.replace(tmp_path / "b" / "checkpoints" / "ckp-2.pth", tmp_path / "b" / "checkpoint.pth")
+    longer = train_on(Given(images / "train", "tensor"), tmp_path / "b", "--epochs", "3")
+    assert longer["epoch"] == 3
+    with pytest.raises(UserError, match=r"holds an unfinished run with other options \(images 10 .* -> 6 "):
+        train_on(Given(images / "val"), tmp_path / "b")
+
+
+def test_options_follow_from_a_dataset_from_python(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.parse_args("--dataset python --arch resnet18 --epochs 1 --device cpu --workers 0".split())
+    assert args.dump_path == "runs/python" and args.size_crops is None
+    train.check_args(args)
+    given = GivenImages(Given(images / "train"))
+    settings, reasons = train.resolve_options(args, given, 1)
+    assert settings["options"]["size_crops"] and "20" in " ".join(reasons.values())
+    assert settings["images"] == fingerprint(given) and settings["options"]["dataset"] == "python"
+
+
+def test_a_bad_item_is_counted_and_another_one_takes_its_place(images, tmp_path):
+    train_on(Given(images / "train", bad=4), tmp_path, "--epochs", "1", "--workers", "2", "--log_freq", "1")
+    assert (tmp_path / "bad_images.txt").read_text() == "image file is truncated\titem 4\n"
+    with pytest.raises(RunStopped, match="^1 of 10 images cannot be read, .*: item 4 .image file is truncated"):
+        train_on(Given(images / "train", bad=4), tmp_path / "b", "--max_bad_images", "0", "--log_freq", "1")
+
+
+def test_items_that_differ_between_calls_have_no_checksum(images, capsys):
+    print_of = fingerprint(GivenImages(Given(images / "train", "random")))
+    assert print_of == {"images": 10, "paths": hashlib.sha256(b"").hexdigest()}
+    assert "images: items differ from one call to the next" in capsys.readouterr().out
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([Image.new("RGB", (9, 9))])
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        (Stream(), "expected a Dataset with __len__ and __getitem__, .* got Stream; for a stream, write its images to"),
+        (iter([]), "expected a Dataset with __len__ and __getitem__, .* got list_iterator"),
+        ([], "expected a Dataset with images, got an empty list"),
+        ([torch.zeros(3, 9, 9)], r"expected items .* got Tensor torch.float32 \[3, 9, 9\] in item 0; leave out transf"),
+        ([np.zeros((9, 9, 4), np.uint8)], r"expected items .* got ndarray uint8 \[9, 9, 4\] in item 0"),
+        ([{"image": 1}], "expected items .* got dict in item 0"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_refused(dataset, message, tmp_path):
+    with pytest.raises(UserError, match=f"^images: {message}"):
+        train_on(dataset, tmp_path / "run")
+
+
+def test_a_dataset_and_dataset_python_need_each_other(images, tmp_path):
+    message = (
+        "^--dataset: expected python with a Dataset from Python, and only then, got {} one; write train.main.train."
+    )
+    for words, given, got in (([], Given(images), "shapes with"), (["--dataset", "python"], None, "python without")):
+        with pytest.raises(UserError, match=message.format(got)):
+            train.main(train.parse_args([*TINY, *words, "--dump_path", str(tmp_path)]), images=given)
+    with pytest.raises(UserError, match="^--data_path: expected none for --dataset python, got "):
+        train_on(Given(images), tmp_path, f"--data_path={images}")
+    with pytest.raises(UserError, match="^data_path: training had its images from Python; name images"):
+        open_images("python", None, "train")
+
+
+def test_a_step_of_a_run_on_a_dataset_from_python_is_replayed_with_it(images, tmp_path, capsys):
+    with pytest.raises(RunStopped, match="nan|inf"):
+        train_on(Given(images / "train"), tmp_path, "--base_lr", "1e30", "--log_freq", "1")
+    path = tmp_path / "bad_step-0.pth"
+    with pytest.raises(UserError, match=f'^--replay: .*"--replay", "{path}"\\]\\), images=dataset'):
+        train.main(train.parse_args(["--replay", str(path), "--device", "cpu"]))
+    train.main(train.parse_args(["--replay", str(path), "--device", "cpu"]), images=Given(images / "train"))
+    assert "first bad tensor: " in capsys.readouterr().out
+
+
+def test_several_processes_train_on_a_dataset_from_python(images, tmp_path):
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from torchvision.datasets import ImageFolder
+words = {[*TINY, "--epochs", "1", "--dataset", "python"]!r} + ["--batch_size", "2", "--dump_path", sys.argv[1]]
+train.main(train.parse_args(words), images=ImageFolder(sys.argv[2]))
+"""
+    (tmp_path / "mine.py").write_text(program)
+    result = forked_ranks(2, tmp_path / "mine.py", tmp_path / "run", images / "train")
+    assert result.returncode == 0, result.stderr
+    expected = train_on(Given(images / "train"), tmp_path / "one", "--epochs", "1")
+    two = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert two["images"] == expected["images"] and two["options"]["global_batch_size"] == 4

@@ -33,6 +33,56 @@ def test_features_of_a_checkpoint(tmp_path, monkeypatch):
         torch.testing.assert_close(names["features"], model.features(names["image"][None]))
 
 
+def check_crops(names):
+    assert [list(crop.shape) for crop in names["crops"]] == [[4, 3, 224, 224]] * 2 + [[4, 3, 96, 96]] * 6
+    assert names["labels"].shape == (4,)
+
+
+def check_module(names):
+    module = names["Pretraining"]()
+    crops = [torch.randn(4, 3, size, size) for size in (64, 64, 32, 32, 32, 32, 32, 32)]
+    loss = module.training_step((crops, None), 0)
+    loss.backward()
+    assert loss.isfinite() and all(weight.grad is not None for weight in module.parameters())
+
+
+def check_supervised(names):
+    assert names["optimizer"].steps == 4 == len(names["learning_rates"]) and names["optimizer"].skipped == 0
+    assert names["lr"] == names["learning_rates"][-1]
+
+
+def check_codes(names):
+    codes = names["codes"]
+    assert codes.shape == (16, 65536) and codes.sum(1).allclose(torch.ones(16)) and (codes > 0).any(1).all()
+    assert names["loss"].isfinite() and 0 < names["loss"] < 2 * np.log(65536)
+
+
+def check_run(names):
+    contents = torch.load("runs/mine/checkpoint.pth", weights_only=True)
+    assert contents["epoch"] == 1 and contents["images"]["images"] == 16
+
+
+# Blocks that begin with ```python NAME: each runs as it stands in an empty folder, and leaves what is checked here.
+EXAMPLES = {
+    "your_dataset.py": check_crops,
+    "lightning.py": check_module,
+    "supervised.py": check_supervised,
+    "many_prototypes.py": check_codes,
+    "your_images.py": check_run,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_works_in_an_empty_folder(name, tmp_path, monkeypatch):
+    blocks = dict(re.findall(r"(?ms)^```python (\w+\.py)\n(.*?)^```$", README))
+    assert blocks.keys() == EXAMPLES.keys()
+    assert len(blocks[name].splitlines()) <= 12 and max(map(len, blocks[name].splitlines())) <= 120
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    exec(compile(blocks[name], name, "exec"), names)
+    EXAMPLES[name](names)
+
+
 def test_torch_hub_has_the_backbones_also_next_to_another_model_file(tmp_path):
     # torch.hub.list takes these for entry points of a repository on GitHub.
     assert {name for name, value in vars(hubconf).items() if callable(value) and name[0] != "_"} == {
