@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import UnreadableImage
 from decode import check_images, look_at, loses_bits, read_image, readable_formats, shown, size_of, value_limits
+from labels import ChosenImages, align_classes, labelled_by_list, stratified
 from launch import OptionParser, RunStopped, UserError, environment, log, show_progress, track, worker_count
 from machine import available_cores
 from processes import run_script
@@ -213,6 +214,9 @@ def fingerprint(images: Dataset) -> dict[str, int | str]:
     The sum is over the sorted paths below the set's folder, as bytes with a NUL between; of images in memory over a
     checksum of their pixels.
     """
+    if isinstance(images, ChosenImages):
+        chosen = f"{fingerprint(images.images)['paths']} {images.indices.tolist()} {images.labels.tolist()}"
+        return {"images": len(images), "paths": hashlib.sha256(chosen.encode()).hexdigest()}
     images = getattr(images, "images", images)  # below a cache
     if isinstance(images, ImageFiles):
         root = os.path.join(os.fsencode(images.root), b"")
@@ -248,6 +252,8 @@ def look_at_some(images: ImageFiles, what: Callable[[Image.Image], Any]) -> list
 
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, from a sample. Raises UserError if none can be read."""
+    while isinstance(images, ChosenImages):
+        images = images.images
     if isinstance(images, ImageFiles):
         return int(np.median([min(size) for size in look_at_some(images, size_of)]))
     return int(np.median([min(images[i][0].shape[1:]) for i in sample_of(images)]))
@@ -293,10 +299,14 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     """(path, reason) of the images that this process and its loader's workers could not read since the last call."""
-    files = getattr(images, "images", images)  # below a cache
+    files, chosen = images, slice(None)  # indices of the files that `images` holds
+    while not hasattr(files, "bad") and hasattr(files, "images"):  # below a cache or a choice
+        chosen = files.indices[chosen] if isinstance(files, ChosenImages) else chosen
+        files = files.images
     if not isinstance(files, ImageFiles):
         return []
-    new, found = (files.bad == 1).nonzero().flatten().tolist(), []
+    chosen = np.arange(len(files))[chosen]
+    new, found = chosen[files.bad.numpy()[chosen] == 1].tolist(), []
     files.bad[new] = 2
     for path in (files.paths[i] for i in new):
         try:
@@ -392,20 +402,41 @@ def open_images(
 
 
 def open_splits(
-    dataset: str, data_path: str | None, world_size: int, value_range: tuple[float, float] | None = None
+    dataset: str,
+    data_path: str | None,
+    world_size: int,
+    value_range: tuple[float, float] | None = None,
+    *,
+    val_share: float | None = None,
+    val_labels: str | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation images, which have the same classes. Raises UserError.
+    """Training and validation images with labels of the same classes. Raises UserError.
 
-    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels.
+    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels. val_share: take
+    this share of each class for validation; data_path then is one folder of class folders (or has them in train/).
+    seed: of that draw. val_labels: a file with the classes of a flat folder of validation images, see
+    labels.labelled_by_list. Logs classes that one of the splits lacks; images that training has no class for are left
+    out.
     """
-    download = world_size == 1
-    train_images = open_images(dataset, data_path, "train", download, value_range)
-    val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
-    if train_images.classes != val_images.classes:
-        raise UserError(
-            f"data_path: expected the same class folders in train/ and val/, got {train_images.classes} and "
-            f"{val_images.classes}"
-        )
+    download, in_train = world_size == 1, os.path.isdir(os.path.join(data_path or "", "train"))
+    if val_share is not None and dataset == "folder" and not in_train:
+        train_images = ImageFiles(data_path, value_range, labelled=True)
+    else:
+        train_images = open_images(dataset, data_path, "train", download, value_range)
+    if val_share is not None:
+        chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
+        others = np.setdiff1d(np.arange(len(train_images)), chosen)
+        if not len(chosen):
+            raise UserError(f"--val_share: expected two images or more of a class, got {len(train_images)} images in all")
+        train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
+    elif val_labels is not None:
+        flat = os.path.dirname(train_images.root), validation_folder(os.path.dirname(train_images.root))
+        images = ImageFiles(os.path.join(flat[0], flat[1] or NAMED_SPLITS[0]), train_images.value_range)
+        val_images = labelled_by_list(images, train_images.classes, val_labels)
+    else:
+        val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
+    val_images = align_classes(train_images, val_images)
     if min(len(train_images), len(val_images)) < world_size:
         raise UserError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
     return train_images, val_images

@@ -235,9 +235,11 @@ ALLOWED = {
     "run_log": {"launch", "processes"},
     "run_folder": {"launch"},
     "decode": {"data"},
-    "images": {"data", "decode", "launch", "machine", "processes", "shapes"},
+    "labels": {"launch"},
+    "images": {"data", "decode", "labels", "launch", "machine", "processes", "shapes"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
+    "probes": {"checkpoint", "data", "features", "launch", "model"},
     "backbones": {"checkpoint", "launch", "model"},
     "hubconf": set(),  # loads model.py by its path
 }
