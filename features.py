@@ -298,9 +298,7 @@ def rate_features(
     cosines, neighbours = nearest(features, val_features, max(knn_k))
     by_k = {}
     for k in knn_k:
-        scores = votes(
-            cosines[:, :k], labels[neighbours[:, :k]], classes=classes, temperature=knn_temperature
-        )
+        scores = votes(cosines[:, :k], labels[neighbours[:, :k]], classes=classes, temperature=knn_temperature)
         by_k[str(k)] = accuracies(scores, val_labels)
     return {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
 

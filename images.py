@@ -428,7 +428,9 @@ def open_splits(
         chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
         others = np.setdiff1d(np.arange(len(train_images)), chosen)
         if not len(chosen):
-            raise UserError(f"--val_share: expected two images or more of a class, got {len(train_images)} images in all")
+            raise UserError(
+                f"--val_share: expected two images or more of a class, got {len(train_images)} images in all"
+            )
         train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
     elif val_labels is not None:
         flat = os.path.dirname(train_images.root), validation_folder(os.path.dirname(train_images.root))

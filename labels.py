@@ -89,7 +89,8 @@ def align_classes(train_images: Dataset, val_images: Dataset) -> Dataset:
         indices = np.flatnonzero(is_known)
         labels = [new_label[old_classes[label]] for label in old_labels[indices]]
         val_images = ChosenImages(val_images, indices, np.array(labels), train_images.classes)
-    without = [name for label, name in enumerate(train_images.classes) if label not in set(val_images.labels.tolist())]
+    present = set(np.asarray(val_images.labels).tolist())
+    without = [name for label, name in enumerate(train_images.classes) if label not in present]
     if without:
         log(
             f"data: {len(without)} of {len(train_images.classes)} classes have no validation images ({some(without)}): "
@@ -145,7 +146,9 @@ def listed_images(images: Dataset, path: str | os.PathLike, option: str = "--sub
             unmatched.append(line)
     _refuse_if_many(unmatched, len(lines), f"{option}: {path}: names without an image")
     if not indices:
-        raise UserError(f"{option}: none of the names in {path} is one of the training images, such as {of_name}")
+        raise UserError(
+            f"{option}: none of the names in {path} is one of the training images, such as {next(iter(of_name))}"
+        )
     return ChosenImages(images, np.array(sorted(indices)))
 
 
@@ -172,7 +175,9 @@ def labelled_by_list(
             raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(images.paths)} validation images")
         wordnet_names = read_devkit(path, option)
         order = np.argsort([stem(file) for file in images.paths])
-        class_of = {stem(images.paths[int(i)]): wordnet_names.get(int(line)) for i, line in zip(order, lines, strict=True)}
+        class_of = {
+            stem(images.paths[int(i)]): wordnet_names.get(int(line)) for i, line in zip(order, lines, strict=True)
+        }
     else:
         words = [re.split(r"[\s,]+", line) for line in lines]
         bad = next((i for i, parts in enumerate(words) if len(parts) < 2), None)

@@ -310,9 +310,9 @@ def training_layout(network: nn.Module, device: torch.device) -> torch.memory_fo
 def fine_tuning_defaults(images: int, epochs: int | None, batch_size: int | None) -> tuple[int, int]:
     """(epochs, batch size over all processes) of fine-tuning on so many images, for those that are None.
 
-    The published 256 images and 20 epochs, which suit 10,000 images and more. Fewer images get smaller batches, a
-    quarter of the images, but at least 16, and as many epochs as FEW_STEPS steps take.
+    The published 256 images and 20 epochs suit 12,800 images and more. Fewer images get smaller batches, 16 of them an
+    epoch, but at least 16 images each, and as many epochs as FEW_STEPS steps take.
     """
-    batch_size = batch_size or min(256, images, max(16, images // 4))
+    batch_size = batch_size or min(256, images, max(16, images // 16))
     steps = max(1, images // batch_size)
     return epochs or max(20, math.ceil(FEW_STEPS / steps)), batch_size
