@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,13 +115,20 @@ def option_parser() -> OptionParser:
         default_text="100; --finetune: 20, more for few labels")  # fmt: skip
     add("batch_size", None, positive_int, "images per process (default: 256 over all processes; with --finetune fewer "
         "below 4,096 images)")  # fmt: skip
-    add("lr", None, positive, "learning rate for the batches of all processes, not rescaled; several with --sweep "
-        f"(default: 0.3; --finetune: 0.01, of the backbone; --sweep: {' '.join(map(str, SWEEP_LR))})",
+    add("lr", None, or_file(positive), "learning rate for the batches of all processes, not rescaled; several with "
+        f"--sweep (default: 0.3; --finetune: 0.01, of the backbone; --sweep: {' '.join(map(str, SWEEP_LR))})",
         nargs="+")  # fmt: skip
     add("lr_last_layer", 0.2, positive, "learning rate of the classifier in --finetune")
-    add("wd", None, nonnegative, "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
+    add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
         f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
-    add("knn_k", [20], positive_int, "Let this many neighbours vote; several are compared.", common="N", nargs="+")
+    add(
+        "knn_k",
+        [20],
+        or_file(positive_int),
+        "Let this many neighbours vote; several are compared.",
+        common="N",
+        nargs="+",
+    )
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
         choices=("on", "off"))  # fmt: skip
@@ -142,9 +149,27 @@ def share(text: str) -> float:
     return value
 
 
+def or_file(kind: Callable[[str], float]) -> Callable[[str], float | str]:
+    """The type of an option of several values, behind which a checkpoint may be typed, see `parse_args`."""
+
+    def parse(text: str) -> float | str:
+        is_file = text.endswith((".pth", ".pt", ".tar", ".safetensors")) or os.path.isfile(text)
+        return text if is_file else kind(text)
+
+    return parse
+
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
+    for name in ("lr", "wd", "knn_k"):  # argparse gives them the checkpoint that is typed behind them
+        *others, last = getattr(args, name) or [None]
+        if isinstance(last, str) and args.checkpoint is None:
+            args.checkpoint = last
+            setattr(args, name, others)
+        for word in getattr(args, name) or []:
+            if isinstance(word, str):
+                raise UserError(f"--{name}: expected numbers, got {word}")
     if None not in (args.checkpoint, args.pretrained):
         raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
     args.checkpoint = args.pretrained if args.checkpoint is None else args.checkpoint
@@ -242,7 +267,7 @@ def open_labelled(
     if len(train_images) < all_images:
         log(f"data: {len(train_images):,} of {all_images:,} training images are used with their labels")
     if len(train_images) < world_size:
-        raise UserError(f"{len(train_images)} training images are fewer than the {world_size} processes")
+        raise UserError(f"--labels, --subset: they leave {len(train_images)} images for {world_size} processes")
     return train_images, val_images
 
 

@@ -166,7 +166,8 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> list[float
         return [0.0, 100.0]
     centre = share + z**2 / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return [100 * max(0.0, (centre - half) / (1 + z**2 / count)), 100 * min(1.0, (centre + half) / (1 + z**2 / count))]
+    low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return [100 * max(0.0, min(low, share)), 100 * min(1.0, max(high, share))]  # rounding: it holds the share
 
 
 def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
