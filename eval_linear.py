@@ -443,7 +443,11 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         "weights": weights_before,
         "images": dict(zip(bad_images, map(len, splits), strict=True)),
     }
-    result |= {"left_out": count_bad_images(bad_images), **outcomes, "seconds": round(time.perf_counter() - start, 1)}
+    result |= {
+        "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
+        **outcomes,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     if args.per_class:
         result["per_class"] = accuracy_by_class(*rated, train_images.classes)
     print_result(result)

@@ -156,6 +156,7 @@ class ImageFiles(Dataset):
         self.root, hint = os.fspath(root), ""
         if labelled:
             hint = f"; labels need train/ and {'/ or '.join(NAMED_SPLITS)}/ with a folder of images for each class"
+            hint += " (or --val_share, --val_labels)"
         try:
             with os.scandir(root) as entries:
                 classes = sorted(e.name for e in entries if labelled and e.is_dir() and not e.name.startswith("."))
