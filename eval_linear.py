@@ -1,35 +1,49 @@
-"""Evaluate a checkpoint: linear probe and kNN on its frozen features (Caron et al. 2020, section 4.1, appendix A).
+"""Evaluate a checkpoint with labels: a linear probe and kNN on its frozen features, or fine-tuning on few labels.
 
     python eval_linear.py                                              # newest checkpoint in runs/, on its own images
     python eval_linear.py runs/shapes/checkpoint.pth --cached          # quick: one pass over the images, no crops
+    python eval_linear.py runs/shapes/checkpoint.pth --finetune --labels 0.1
     torchrun --nproc_per_node=4 eval_linear.py swav_800ep_pretrain.pth.tar --data_path imagenet
 
 Takes checkpoints of train.py, published SwAV files and torchvision ResNets, and reads the architecture off the weights.
-Next to the results it prints those of random weights and of raw pixels: useful features beat both.
+Next to the results it prints those of random weights and of raw pixels: useful features beat both. What trains resumes
+when the command is run again. Results of all kinds stay beside each other in NAME.eval.json. Source: Caron et al. 2020,
+section 4.1, appendix A.
 """
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import checkpoint
 from backbones import choose_sizes, load_backbone
-from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
+from data import CentreCrop, ProbeCrop, reuse_freed_memory
 from decode import shown
-from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
+from features import (
+    accuracies,
+    accuracy_by_class,
+    baselines,
+    confusion_matrix,
+    extract_features,
+    features_of_splits,
+    logistic_regression,
+    rate_features,
+)
 from images import DATASETS, BadImages, fingerprint, open_splits, typical_side
+from labels import ChosenImages, listed_images, stratified
 from launch import (
     OptionParser,
     RunStopped,
@@ -38,24 +52,28 @@ from launch import (
     log,
     nonnegative,
     nonnegative_int,
+    number,
     positive,
     positive_int,
-    track,
     workers_or_auto,
 )
 from machine import choose_device, set_threads_and_workers, workers_that_fit
 from model import ARCHS, ResNet
+from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults, linear_probe
 from processes import check_same, leave_processes, run_script, setup_processes
+
+HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
+OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
 
 
 def option_parser() -> OptionParser:
     parser = OptionParser(
         prog="eval_linear.py",
+        fromfile_prefix_chars="@",
         usage="eval_linear.py [checkpoint] [options]",
-        description="Evaluate a checkpoint by a linear probe and kNN on its frozen features, next to random weights\n"
-        "and raw pixels. Without a checkpoint it takes the newest runs/*/checkpoint.pth.",
-        epilog="The images need labels: train/ and val/, with a folder per class in each.\n"
-        "--help-all shows the other options.",
+        description="Evaluate a checkpoint by a linear probe and kNN on its frozen features, or by fine-tuning.\n"
+        "Without a checkpoint it takes the newest runs/*/checkpoint.pth. @FILE reads options from a file.",
+        epilog="The images need labels: train/ and val/, with a folder per class in each. --help-all: all options.",
     )
     parser.start_group("checkpoint and images", affects="nothing")
     checkpoint_option = parser.group.add_argument(
@@ -68,6 +86,11 @@ def option_parser() -> OptionParser:
         default_text="as in training")  # fmt: skip
     add("dataset", None, str, "Evaluate on this named data set.", common="NAME", choices=DATASETS,
         default_text="folder with --data_path, else as in training")  # fmt: skip
+    add("val_share", None, share, "validate on this share of each class, drawn by --seed, where there is one folder of "
+        "class folders (default: val/ validates)")  # fmt: skip
+    add("val_labels", None, str, "file with a line NAME CLASS for each image of a val/ without class folders; CLASS is "
+        "a folder of train/ or its number from 0. Also ImageNet's ILSVRC2012_validation_ground_truth.txt, beside "
+        "its meta.mat")  # fmt: skip
     add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
         default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
@@ -76,35 +99,77 @@ def option_parser() -> OptionParser:
     add("max_bad_images", None, nonnegative_int, "unreadable images of a split up to which the evaluation goes on, "
         "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
-    parser.common.append(
-        parser.group.add_argument(
-            "--cached",
-            action="store_true",
-            help="Fit a logistic regression to cached features, instead of SGD over random crops: quick.",
-        )
-    )
-    add("epochs", 100, epoch_count, "Train the linear probe for this many epochs.", common="N")
-    add("batch_size", None, positive_int, "images per process (default: 256 over all processes)")
+
+    def add_flag(name: str, help: str, is_common: bool = True) -> None:
+        action = parser.group.add_argument(f"--{name}", action="store_true", help=help)
+        parser.common.extend([action] * is_common)
+
+    add_flag("cached", "Fit a logistic regression to cached features, without crops: quick.")
+    add_flag("finetune", "Train all weights on the labels, not only a classifier.")
+    add_flag("sweep", "Probe with several learning rates and weight decays at once.")
+    add("labels", None, share, "Use this share of each class, as 0.01, drawn by --seed.", common="SHARE",
+        default_text="all")  # fmt: skip
+    add("subset", None, str, "use the training images that this file lists, one name a line, as the published 1 %% and "
+        "10 %% of ImageNet (default: all)")  # fmt: skip
+    add("epochs", None, epoch_count, "Train for this many epochs.", common="N",
+        default_text="100; --finetune: 20, more for few labels")  # fmt: skip
+    add("batch_size", None, positive_int, "images per process (default: 256 over all processes; with --finetune fewer "
+        "below 4,096 images)")  # fmt: skip
+    add("lr", None, or_file(positive), "learning rate for the batches of all processes, not rescaled; several with "
+        f"--sweep (default: 0.3; --finetune: 0.01, of the backbone; --sweep: {' '.join(map(str, SWEEP_LR))})",
+        nargs="+")  # fmt: skip
+    add("lr_last_layer", 0.2, positive, "learning rate of the classifier in --finetune")
+    add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
+        f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
     add(
-        "lr",
-        0.3,
-        positive,
-        "learning rate at the start of the cosine schedule, for 256 images over all processes; not rescaled",
+        "knn_k",
+        [20],
+        or_file(positive_int),
+        "Let this many neighbours vote; several are compared.",
+        common="N",
+        nargs="+",
     )
-    add("wd", 1e-6, nonnegative, "weight decay")
-    add("knn_k", 20, positive_int, "Let this many nearest neighbours vote.", common="N")
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
+    add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
+        choices=("on", "off"))  # fmt: skip
+    add_flag("per_class", "print and save the accuracy of each class, and draw which are confused", is_common=False)
     parser.start_group("machine", affects="nothing")
     add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
     add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
         common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
-    add("seed", 31, nonnegative_int, "Seed the probe and the random weights.", common="N")
+    add("seed", 31, nonnegative_int, "Seed what is drawn, the probe and the random weights.", common="N")
     return parser
+
+
+def share(text: str) -> float:
+    """The type of an option: a number above 0 and below 1."""
+    value = number(float, 0, above=True, most=1)(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"expected a share below 1, as 0.1 for 10 %, got {text}")
+    return value
+
+
+def or_file(kind: Callable[[str], float]) -> Callable[[str], float | str]:
+    """The type of an option of several values, behind which a checkpoint may be typed, see `parse_args`."""
+
+    def parse(text: str) -> float | str:
+        is_file = text.endswith((".pth", ".pt", ".tar", ".safetensors")) or os.path.isfile(text)
+        return text if is_file else kind(text)
+
+    return parse
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
+    for name in ("lr", "wd", "knn_k"):  # argparse gives them the checkpoint that is typed behind them
+        *others, last = getattr(args, name) or [None]
+        if isinstance(last, str) and args.checkpoint is None:
+            args.checkpoint = last
+            setattr(args, name, others)
+        for word in getattr(args, name) or []:
+            if isinstance(word, str):
+                raise UserError(f"--{name}: expected numbers, got {word}")
     if None not in (args.checkpoint, args.pretrained):
         raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
     args.checkpoint = args.pretrained if args.checkpoint is None else args.checkpoint
@@ -121,13 +186,35 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
         raise UserError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    for pair in (("cached", "finetune"), ("cached", "sweep"), ("finetune", "sweep"), ("labels", "subset"),
+                 ("val_share", "val_labels")):  # fmt: skip
+        if all(getattr(args, name) not in (None, False) for name in pair):
+            raise UserError(f"--{pair[0]}: expected none beside --{pair[1]}; each is a way of its own")
+    for name in ("lr", "wd"):
+        values = getattr(args, name) or []
+        if len(values) > 1 and not args.sweep:
+            raise UserError(f"--{name}: expected one value, or --sweep for several, got {' '.join(map(str, values))}")
+    if args.val_labels is not None and args.dataset not in (None, "folder"):
+        raise UserError(f"--val_labels: expected images in a folder, got --dataset {args.dataset}")
 
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
     """A line for each option that the user set and that changes nothing."""
-    default = option_parser().get_default
-    idle = [name for name in ("epochs", "lr", "wd") if args.cached and getattr(args, name) != default(name)]
-    return [f"--{name} {getattr(args, name)} has no effect with --cached, which fits without SGD" for name in idle]
+    default, lines = option_parser().get_default, []
+    idle = {"epochs": args.cached, "lr": args.cached, "wd": args.cached, "lr_last_layer": not args.finetune}
+    idle |= {"knn_k": args.finetune, "knn_temperature": args.finetune}
+    for name in (name for name, is_idle in idle.items() if is_idle and getattr(args, name) != default(name)):
+        value = getattr(args, name)
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        reason = (
+            "without --finetune"
+            if name == "lr_last_layer"
+            else (
+                "with --cached, which fits without SGD" if args.cached else "with --finetune, which has no neighbours"
+            )
+        )
+        lines.append(f"--{name} {text} has no effect {reason}")
+    return lines
 
 
 # What is evaluated, on which images
@@ -156,124 +243,359 @@ def count_bad_images(bad_images: dict[str, BadImages]) -> dict[str, int]:
 # Evaluation
 
 
-def linear_probe(
-    backbone: ResNet,
-    train_images: Dataset,
-    val_images: Dataset,
-    train_transform: Callable,
-    val_transform: Callable,
-    device: torch.device,
-    *,
-    classes: int,
-    epochs: int = 100,
-    batch_size: int = 256,
-    lr: float = 0.3,
-    weight_decay: float = 1e-6,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train the paper's linear probe: SGD on random crops, cosine schedule per epoch.
+def weights_checksum(network: nn.Module) -> str:
+    """CRC-32 of a network's weights and statistics, in hexadecimal: the same for the same file."""
+    checksum = 0
+    for tensor in network.state_dict().values():
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
 
-    batch_size is per process, lr for the batches of all. Returns scores [N, classes] and labels of the val images.
+
+def open_labelled(
+    args: argparse.Namespace, dataset: str, data_path: str | None, world_size: int, value_range: tuple | None
+) -> tuple[Dataset, Dataset]:
+    """Training images, or the part of them that the options ask for, and validation images. Raises UserError."""
+    train_images, val_images = open_splits(
+        dataset, data_path, world_size, value_range,
+        val_share=args.val_share, val_labels=args.val_labels, seed=args.seed,
+    )  # fmt: skip
+    all_images = len(train_images)
+    if args.labels is not None:
+        train_images = ChosenImages(train_images, stratified(train_images.labels, args.labels, args.seed))
+    if args.subset is not None:
+        train_images = listed_images(train_images, args.subset)
+    if len(train_images) < all_images:
+        log(f"data: {len(train_images):,} of {all_images:,} training images are used with their labels")
+    if len(train_images) < world_size:
+        raise UserError(f"--labels, --subset: they leave {len(train_images)} images for {world_size} processes")
+    return train_images, val_images
+
+
+class Setup(NamedTuple):
+    """What is evaluated, and on what."""
+
+    backbone: nn.Module
+    random_backbone: nn.Module
+    train_images: Dataset
+    val_images: Dataset
+    bad_images: dict[str, BadImages]
+    crop: ProbeCrop
+    transform: CentreCrop
+    device: torch.device
+    loading: dict[str, int]
+    settings: dict
+    progress: dict[str, Progress]
+
+
+Rated = tuple[dict, tuple[torch.Tensor, torch.Tensor], dict]
+
+
+def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
+    """Probe frozen features: (outcomes, (scores, labels) of the checkpoint's classifier, its weights if it trained)."""
+    train_images, device, loading = setup.train_images, setup.device, setup.loading
+    evaluation = train_images, setup.val_images, setup.transform, device
+    classes = len(train_images.classes)
+    options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature)
+    log("checkpoint ...")
+    features, labels, *validation = features_of_splits(setup.backbone, *evaluation, **loading)
+    row, outcomes, weights = rate_features(features, labels, *validation, **options), {}, {}
+    count_bad_images(setup.bad_images)  # all have been read once
+    if args.cached:
+        scores, val_labels = logistic_regression(features, labels, validation[0], classes=classes), validation[1]
+    else:
+        del features  # may be large
+        scores, val_labels, weights, more = probe(args, setup, tuple(validation))
+        row["linear_by_epoch"] = more.pop("by_epoch")
+        outcomes |= more
+    row["linear"] = accuracies(scores, val_labels)
+    rows = {"checkpoint": row}
+    if args.compare == "on":
+        rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
+    return outcomes | {"rows": rows}, (scores, val_labels), weights
+
+
+def probe(
+    args: argparse.Namespace, setup: Setup, validation: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
+    """Train the linear probe, or those of a sweep: scores and labels of the validation images, weights, outcomes.
+
+    The best of a sweep is chosen on training images that no classifier was trained on: validation images that choose
+    would make their own accuracy too high.
     """
-    torch.manual_seed(seed)
-    linear = nn.Linear(backbone.num_features, classes).to(device)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    probe = linear
-    if world_size > 1:
-        probe = DistributedDataParallel(linear, device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
-    batch_size = min(batch_size, len(train_images) // world_size)
-    sharing = dict(rank=rank, world_size=world_size, workers=workers)
-    pin_memory = device.type == "cuda"
-    loader = training_loader(train_images, train_transform, batch_size, seed=seed, pin_memory=pin_memory, **sharing)
-    start = time.perf_counter()
-    for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
-        batches = start_epoch(loader, epoch)
-        total_loss = torch.zeros((), device=device)
-        for images, labels in track(batches, f"linear probe, epoch {epoch + 1}/{epochs}"):
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            with torch.no_grad(), bf16_on_gpus(device):
-                features = backbone(images).float()
-            loss = F.cross_entropy(probe(features), labels.to(device, non_blocking=True))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.detach()
-        left = timedelta(seconds=round((time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)))
-        mean_loss = total_loss.item() / len(loader)
-        if not math.isfinite(mean_loss):
-            raise RunStopped(f"linear probe: the loss is {mean_loss} in epoch {epoch + 1}; try a lower --lr", code=4)
-        log(f"linear probe, epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}  ETA {left}")
-    features, labels = extract_features(
-        backbone, val_images, val_transform, device, "validation", batch_size=batch_size, **sharing
-    )
-    with torch.no_grad():
-        return linear(features), labels
+    images, settings, held_out, best, outcomes = setup.train_images, setup.settings, None, 0, {}
+    rates = [(lr, decay) for lr in settings["lr"] for decay in settings["wd"]]
+    if args.sweep:
+        part = min(HELD_OUT[0], HELD_OUT[1] / len(images))
+        chosen = stratified(images.labels, part, args.seed, leave_one=True)
+        if not len(chosen):
+            raise UserError("--sweep: expected two training images or more of a class, to hold one out, found none")
+        held_out = ChosenImages(images, chosen)
+        images = ChosenImages(images, np.setdiff1d(np.arange(len(images)), chosen))
+    heads, fitted = linear_probe(
+        setup.backbone, images, setup.crop, validation, setup.device,
+        classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=args.seed,
+        progress=setup.progress["checkpoint"], **setup.loading,
+    )  # fmt: skip
+    if held_out:
+        held_features, held_labels = extract_features(
+            setup.backbone, held_out, setup.transform, setup.device, "held-out images", **setup.loading
+        )
+        with torch.no_grad():
+            rows = sweep_rows(rates, heads(held_features), held_labels, fitted["scores"], fitted["labels"])
+        best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
+        outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
+    outcomes["by_epoch"] = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
+    weights = {f"fc.{name}": value for name, value in heads.heads[best].state_dict().items()}
+    return fitted["scores"][best], fitted["labels"], weights, outcomes
+
+
+def sweep_rows(
+    rates: Sequence[tuple[float, float]],
+    held_scores: torch.Tensor,
+    held_labels: torch.Tensor,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+) -> list[dict]:
+    """A row for each classifier of a sweep: {"lr", "wd", "held_out": accuracies, "val": accuracies}.
+
+    Those whose scores are inf or nan count as wrong everywhere.
+    """
+
+    def rate(scores: torch.Tensor, labels: torch.Tensor) -> dict:
+        return accuracies(scores, labels if scores.isfinite().all() else torch.full_like(labels, -1))
+
+    return [
+        {"lr": lr, "wd": decay, "held_out": rate(held_scores[i], held_labels), "val": rate(scores[i], labels)}
+        for i, (lr, decay) in enumerate(rates)
+    ]
+
+
+RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
+
+
+def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
+    """Fine-tune the checkpoint, and random weights: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
+    rows, settings, rated, weights = {}, setup.settings, None, {}
+    networks = {"checkpoint": setup.backbone} | ({RANDOM_TUNED: setup.random_backbone} if args.compare == "on" else {})
+    for name, backbone in networks.items():
+        network, fitted = fine_tune(
+            backbone, setup.train_images, setup.val_images, setup.crop, setup.transform, setup.device,
+            classes=len(setup.train_images.classes), lr=settings["lr"][0], lr_last_layer=settings["lr_last_layer"],
+            weight_decay=settings["wd"][0], epochs=settings["epochs"], seed=args.seed, title=f"fine-tuning {name}",
+            progress=setup.progress[name], **setup.loading,
+        )  # fmt: skip
+        scores, labels = fitted["scores"][0], fitted["labels"]
+        by_epoch = {str(epoch): top1 for epoch, (top1,) in fitted["history"].items()}
+        rows[name] = {"finetune": accuracies(scores, labels), "finetune_by_epoch": by_epoch}
+        if name == "checkpoint":
+            count_bad_images(setup.bad_images)  # all have been read once
+            rated, weights = (scores, labels), network.backbone.state_dict()
+            weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
+            weights = checkpoint.on_host(weights)
+    return {"rows": rows}, rated, weights
 
 
 def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> dict:
-    """Evaluate the checkpoint, random weights and raw pixels; returns what is written to NAME.eval.json."""
+    """Evaluate the checkpoint, random weights and raw pixels; returns and saves the result, beside other ones."""
+    start = time.perf_counter()
     path = Path(args.checkpoint) if args.checkpoint else checkpoint.newest_checkpoint()
     backbone, architecture, trained = load_backbone(path, args.arch)
     dataset, data_path = choose_images(args, trained)
-    train_images, val_images = open_splits(dataset, data_path, world_size, trained.get("value_range"))
-    splits = {"train": train_images, "val": val_images}
-    bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
-    if world_size > 1:
-        found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
-        check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
+    value_range = trained.get("value_range")
+    train_images, val_images = splits = open_labelled(args, dataset, data_path, world_size, value_range)
+    bad_images = {
+        split: BadImages(images, args.max_bad_images) for split, images in zip(("train", "val"), splits, strict=True)
+    }
+    found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
+    check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
     size, resize = choose_sizes(
         trained, typical_side(val_images), is_folder=dataset == "folder", size=args.size, resize=args.resize
     )
-    classes, val_transform = len(train_images.classes), CentreCrop(resize, size)
     reuse_freed_memory()
-    batch_size = args.batch_size or max(1, 256 // world_size)
+    settings = settings_of(args, len(train_images), world_size) | {"size": size, "resize": resize}
+    batch_size = args.batch_size or max(1, settings.get("batch_size", 256) // world_size)
     workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
     log(
         f"{path}: {architecture['arch']} of width {architecture['width']}, {backbone.num_features} features; "
         f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
-        f"validation images of {classes} classes, {size} pixels; {device}, {world_size} process(es)"
+        f"validation images of {len(train_images.classes)} classes, {size} pixels; {device}, {world_size} process(es)"
     )
-
-    evaluation = train_images, val_images, val_transform, device
-    options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature, **loading)
-    log("checkpoint ...")
-    rows = {"checkpoint": evaluate_features(backbone, *evaluation, with_linear=args.cached, **options)}
-    count_bad_images(bad_images)  # all have been read once
-    if not args.cached:
-        probing = dict(classes=classes, epochs=args.epochs, lr=args.lr, weight_decay=args.wd, seed=args.seed, **loading)
-        transforms = ProbeCrop(size), val_transform
-        scores, labels = linear_probe(backbone, train_images, val_images, *transforms, device, **probing)
-        rows["checkpoint"]["linear"] = accuracies(scores, labels)
     torch.manual_seed(args.seed)
-    rows |= baselines(ResNet(**architecture), *evaluation, **options)
-    return {
-        "checkpoint": str(path),
-        "dataset": dataset,
-        "data_path": data_path,
-        "size": size,
-        "resize": resize,
-        "linear_probe": "cached features" if args.cached else f"random crops, {args.epochs} epochs",
-        "knn_k": args.knn_k,
-        "knn_temperature": args.knn_temperature,
-        "seed": args.seed,
-        "left_out": count_bad_images(bad_images),
-        "rows": rows,
+    random_backbone = ResNet(**architecture)
+    # What decides the trained weights: neighbours and comparisons do not. Images may have moved.
+    deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
+    deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
+    networks = {"checkpoint": backbone, RANDOM_TUNED: random_backbone} if args.finetune else {"checkpoint": backbone}
+    progress = {
+        name: Progress(
+            path.with_suffix(f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"),
+            deciding | {"weights": weights_checksum(network)},
+        )
+        for name, network in networks.items()
     }
+    weights_before = weights_checksum(backbone)
+    crops = ProbeCrop(size), CentreCrop(resize, size)
+    setup = Setup(backbone, random_backbone, *splits, bad_images, *crops, device, loading, settings, progress)
+    outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
+    result = {"checkpoint": str(path), "dataset": dataset, "data_path": data_path, **settings}
+    result |= {
+        "weights": weights_before,
+        "images": dict(zip(bad_images, map(len, splits), strict=True)),
+    }
+    result |= {
+        "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
+        **outcomes,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if args.per_class:
+        result["per_class"] = accuracy_by_class(*rated, train_images.classes)
+    print_result(result)
+    if rank == 0:
+        save(result, path, rated, weights, train_images.classes, value_range)
+        for unfinished in progress.values():
+            unfinished.remove()
+    return result
 
 
-def print_table(result: dict) -> None:
-    log(f"\nlinear probe of the checkpoint: {result['linear_probe']}; of the others: cached features")
-    log(f"{'accuracy in %':46s}  linear top-1  top-5    kNN top-1  top-5    feature std (0: collapsed)")
+def settings_of(args: argparse.Namespace, images: int, world_size: int) -> dict:
+    """What tells one result of a checkpoint from another, beside images and sizes."""
+    kind = "finetune" if args.finetune else "cached" if args.cached else "sweep" if args.sweep else "linear"
+    settings = {"kind": kind, "labels": args.labels, "subset": args.subset, "val_share": args.val_share}
+    settings |= {"val_labels": args.val_labels, "seed": args.seed}
+    batch_size = None if args.batch_size is None else args.batch_size * world_size
+    if args.finetune:
+        epochs, batch_size = fine_tuning_defaults(images, args.epochs, batch_size)
+        lr, decay = [0.01], [0.0]
+        settings |= {"lr_last_layer": args.lr_last_layer}
+    else:
+        epochs, batch_size = args.epochs or 100, batch_size or 256
+        lr, decay = (list(SWEEP_LR), list(SWEEP_WD)) if args.sweep else ([0.3], [1e-6])
+        settings |= {"linear_probe": "cached features" if args.cached else f"random crops, {epochs} epochs"}
+        settings |= {"knn_k": args.knn_k, "knn_temperature": args.knn_temperature}
+    if not args.cached:
+        settings |= {"epochs": epochs, "batch_size": batch_size, "lr": args.lr or lr, "wd": args.wd or decay}
+    return settings
+
+
+# What is printed and saved
+
+
+def with_interval(accuracy: dict, top: str) -> str:
+    low, high = accuracy[f"{top}_interval"]
+    return f"{accuracy[top]:.1f} ({low:.1f} to {high:.1f})"
+
+
+def print_result(result: dict) -> None:
+    """Print the table of accuracies, and below it those of a sweep and of classes."""
+    if result["kind"] == "finetune":
+        log(f"\nfine-tuning on {result['images']['train']:,} images, {result['epochs']} epochs")
+    else:
+        others = "; of the others: cached features" if len(result["rows"]) > 1 else ""
+        log(f"\nlinear probe of the checkpoint: {result['linear_probe']}{others}")
+    log(f"{'accuracy in %, with its 95 % interval':47s} {'':9s} {'top-1':22s} top-5")
     for name, row in result["rows"].items():
-        cells = [row[kind][top] for kind in ("linear", "knn") for top in ("top1", "top5")]
-        log("{:46s}  {:12.1f} {:6.1f} {:12.1f} {:6.1f}    {:6.2f}".format(name, *cells, row["spread"]))
+        lines = {kind: row[kind] for kind in ("linear", "finetune") if kind in row}
+        lines |= {f"kNN {k}": accuracy for k, accuracy in row.get("knn_by_k", {}).items()}
+        for i, (kind, accuracy) in enumerate(lines.items()):
+            cells = (with_interval(accuracy, top) for top in ("top1", "top5"))
+            log("{:47s} {:9s} {:22s} {:22s}".format("" if i else name, kind, *cells).rstrip())
+        if "spread" in row:
+            log(f"{'':47s} feature std (0: collapsed) {row['spread']:.2f}")
+    if "sweep" in result:
+        chosen, count = {name: result["chosen"][name] for name in ("lr", "wd")}, result["chosen"]["held_out"]
+        log(f"\nsweep: top-1 in %; * has the best on {count:,} training images that were held out from all classifiers")
+        log(f"{'lr':>10s} {'wd':>10s} {'held out':>22s} {'validation':>22s}")
+        for row in result["sweep"]:
+            mark = " *" if chosen == {name: row[name] for name in chosen} else ""
+            cells = (with_interval(row[part], "top1") for part in ("held_out", "val"))
+            log("{:>10g} {:>10g} {:>22s} {:>22s}{}".format(row["lr"], row["wd"], *cells, mark))
+        log("validation images did not choose; * is the checkpoint's linear accuracy above")
+    if "per_class" in result:
+        log(f"\n{'class':30s} {'images':>7s}   {'top-1 in %, 95 % interval':25s} most often taken for")
+        for row in result["per_class"]:
+            top1 = with_interval(row, "top1") if row["images"] else "-"
+            wrong = f"{row['taken_for']} ({row['taken_for_share']:.1f} %)" if row["taken_for"] else ""
+            log(f"{row['class'][:30]:30s} {row['images']:7d}   {top1:25s} {wrong}".rstrip())
+
+
+def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequence[str], value_range: object) -> None:
+    """Write NAME.eval.json, the trained classifier and, where asked for, the picture of confusion beside NAME."""
+    files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
+    if weights:
+        name = "finetune" if result["kind"] == "finetune" else "linear"
+        contents = {"state_dict": checkpoint.on_host(weights), "classes": list(classes), "value_range": value_range}
+        contents |= {name: result[name] for name in ("size", "resize")}
+        contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
+        files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
+    if result.get("per_class"):
+        if find_spec("matplotlib"):
+            matrix = confusion_matrix(*rated).cpu()
+            files[path.with_suffix(f".{result['kind']}.confusion.png")] = lambda to: draw_confusion(matrix, classes, to)
+        else:
+            log("no picture of confusion, as matplotlib is not installed: pip install matplotlib")
+    for target, write in files.items():
+        try:
+            write(target)
+            log(f"written to {target}")
+        except OSError as error:
+            log(f"not written to {target}: {error.strerror}")
+
+
+def key_of(result: dict) -> str:
+    """The settings of a result, as text: what tells it from others of its checkpoint."""
+    settings = {name: value for name, value in result.items() if name not in OUTCOMES and value is not None}
+    values = ((n, " ".join(map(str, v)) if isinstance(v, list) else v) for n, v in settings.items())
+    return ", ".join(f"{name} {value}" for name, value in values)
+
+
+def write_result(result: dict, path: Path) -> None:
+    """Put a result into NAME.eval.json: its keys at the top, as the newest one, and all, by settings, in "results".
+
+    A result of the same settings is replaced, all others stay, also those of files without "results".
+    """
+    before = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            before["rows"], before["checkpoint"]
+        except (ValueError, LookupError, TypeError):
+            kept = path.with_suffix(".damaged.json")
+            os.replace(path, kept)
+            log(f"{path} is no result of an evaluation; kept as {kept}")
+            before = {}
+    results = before.get("results") or ({key_of(before): before} if before else {})
+    text = json.dumps(result | {"results": results | {key_of(result): result}}, indent=1) + "\n"
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], path: Path) -> None:
+    """Draw [classes, classes] counts as shares of each row, with names and numbers where they fit."""
+    from matplotlib.figure import Figure
+
+    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    side = min(24.0, max(5.0, 2 + 0.45 * len(classes)))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues")
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
+    if len(classes) <= 50:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for (row, column), value in np.ndenumerate(shares.numpy()):
+            if value >= 0.5:
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value > 50 else "k")
+    figure.savefig(path, dpi=100, format="png")
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -285,14 +607,6 @@ def main(args: argparse.Namespace) -> dict:
         log(line)
     check_same("comparing options", {f"--{n}": v for n, v in vars(args).items() if n not in ("data_path", "workers")})
     result = evaluate(args, rank, world_size, device)
-    print_table(result)
-    if rank == 0:
-        path = Path(result["checkpoint"]).with_suffix(".eval.json")
-        try:
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            log(f"written to {path}")
-        except OSError as error:
-            log(f"not written to {path}: {error.strerror}")
     leave_processes()
     return result
 

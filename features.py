@@ -8,7 +8,7 @@ Whatever evaluates a backbone calls this file; it works with any module that map
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 
 import numpy as np
@@ -146,10 +146,59 @@ def recompute_batchnorm(
 # What features are worth
 
 
-def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, of scores [N, classes] and labels [N]."""
+def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | list[float]]:
+    """Top-1 and top-5 accuracy in percent, of scores [N, classes] and labels [N], each with its 95 % interval.
+
+    {"top1": ..., "top1_interval": [low, high], "top5": ..., "top5_interval": ...}, see `wilson_interval`.
+    """
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    return {"top1": 100 * ranked[:, 0].double().mean().item(), "top5": 100 * ranked.any(1).double().mean().item()}
+    shares = {"top1": ranked[:, 0].double().mean().item(), "top5": ranked.any(1).double().mean().item()}
+    values = {name: 100 * share for name, share in shares.items()}
+    return values | {f"{name}_interval": wilson_interval(share, len(labels)) for name, share in shares.items()}
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> list[float]:
+    """95 % confidence interval [low, high] in percent of a share that was right among `count` images.
+
+    It counts the chance in which images validate, not that of training. Source: Wilson 1927 (score interval).
+    """
+    if not count:
+        return [0.0, 100.0]
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return [100 * max(0.0, min(low, share)), 100 * min(1.0, max(high, share))]  # rounding: it holds the share
+
+
+def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
+    """A row for each class, of scores [N, classes] and labels [N]: images, top1, its interval, what it is taken for.
+
+    {"class", "images", "top1", "top1_interval", "taken_for", "taken_for_share"}: the most frequent wrong class (None if
+    there is none) and its share of the images in percent. top1 is None for a class without images.
+    """
+    confusion, rows = confusion_matrix(scores, labels).cpu(), []
+    for label, name in enumerate(classes):
+        counts = confusion[label].clone()
+        images, right = int(counts.sum()), int(counts[label])
+        counts[label] = 0
+        wrong = int(counts.argmax())
+        rows.append(
+            {
+                "class": name,
+                "images": images,
+                "top1": 100 * right / images if images else None,
+                "top1_interval": wilson_interval(right / max(1, images), images),
+                "taken_for": classes[wrong] if counts[wrong] else None,
+                "taken_for_share": 100 * int(counts[wrong]) / max(1, images),
+            }
+        )
+    return rows
+
+
+def confusion_matrix(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """int64 [classes, classes]: how many images of each class (row) were taken for each class (column)."""
+    classes = scores.shape[1]
+    return torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)
 
 
 def feature_std(features: torch.Tensor) -> float:
@@ -171,14 +220,23 @@ def knn(
     temperature: float = 0.07,
 ) -> torch.Tensor:
     """Scores [N, classes]: votes of the k nearest by cosine, weighted by exp((cosine - largest) / temperature)."""
-    lengths = train_features.norm(dim=1).clamp_min(1e-12)
-    scores = []
-    for chunk in F.normalize(val_features, dim=1).split(512):
-        cosines, neighbours = (chunk @ train_features.T / lengths).topk(min(k, len(train_features)), dim=1)  # [n, k]
-        weights = ((cosines - cosines[:, :1]) / temperature).exp()  # the difference cannot overflow
-        votes = chunk.new_zeros(len(chunk), classes)
-        scores.append(votes.scatter_add_(1, train_labels[neighbours], weights))
-    return torch.cat(scores)
+    cosines, neighbours = nearest(train_features, val_features, k)
+    return votes(cosines, train_labels[neighbours], classes=classes, temperature=temperature)
+
+
+@torch.no_grad()
+def nearest(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest training features by cosine, or all if fewer: (cosines [N, k], largest first, indices [N, k])."""
+    lengths, found = train_features.norm(dim=1).clamp_min(1e-12), []
+    for chunk in F.normalize(features, dim=1).split(512):
+        found.append((chunk @ train_features.T / lengths).topk(min(k, len(train_features)), dim=1))
+    return torch.cat([cosines for cosines, _ in found]), torch.cat([indices for _, indices in found])
+
+
+def votes(cosines: torch.Tensor, labels: torch.Tensor, *, classes: int, temperature: float = 0.07) -> torch.Tensor:
+    """Scores [N, classes]: votes of neighbours with labels [N, k], by their cosines [N, k] as in `knn`."""
+    weights = ((cosines - cosines[:, :1]) / temperature).exp()  # the difference cannot overflow
+    return cosines.new_zeros(len(cosines), classes).scatter_add_(1, labels, weights)
 
 
 def logistic_regression(
@@ -210,6 +268,42 @@ def logistic_regression(
         return linear((val_features - mean) * scale)
 
 
+def features_of_splits(
+    network: nn.Module,
+    train_images: Dataset,
+    val_images: Dataset,
+    transform: Callable,
+    device: torch.device,
+    **loading: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Extract (features, labels) of the training images, then of the validation images, with BatchNorm's statistics.
+
+    loading: batch_size, rank, world_size and workers of `extract_features`.
+    """
+    network.to(device, memory_format=torch.channels_last).eval()
+    train = extract_features(network, train_images, transform, device, "training images", **loading)
+    return *train, *extract_features(network, val_images, transform, device, "validation images", **loading)
+
+
+def rate_features(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    val_features: torch.Tensor,
+    val_labels: torch.Tensor,
+    *,
+    classes: int,
+    knn_k: Sequence[int] = (20,),
+    knn_temperature: float = 0.07,
+) -> dict[str, dict | float]:
+    """{"knn": accuracies with the first k, "knn_by_k": {k: accuracies}, "spread": feature_std}."""
+    cosines, neighbours = nearest(features, val_features, max(knn_k))
+    by_k = {}
+    for k in knn_k:
+        scores = votes(cosines[:, :k], labels[neighbours[:, :k]], classes=classes, temperature=knn_temperature)
+        by_k[str(k)] = accuracies(scores, val_labels)
+    return {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
+
+
 def evaluate_features(
     network: nn.Module,
     train_images: Dataset,
@@ -218,24 +312,14 @@ def evaluate_features(
     device: torch.device,
     *,
     classes: int,
-    knn_k: int = 20,
+    knn_k: Sequence[int] = (20,),
     knn_temperature: float = 0.07,
-    with_linear: bool = True,
     **loading: int,
-) -> dict[str, dict[str, float] | float]:
-    """Evaluate a network's features: {"knn": accuracies, "linear": accuracies, "spread": feature_std}.
-
-    with_linear: also by logistic regression. loading: batch_size, rank, world_size and workers of `extract_features`.
-    """
-    network.to(device, memory_format=torch.channels_last).eval()
-    features, labels = extract_features(network, train_images, transform, device, "training images", **loading)
-    val_features, val_labels = extract_features(network, val_images, transform, device, "validation images", **loading)
-    votes = knn(features, labels, val_features, classes=classes, k=knn_k, temperature=knn_temperature)
-    row = {"knn": accuracies(votes, val_labels), "spread": feature_std(features)}
-    if with_linear:
-        scores = logistic_regression(features, labels, val_features, classes=classes)
-        row["linear"] = accuracies(scores, val_labels)
-    return row
+) -> dict[str, dict | float]:
+    """Evaluate a network's features: `rate_features` and, as "linear", accuracies of a logistic regression."""
+    splits = features_of_splits(network, train_images, val_images, transform, device, **loading)
+    row = rate_features(*splits, classes=classes, knn_k=knn_k, knn_temperature=knn_temperature)
+    return row | {"linear": accuracies(logistic_regression(*splits[:3], classes=classes), splits[3])}
 
 
 def baselines(
@@ -246,7 +330,7 @@ def baselines(
     device: torch.device,
     *,
     classes: int,
-    knn_k: int = 20,
+    knn_k: Sequence[int] = (20,),
     knn_temperature: float = 0.07,
     **loading: int,
 ) -> Iterator[tuple[str, dict]]:

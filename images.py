@@ -42,6 +42,7 @@ from decode import (
     shown,
     value_limits,
 )
+from labels import ChosenImages, align_classes, labelled_by_list, stratified
 from launch import OptionParser, RunStopped, UserError, environment, log, track, worker_count
 from machine import available_cores
 from processes import run_script
@@ -213,7 +214,7 @@ class ImageArrays(Dataset):
 
 def fingerprint(images: Dataset) -> dict[str, int | str]:
     """What tells a set of images from another: {"images": how many, "paths": sha256 of their `contents`}."""
-    images = getattr(images, "images", images)  # below a cache
+    images = images if hasattr(images, "contents") else images.images  # below a cache
     return {"images": len(images), "paths": hashlib.sha256(images.contents()).hexdigest()}
 
 
@@ -285,10 +286,17 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     """(name, reason) of the images that this process and its loader's workers could not read since the last call."""
-    images = getattr(images, "images", images)  # below a cache
+    chosen = None  # indices of the images that are used
+    while hasattr(images, "images"):  # below a cache or a choice
+        if isinstance(images, ChosenImages):
+            chosen = images.indices if chosen is None else images.indices[chosen]
+        images = images.images
     if not isinstance(images, Images):
         return []
-    new, found = (images.bad == 1).nonzero().flatten().tolist(), []
+    is_new = images.bad.numpy() == 1
+    if chosen is not None:
+        is_new &= np.isin(np.arange(len(is_new)), chosen)
+    new, found = np.flatnonzero(is_new).tolist(), []
     images.bad[new] = 2
     for index in new:
         try:
@@ -387,20 +395,43 @@ def open_images(
 
 
 def open_splits(
-    dataset: str, data_path: str | None, world_size: int, value_range: tuple[float, float] | None = None
+    dataset: str,
+    data_path: str | None,
+    world_size: int,
+    value_range: tuple[float, float] | None = None,
+    *,
+    val_share: float | None = None,
+    val_labels: str | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation images, which have the same classes. Raises UserError.
+    """Training and validation images with labels of the same classes. Raises UserError.
 
-    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels.
+    value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels. val_share: take
+    this share of each class for validation; data_path then is one folder of class folders (or has them in train/).
+    seed: of that draw. val_labels: a file with the classes of a flat folder of validation images, see
+    labels.labelled_by_list. Logs classes that one of the splits lacks; images that training has no class for are left
+    out.
     """
-    download = world_size == 1
-    train_images = open_images(dataset, data_path, "train", download, value_range)
-    val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
-    if train_images.classes != val_images.classes:
-        raise UserError(
-            f"data_path: expected the same class folders in train/ and val/, got {train_images.classes} and "
-            f"{val_images.classes}"
-        )
+    download, in_train = world_size == 1, os.path.isdir(os.path.join(data_path or "", "train"))
+    if val_share is not None and dataset == "folder" and not in_train:
+        train_images = ImageFiles(data_path, value_range, labelled=True)
+    else:
+        train_images = open_images(dataset, data_path, "train", download, value_range)
+    if val_share is not None:
+        chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
+        others = np.setdiff1d(np.arange(len(train_images)), chosen)
+        if not len(chosen):
+            raise UserError(
+                f"--val_share: expected two images or more of a class, got {len(train_images)} images in all"
+            )
+        train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
+    elif val_labels is not None:
+        flat = os.path.dirname(train_images.root), validation_folder(os.path.dirname(train_images.root))
+        images = ImageFiles(os.path.join(flat[0], flat[1] or NAMED_SPLITS[0]), train_images.value_range)
+        val_images = labelled_by_list(images, train_images.classes, val_labels)
+    else:
+        val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
+    val_images = align_classes(train_images, val_images)
     if min(len(train_images), len(val_images)) < world_size:
         raise UserError(f"data_path: expected at least an image for each of {world_size} processes in train/ and val/")
     return train_images, val_images

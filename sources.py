@@ -26,7 +26,7 @@ NAMED_SPLITS = ("val", "valid", "validation", "test")  # beside train/: the firs
 SPLIT_ENDINGS = ("", ".txt", ".tar")  # of both splits: folders, lists of paths, tar files
 LABELS_HINT = (
     f"; labels need train/ and {'/ or '.join(NAMED_SPLITS)}/ with a folder of images for each class, or .tar files; or "
-    "train.txt and val.txt with a TAB and a label after each path"
+    "train.txt and val.txt with a TAB and a label after each path (or --val_share, --val_labels)"
 )
 LIST_RULE = "a path a line, from the folder of the list or absolute; with labels: the path, a TAB, the label"
 

@@ -237,9 +237,11 @@ ALLOWED = {
     "decode": {"data"},
     "tars": {"decode", "launch"},
     "sources": {"decode", "launch", "tars"},
-    "images": {"data", "decode", "launch", "machine", "processes", "shapes", "sources"},
+    "labels": {"launch"},
+    "images": {"data", "decode", "labels", "launch", "machine", "processes", "shapes", "sources"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
+    "probes": {"checkpoint", "data", "features", "launch", "model"},
     "backbones": {"checkpoint", "launch", "model"},
     "hubconf": set(),  # loads model.py by its path
 }

@@ -13,6 +13,7 @@ from data import CentreCrop, MultiCrop
 from defaults import kind_of_images
 from features import (
     accuracies,
+    accuracy_by_class,
     describe_images,
     extract_features,
     knn,
@@ -66,6 +67,70 @@ def test_knn_weights_votes_by_similarity():
     scores = knn(train_features, torch.tensor([0, 1, 1, 2]), torch.tensor([[2.0, 0.0]]), classes=3, k=3)
     neighbour = math.exp((0.9 / math.hypot(0.9, 0.5) - 1) / 0.07)
     torch.testing.assert_close(scores, torch.tensor([[1.0, 2 * neighbour, 0.0]]))
+
+
+def clusters(count: int, classes: int = 4, dimensions: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping clouds of features [N, F] around a random point for each class, with labels [N]."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=generator)
+    centres = torch.randn(classes, dimensions, generator=generator)
+    return centres[labels] + 1.5 * torch.randn(count, dimensions, generator=generator), labels
+
+
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_knn_is_the_weighted_vote(k):
+    features, labels = clusters(900)
+    train, val = features[:600].double(), features[600:].double()
+    scores = knn(train, labels[:600], val, classes=4, k=k)
+    a, b = train.numpy(), val.numpy()
+    cosines = (b / np.linalg.norm(b, axis=1, keepdims=True)) @ (a / np.linalg.norm(a, axis=1, keepdims=True)).T
+    expected = np.zeros((300, 4))
+    for i, row in enumerate(cosines):
+        for j in sorted(range(600), key=lambda j: -row[j])[:k]:
+            expected[i, labels[j]] += math.exp((row[j] - row.max()) / 0.07)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-10)
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    theirs = neighbors.KNeighborsClassifier(
+        min(k, 600), metric="cosine", weights=lambda distances: np.exp(-distances / 0.07)
+    ).fit(a, labels[:600].numpy())
+    assert (theirs.predict(b) == scores.argmax(1).numpy()).all()
+
+
+def test_logistic_regression_is_that_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, labels = clusters(3000)
+    features = features * torch.linspace(0.1, 10, 16) + 3  # of different scales
+    scores = logistic_regression(features[:1000], labels[:1000], features[1000:], classes=4)
+    mean, std = features[:1000].mean(0), features[:1000].std(0)
+    train, val = ((part - mean) / std for part in features.split([1000, 2000]))
+    theirs = linear_model.LogisticRegression(C=1, max_iter=1000).fit(train.numpy(), labels[:1000].numpy())
+    top1 = accuracies(scores, labels[1000:])["top1"]
+    assert abs(top1 - 100 * theirs.score(val.numpy(), labels[1000:].numpy())) < 0.5
+    np.testing.assert_allclose(scores.softmax(1).numpy(), theirs.predict_proba(val.numpy()), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "expected"),  # of statsmodels.stats.proportion.proportion_confint(method="wilson")
+    [(50, 100, (40.383, 59.617)), (0, 10, (0, 27.753)), (10, 10, (72.247, 100)), (3000, 3925, (75.079, 77.736))],
+)
+def test_the_interval_of_an_accuracy(right, count, expected):
+    labels = torch.arange(count) % 7
+    scores = torch.nn.functional.one_hot(torch.where(torch.arange(count) < right, labels, labels + 1), 8).float()
+    row = accuracies(scores, labels)
+    assert row["top1"] == pytest.approx(100 * right / count)
+    assert row["top1_interval"] == pytest.approx(expected, abs=2e-3)
+    assert row["top5_interval"][0] <= row["top5"] <= row["top5_interval"][1]
+
+
+def test_the_accuracy_of_each_class():
+    labels, taken_for = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 2, 2, 1, 1, 1])
+    rows = accuracy_by_class(F.one_hot(taken_for, 3).float(), labels, ["a", "b", "c"])
+    assert [(row["images"], row["top1"], row["taken_for"]) for row in rows] == [
+        (4, 25, "c"),
+        (2, 100, None),
+        (0, None, None),
+    ]
+    assert rows[0]["taken_for_share"] == 50
 
 
 def test_knn_accepts_any_temperature():

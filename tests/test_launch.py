@@ -28,7 +28,8 @@ COMMON = {
         *("seed", "device", "workers", "precision", "on_collapse", "tensorboard"),
     },
     "eval_linear.py": {
-        *("checkpoint", "data_path", "dataset", "size", "cached", "epochs", "knn_k", "workers", "device", "seed"),
+        *("checkpoint", "data_path", "dataset", "size", "cached", "finetune", "sweep", "labels", "epochs", "knn_k"),
+        *("workers", "device", "seed"),
     },
 }
 PARSERS = {"train.py": train.option_parser, "eval_linear.py": eval_linear.option_parser}

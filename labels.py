@@ -1,0 +1,231 @@
+"""Labels of a set of images: classes of two splits made the same, shares of the labels, lists of names and classes.
+
+    val_images, left_out = align_classes(train_images, val_images)
+    few = ChosenImages(images, stratified(images.labels, 0.1, seed=1))    # a tenth of each class
+
+It works with any Dataset that has `labels` [N] and `classes`, and, where names are asked for, `paths`.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from launch import UserError, log
+
+MOST_UNMATCHED = 0.01  # share of names in a list that may match no image
+
+
+class ChosenImages(Dataset):
+    """Some images of a set: those at `indices` [N], with labels [N] and classes of their own, by default the set's."""
+
+    def __init__(
+        self,
+        images: Dataset,
+        indices: np.ndarray,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.images, self.indices = images, np.asarray(indices)
+        self.labels = np.asarray(images.labels)[self.indices] if labels is None else np.asarray(labels)
+        self.classes = images.classes if classes is None else classes
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        return self.images.value_range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels, _ = self.images[int(self.indices[index])]
+        return pixels, int(self.labels[index])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.images.size_of(int(self.indices[index]))
+
+    def contents(self) -> bytes:
+        """Those of the set, which images of it, and their labels."""
+        return b"%s %s %s" % (self.images.contents(), self.indices.tobytes(), self.labels.tobytes())
+
+
+def stratified(labels: Sequence[int], share: float, seed: int, *, leave_one: bool = False) -> np.ndarray:
+    """Draw a share of the images of each class, at least one: sorted indices, for labels [N].
+
+    leave_one: leave at least one image of each class, and so take none of a class of one.
+    """
+    rng, chosen, labels = np.random.default_rng((seed, 0xC1A55)), [], np.asarray(labels)
+    for label in np.unique(labels):
+        of_class = rng.permutation(np.flatnonzero(labels == label))
+        count = max(1, round(share * len(of_class)))
+        chosen.append(of_class[: min(count, len(of_class) - 1) if leave_one else count])
+    return np.sort(np.concatenate(chosen))
+
+
+def some(names: Iterable[str]) -> str:
+    """At most five names, in words."""
+    names = list(names)
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def align_classes(train_images: Dataset, val_images: Dataset) -> Dataset:
+    """Return the validation images with the labels that the training images' classes have.
+
+    Leaves out images of classes that training lacks, and logs them, as it does classes without a validation image.
+    Raises UserError if no image is left.
+    """
+    new_label = {name: label for label, name in enumerate(train_images.classes)}
+    old_labels, old_classes = np.asarray(val_images.labels), val_images.classes
+    is_known = np.isin(old_labels, [label for label, name in enumerate(old_classes) if name in new_label])
+    if not is_known.any():
+        raise UserError(
+            f"data_path: expected the same classes in training and validation, got {some(train_images.classes)} and "
+            f"{some(old_classes)}"
+        )
+    if not is_known.all():
+        unknown = [name for name in old_classes if name not in new_label]
+        log(
+            f"data: left out {np.sum(~is_known):,} of {len(old_labels):,} validation images: their classes have no "
+            f"training images ({some(unknown)})"
+        )
+    if list(old_classes) != list(train_images.classes):
+        indices = np.flatnonzero(is_known)
+        labels = [new_label[old_classes[label]] for label in old_labels[indices]]
+        val_images = ChosenImages(val_images, indices, np.array(labels), train_images.classes)
+    present = set(np.asarray(val_images.labels).tolist())
+    without = [name for label, name in enumerate(train_images.classes) if label not in present]
+    if without:
+        log(
+            f"data: {len(without)} of {len(train_images.classes)} classes have no validation images ({some(without)}): "
+            "accuracies say nothing about these"
+        )
+    return val_images
+
+
+# Lists
+
+
+def read_lines(path: str | os.PathLike, option: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError, naming the option."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {os.fspath(path)!r}: {error.strerror}") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{option}: expected lines in {os.fspath(path)!r}, found none")
+    return lines
+
+
+def stem(name: str) -> str:
+    """A file's name without folders and ending."""
+    return os.path.splitext(name.replace("\\", "/").rpartition("/")[2])[0]
+
+
+def listed_images(images: Dataset, path: str | os.PathLike, option: str = "--subset") -> ChosenImages:
+    """The images that a file lists, one name a line: NAME.JPEG or CLASS/NAME.JPEG; the ending may differ.
+
+    Counts names without an image, and raises UserError if they are more than MOST_UNMATCHED.
+    """
+    if not hasattr(images, "paths"):
+        raise UserError(f"{option}: expected images in files, which have names; for this data set use --labels SHARE")
+    of_name: dict[str, list[int]] = {}
+    for index, file in enumerate(images.paths):
+        name = stem(file)
+        for key in (name, f"{images.classes[images.labels[index]]}/{name}"):
+            of_name.setdefault(key, []).append(index)
+    indices, unmatched, lines = set(), [], read_lines(path, option)
+    for line in lines:
+        *folders, _ = line.replace("\\", "/").split("/")
+        found = of_name.get(f"{folders[-1]}/{stem(line)}" if folders else stem(line), [])
+        if len(found) > 1:
+            raise UserError(
+                f"{option}: {line} in {path} is the name of {len(found)} files, such as {images.paths[found[0]]} and "
+                f"{images.paths[found[1]]}; write CLASS/NAME"
+            )
+        indices.update(found)
+        if not found:
+            unmatched.append(line)
+    _refuse_if_many(unmatched, len(lines), f"{option}: {path}: names without an image")
+    if not indices:
+        raise UserError(
+            f"{option}: none of the names in {path} is one of the training images, such as {next(iter(of_name))}"
+        )
+    return ChosenImages(images, np.array(sorted(indices)))
+
+
+def _refuse_if_many(unmatched: Sequence[str], total: int, what: str) -> None:
+    if len(unmatched) > max(1, MOST_UNMATCHED * total):
+        raise UserError(f"{what}: {len(unmatched)} of {total} ({some(unmatched)}); at most 1 % may be missing")
+    if unmatched:
+        log(f"{what}: {len(unmatched)} of {total}, left out ({some(unmatched)})")
+
+
+def labelled_by_list(
+    images: Dataset, classes: Sequence[str], path: str | os.PathLike, option: str = "--val_labels"
+) -> ChosenImages:
+    """Images of one folder without class folders, with labels from a file. Raises UserError.
+
+    Each line is NAME CLASS, with a space, a TAB or a comma between; what follows is ignored. NAME may lack its ending.
+    CLASS is one of `classes` or its number, from 0. Or the file is ImageNet's ILSVRC2012_validation_ground_truth.txt,
+    a number a line in the order of the files' names; its meta.mat then has to lie beside it. Images of classes that
+    are not in `classes` are left out, and counted.
+    """
+    lines = read_lines(path, option)
+    if all(line.isdecimal() for line in lines):
+        if len(lines) != len(images.paths):
+            raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(images.paths)} validation images")
+        wordnet_names = read_devkit(path, option)
+        order = np.argsort([stem(file) for file in images.paths])
+        class_of = {
+            stem(images.paths[int(i)]): wordnet_names.get(int(line)) for i, line in zip(order, lines, strict=True)
+        }
+    else:
+        words = [re.split(r"[\s,]+", line) for line in lines]
+        bad = next((i for i, parts in enumerate(words) if len(parts) < 2), None)
+        if bad is not None:
+            raise UserError(f"{option}: {path}, line {bad + 1}: expected NAME CLASS, got {lines[bad]}")
+        class_of = {stem(name): label for name, label, *_ in words}
+    label_of = {str(number): number for number in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    indices, labels, unmatched, unknown = [], [], [], Counter()
+    for index, file in enumerate(images.paths):
+        name = stem(file)
+        if name not in class_of:
+            unmatched.append(name)
+        elif class_of[name] not in label_of:
+            unknown[class_of[name]] += 1
+        else:
+            indices.append(index)
+            labels.append(label_of[class_of[name]])
+    _refuse_if_many(unmatched, len(images.paths), f"{option}: {path}: validation images without a class")
+    if not indices:
+        raise UserError(
+            f"{option}: {path}: expected classes of the training images, such as {classes[0]}, or their numbers, 0 to "
+            f"{len(classes) - 1}, got {some(unknown)}"
+        )
+    if unknown:
+        log(
+            f"data: left out {unknown.total():,} of {len(images.paths):,} validation images: their classes have no "
+            f"training images ({some(unknown)})"
+        )
+    return ChosenImages(images, np.array(indices), np.array(labels), classes)
+
+
+def read_devkit(path: str | os.PathLike, option: str) -> dict[int, str]:
+    """{ILSVRC2012_ID: WordNet name} from the meta.mat beside ImageNet's ground truth. Its order is not alphabetical."""
+    meta = os.path.join(os.path.dirname(path), "meta.mat")
+    reason = f"{path} holds numbers alone, as ImageNet's ground truth does, whose classes are named by"
+    try:
+        from scipy.io import loadmat
+
+        synsets = loadmat(meta, squeeze_me=True)["synsets"]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    except ImportError:
+        raise UserError(f"{option}: {reason} meta.mat; to read it: pip install scipy") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{option}: {reason} {meta}, which cannot be read: {error}") from None

@@ -1,0 +1,191 @@
+"""labels.py, and open_splits of images.py: which images have labels, for which split."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images as images_module
+from images import BadImages, ImageArrays, ImageFiles, fingerprint, open_splits, typical_side
+from labels import ChosenImages, align_classes, labelled_by_list, listed_images, stratified
+from launch import UserError
+
+
+def tree(root, counts: dict[str, int], suffix=".png"):
+    """A folder for each class with images of 12 x 10 pixels, named CLASS_0, CLASS_1 ..."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(np.full((10, 12, 3), 10 * i % 256, np.uint8)).save(
+                root / name / f"{name or 'v'}_{i}{suffix}"
+            )
+    return root
+
+
+def arrays(labels, classes):
+    labels = np.array(labels)
+    return ImageArrays(np.zeros((len(labels), 4, 4, 3), np.uint8) + labels[:, None, None, None], labels, classes)
+
+
+# Shares
+
+
+def test_a_share_is_of_each_class_and_depends_on_the_seed():
+    labels = np.repeat([0, 1, 2], [100, 30, 1])
+    chosen = stratified(labels, 0.1, seed=1)
+    assert np.bincount(labels[chosen]).tolist() == [10, 3, 1]
+    assert (chosen == stratified(labels, 0.1, seed=1)).all() and (np.diff(chosen) > 0).all()
+    assert set(chosen) != set(stratified(labels, 0.1, seed=2))
+    others = stratified(labels, 0.999, seed=1, leave_one=True)
+    assert np.bincount(labels[others], minlength=3).tolist() == [99, 29, 0]
+
+
+def test_chosen_images_are_those_of_the_set(tmp_path):
+    files = ImageFiles(tree(tmp_path, {"a": 6, "b": 4}), labelled=True)
+    chosen = ChosenImages(files, np.array([1, 7, 9]))
+    assert len(chosen) == 3 and chosen.labels.tolist() == [0, 1, 1] and chosen[1][1] == 1
+    assert torch.equal(chosen[2][0], files[9][0])
+    again = ChosenImages(chosen, np.array([0, 2]))
+    assert typical_side(again) == 10 and again.value_range is None
+    sums = {fingerprint(images)["paths"] for images in (files, chosen, again, ChosenImages(files, [1, 7, 8]))}
+    assert len(sums) == 4 and fingerprint(again)["images"] == 2
+
+
+def test_bad_images_of_a_choice_are_its_own(tmp_path):
+    tree(tmp_path, {"a": 4, "b": 4})
+    for name in ("a/a_1.png", "b/b_3.png"):
+        (tmp_path / name).write_bytes(b"")
+    files = ImageFiles(tmp_path, labelled=True)
+    first, second = ChosenImages(ChosenImages(files, range(8)), [0, 1, 2]), ChosenImages(files, [5, 6, 7])
+    bad = BadImages(first), BadImages(second)
+    for chosen in (first, second):
+        for i in range(3):
+            try:
+                chosen[i]
+            except ValueError:
+                pass
+    assert [images.update() for images in bad] == [1, 1]
+    assert [next(iter(images.reasons)).endswith(name) for images, name in zip(bad, ("a_1.png", "b_3.png"), strict=True)]
+
+
+def test_one_folder_of_class_folders_is_split(tmp_path, capsys):
+    tree(tmp_path, {"a": 10, "b": 5, "c": 1})
+    train, val = open_splits("folder", str(tmp_path), 1, val_share=0.2, seed=3)
+    assert np.bincount(train.labels).tolist() == [8, 4, 1] and np.bincount(val.labels).tolist() == [2, 1]
+    assert len(set(train.indices) | set(val.indices)) == 16 and val.classes == ["a", "b", "c"]
+    out = capsys.readouterr().out
+    assert "data: 1 of 3 classes have no validation images (c)" in out
+    with pytest.raises(UserError, match="--val_share: expected two images or more of a class"):
+        open_splits("folder", str(tree(tmp_path / "single", {"a": 1, "b": 1})), 1, val_share=0.2)
+
+
+def test_a_named_set_splits_its_training_images(monkeypatch):
+    monkeypatch.setattr(images_module, "open_images", lambda *_: arrays([0, 1] * 10, ["a", "b"]))
+    train, val = open_splits("shapes", None, 1, val_share=0.3)
+    assert (len(train), len(val)) == (14, 6)
+
+
+# Classes of two splits
+
+
+def test_classes_that_a_split_lacks_are_said(capsys):
+    train, val = arrays([0, 1, 2], ["a", "c", "d"]), arrays([0, 1, 1, 2, 0], ["a", "b", "c"])
+    aligned = align_classes(train, val)
+    assert aligned.labels.tolist() == [0, 1, 0] and aligned.classes == ["a", "c", "d"]
+    assert [int(aligned[i][0].max()) for i in range(3)] == [0, 2, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        "data: left out 2 of 5 validation images: their classes have no training images (b)",
+        "data: 1 of 3 classes have no validation images (d): accuracies say nothing about these",
+    ]
+    same = arrays([0, 1, 2], ["a", "c", "d"])
+    assert align_classes(train, same) is same and not capsys.readouterr().out
+    with pytest.raises(UserError, match="expected the same classes in training and validation, got a, c, d and x"):
+        align_classes(train, arrays([0], ["x"]))
+
+
+# Lists
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    return ImageFiles(tree(tmp_path / "train", {"n1": 200, "n2": 3}), labelled=True)
+
+
+def test_a_subset_by_names(labelled, tmp_path, capsys):
+    listed = tmp_path / "list.txt"
+    listed.write_text("n1_5.JPEG\r\nn2/n2_1.png\n\nn1_17.png\nn1_5.JPEG\n")
+    chosen = listed_images(labelled, listed)
+    assert sorted(labelled.paths[i].rpartition("/")[2] for i in chosen.indices) == ["n1_17.png", "n1_5.png", "n2_1.png"]
+    assert chosen.labels.tolist() == [0, 0, 1] and not capsys.readouterr().out
+    listed.write_text("n1_5\nn9_1\n")
+    assert len(listed_images(labelled, listed)) == 1
+    assert "names without an image: 1 of 2, left out (n9_1)" in capsys.readouterr().out
+    tree(tmp_path / "other", {"n1": 2})
+    (tmp_path / "other" / "n3").mkdir()
+    (tmp_path / "other" / "n1" / "n1_0.png").rename(tmp_path / "other" / "n3" / "n1_1.png")
+    twice = ImageFiles(tmp_path / "other", labelled=True)
+    for text, images, message in [
+        ("n1_5\nn9_1\nn9_2\nn9_3\n", labelled, r"names without an image: 3 of 4 \(n9_1, n9_2, n9_3\)"),
+        ("n9_1\n", labelled, "none of the names in .* such as n1_0"),
+        ("", labelled, "--subset: expected lines in .*list.txt', found none"),
+        ("n1_1\n", twice, "n1_1 in .* is the name of 2 files, .* write CLASS/NAME"),
+        ("a\n", arrays([0], ["a"]), "--subset: expected images in files"),
+    ]:
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            listed_images(images, listed)
+    listed.write_text("n3/n1_1\n")
+    assert twice.paths[listed_images(twice, listed).indices[0]].endswith("n3/n1_1.png")
+    with pytest.raises(UserError, match="--subset: cannot read .*none.txt'"):
+        listed_images(labelled, tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "v_0.png n2\nv_1.png n1\nv_2.png n2\n",
+        "v_0.JPEG\t1\nv_1.JPEG\t0\nv_2.JPEG\t1\n",
+        "ImageId,PredictionString\nv_0,n2 85 1 499 272\nv_1,n1 1 2 3 4 n1 1 1 1 1\nv_2,n2 1 1 1 1\n",
+    ],
+    ids=["names", "numbers", "csv"],
+)
+def test_a_flat_validation_folder_with_a_file_of_classes(text, tmp_path, capsys):
+    tree(tmp_path / "train", {"n1": 2, "n2": 2})
+    tree(tmp_path / "val", {"": 3})
+    (tmp_path / "labels.txt").write_text(text)
+    for data_path in (tmp_path, tmp_path / "train"):
+        train, val = open_splits("folder", str(data_path), 1, val_labels=str(tmp_path / "labels.txt"))
+        assert val.labels.tolist() == [1, 0, 1] and val.classes == train.classes == ["n1", "n2"]
+        assert [int(val[i][0].max()) for i in range(3)] == [0, 10, 20]
+    assert not capsys.readouterr().out
+
+
+def test_what_a_file_of_classes_lacks_is_said_or_refused(tmp_path, capsys):
+    images, listed = ImageFiles(tree(tmp_path / "val", {"": 4})), tmp_path / "labels.txt"
+    listed.write_text("v_0 a\nv_1 zebra\nv_3 b\n")
+    val = labelled_by_list(images, ["a", "b"], listed)
+    assert val.indices.tolist() == [0, 3] and val.labels.tolist() == [0, 1]
+    out = capsys.readouterr().out
+    assert "validation images without a class: 1 of 4, left out (v_2)" in out
+    assert "data: left out 1 of 4 validation images: their classes have no training images (zebra)" in out
+    for text, message in [
+        ("v_0 a\n", "validation images without a class: 3 of 4"),
+        ("v_0 a\nv_1\nv_2 b\n", "labels.txt, line 2: expected NAME CLASS, got v_1"),
+        ("v_0 x\nv_1 y\nv_2 x\nv_3 9", "expected classes of the training images, such as a, .* 0 to 1, got x, y, 9"),
+        ("1\n2\n1\n", "has 3 numbers for 4 validation images"),
+        ("1\n2\n1\n2\n", "holds numbers alone, as ImageNet's ground truth does, whose classes are named by"),
+    ]:
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            labelled_by_list(images, ["a", "b"], listed)
+
+
+def test_imagenets_own_ground_truth(tmp_path):
+    """Its numbers are not those of the sorted class folders: meta.mat names them."""
+    scipy_io = pytest.importorskip("scipy.io")
+    images = ImageFiles(tree(tmp_path / "val", {"": 4}))
+    synsets = np.array([(1, "n03"), (2, "n01"), (3, "n02")], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    scipy_io.savemat(tmp_path / "meta.mat", {"synsets": synsets[:, None]})
+    (tmp_path / "ground_truth.txt").write_text("1\n2\n3\n1\n")
+    val = labelled_by_list(images, ["n01", "n02", "n03"], tmp_path / "ground_truth.txt")
+    assert val.labels.tolist() == [2, 0, 1, 2]
