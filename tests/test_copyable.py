@@ -239,6 +239,7 @@ ALLOWED = {
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
     "backbones": {"checkpoint", "launch", "model"},
+    "exchange": {"checkpoint", "data", "launch", "model"},
     "hubconf": set(),  # loads model.py by its path
 }
 
