@@ -79,7 +79,7 @@ def option_parser() -> OptionParser:
         ("what", None, f"{', '.join(COMMANDS)}."),
         ("paths", "*", "Its arguments, as above: DIR is a folder of images at any depth, OUT the file to write."),
     ):
-        action = parser.group.add_argument(name, metavar="..." if nargs else name.upper(), nargs=nargs, help=text)
+        action = parser.group.add_argument(name, metavar="ARGUMENTS" if nargs else name.upper(), nargs=nargs, help=text)
         parser.common.append(action)
     add = parser.add
     add("k", 10, positive_int, "similar: Print this many images.", common="N")
