@@ -14,6 +14,7 @@ torch.load(path, map_location="cpu", weights_only=True):
     rng                 state of torch's random generator on the CPU
     images              number and hash of the images' paths, by images.fingerprint
     value_range         16-bit values that became 0 and 255, see data.to_pixels; None for 8-bit images
+    sizes               (size, resize) of data.CentreCrop with which evaluation reads these images
     options             every option of train.py with its value in this run, and global_batch_size
     user_options        the options before any were derived, as far as they change what is learned
     recovered           options that --on_collapse recover changed, one name for each time

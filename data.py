@@ -16,7 +16,7 @@ import multiprocessing.util
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import permutations
 from typing import NamedTuple
@@ -448,14 +448,34 @@ class ProbeCrop:
 
 
 class CentreCrop:
-    """Validation transform: resize the shorter side to `resize` pixels, crop the centre -> normalised [3, S, S]."""
+    """Validation transform: resize the shorter side to `resize` pixels, crop the centre -> normalised [3, S, S].
 
-    def __init__(self, resize: int, size: int) -> None:
-        self.resize, self.size = resize, size
+    value_range: of PIL images of 16 bits, see `to_pixels`.
+    """
+
+    def __init__(self, resize: int, size: int, value_range: tuple[float, float] | None = None) -> None:
+        self.resize, self.size, self.value_range = resize, size, value_range
 
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
-        resized = F.resize(to_pixels(image), [self.resize], antialias=True)
+        resized = F.resize(to_pixels(image, self.value_range), [self.resize], antialias=True)
         return normalize(F.center_crop(resized, [self.size, self.size]).float().contiguous())
+
+
+def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | None = None) -> CentreCrop:
+    """The transform that the weights of a checkpoint expect: those of its evaluation, or 224 of 256 pixels if unknown.
+
+    checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, in the place of these. Raises
+    ValueError if resize is smaller than size.
+    """
+    options = checkpoint.get("options")
+    known = checkpoint if isinstance(options, dict) else {}  # other programs save other things
+    crop = max(options.get("size_crops") or [224]) if known else 224
+    known_size, known_resize = known.get("sizes") or (crop, round(crop * 8 / 7))
+    size = size or known_size
+    resize = resize or round(size * known_resize / known_size)
+    if resize < size:
+        raise ValueError(f"resize: expected at least the {size} pixels of size, got {resize}")
+    return CentreCrop(resize, size, known.get("value_range"))
 
 
 # Batches and loaders

@@ -1,35 +1,79 @@
-"""torch.hub entry points: backbones, new or trained, from any folder.
+"""torch.hub entry points: backbones and the whole model, new or trained, from any folder.
 
     backbone = torch.hub.load("PATH/OF/THIS/FOLDER", "from_checkpoint", "runs/photos/checkpoint.pth", source="local")
-    features = backbone(images)  # [B, 3, S, S], normalised as in data.py -> [B, F]
+    features = backbone(backbone.preprocess(pil_image)[None])  # [1, F]
+    swav = torch.hub.load("PATH/OF/THIS/FOLDER", "swav", "runs/photos/checkpoint.pth", source="local")
+    embeddings, scores = swav([swav.preprocess(pil_image)[None]])  # [1, D], [1, K]
     backbone = torch.hub.load("OWNER/REPOSITORY", "resnet50")  # of a copy on GitHub; weights are random
 
-They need only torch and model.py.
+They need only torch, torchvision, model.py and data.py. What they return can be pickled, copied and sent to other
+processes; torch.fx can trace the backbones (torchvision.models.feature_extraction).
 """
 
 import argparse
+import copyreg
+import functools
 import importlib.util
 import os
 import re
 import sys
+import types
 
 import torch
 
-# By its path, as the calling program may have a model.py of its own.
-spec = importlib.util.spec_from_file_location("swav_model", os.path.join(os.path.dirname(__file__), "model.py"))
-sys.modules["swav_model"] = model = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(model)
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
-dependencies = ["torch"]
+
+def _import(file: str) -> types.ModuleType:
+    """Import a file of this folder by its path, as the calling program may have a model.py of its own.
+
+    Once: each torch.hub.load runs this file anew, and pickle compares classes.
+    """
+    name, path = f"swav_{file.removesuffix('.py')}", os.path.join(_FOLDER, file)
+    loaded = sys.modules.get(name)
+    if loaded is None or loaded.__file__ != path:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    return loaded
+
+
+model, data = _import("model.py"), _import("data.py")
+
+dependencies = ["torch", "torchvision"]
 resnet18, resnet50 = model.resnet18, model.resnet50
 resnet50w2, resnet50w4, resnet50w5 = model.resnet50w2, model.resnet50w4, model.resnet50w5
 
 
-def from_checkpoint(path: str | os.PathLike) -> model.ResNet:
+# Pickle cannot import "swav_model" in another process, where torch.hub has not loaded it. So objects of our classes are
+# pickled as a call of torch.hub.load, which does load it, and their contents.
+
+
+def _new(file: str, class_name: str) -> object:
+    """Make an empty object of a class of ours, for pickle to fill."""
+    kind = getattr(_import(file), class_name)
+    return kind.__new__(kind)
+
+
+def _reduced(file: str, thing: object) -> tuple:
+    load = functools.partial(torch.hub.load, _FOLDER, "_new", source="local")
+    return load, (file, type(thing).__name__), thing.__dict__
+
+
+for _module, _file in ((model, "model.py"), (data, "data.py")):
+    for _class in vars(_module).values():
+        is_ours = isinstance(_class, type) and _class.__module__ == _module.__name__
+        if is_ours and (issubclass(_class, torch.nn.Module) or _class is data.CentreCrop):
+            copyreg.pickle(_class, functools.partial(_reduced, _file))
+
+
+def from_checkpoint(path: str | os.PathLike, size: int | None = None, resize: int | None = None) -> model.ResNet:
     """Load the backbone of a file, in evaluation mode: of train.py, a published SwAV one or torchvision's ResNet.
 
-    Reads architecture and size off the weights. Raises ValueError with the file's name if torch.save did not write it,
-    if it holds a class that could run code, or no whole ResNet; OSError if it cannot be opened.
+    Reads architecture and size off the weights. backbone.preprocess maps a PIL image or uint8 [3, H, W] to what the
+    weights expect, float32 [3, size, size]: as in the evaluation of the run, else 224 pixels, from a shorter side of
+    `resize`, 256. Raises ValueError with the file's name if torch.save did not write it, if it holds a class that could
+    run code, or no whole ResNet; OSError if it cannot be opened.
     """
     contents = _load(path)
     try:
@@ -38,7 +82,32 @@ def from_checkpoint(path: str | os.PathLike) -> model.ResNet:
         backbone.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} holds no whole ResNet: {error}".replace("\n", " ")) from None
+    backbone.preprocess = data.expected_crop(contents, size, resize)
     return backbone.eval()
+
+
+def swav(
+    path: str | os.PathLike | None = None, size: int | None = None, resize: int | None = None, **arguments: object
+) -> model.SwAV:
+    """Load the whole model of a file, of train.py or a published SwAV one, in evaluation mode; without path: a new one.
+
+    swav([images]) -> embeddings [B, D] of unit length, scores [B, K], for images [B, 3, S, S]. path, size and resize
+    are those of `from_checkpoint`, as are preprocess and errors. arguments: of model.SwAV, for a new one.
+    """
+    if path is None:
+        return model.SwAV(**arguments)
+    if arguments:
+        raise ValueError(f"swav: expected no {', '.join(arguments)} beside a file, which has its own architecture")
+    contents = _load(path)
+    try:
+        weights = model.backbone_weights(contents)
+        head, sizes = model.head_weights(contents)
+        whole = model.SwAV(**model.architecture_of(weights), **sizes)
+        whole.load_state_dict(weights | head)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)} holds no whole SwAV model: {error}".replace("\n", " ")) from None
+    whole.preprocess = data.expected_crop(contents, size, resize)
+    return whole.eval()
 
 
 def _load(path: str | os.PathLike) -> object:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Without AVX-512, oneDNN's weight gradient for small maps takes up to seven times as long as one matrix product.
@@ -31,7 +31,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
+        if not isinstance(x, fx.Proxy) and x.device.type == "cpu":  # torch.fx traces a plain convolution
             out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
             is_autocast = torch.is_autocast_enabled("cpu")
             if is_autocast and out_pixels == 1:
@@ -364,6 +364,22 @@ def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     if stem is None or stem.ndim != 4 or not any(name.startswith("layer4.") for name in weights):
         raise ValueError("checkpoint: expected the weights of a ResNet (conv1.weight, layer1.0.conv1.weight, ...)")
     return weights
+
+
+def head_weights(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Take projection head and prototypes out of a checkpoint: (weights, hidden_mlp, feat_dim and nmb_prototypes).
+
+    checkpoint: of ours or a published SwAV file, as `torch.load` gives it. Raises ValueError if it lacks them.
+    """
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    entries = weights.items() if isinstance(weights, Mapping) else ()
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in entries if torch.is_tensor(tensor)}
+    weights = {name: w for name, w in weights.items() if name.startswith(("projection_head.", "prototypes."))}
+    hidden, prototypes = weights.get("projection_head.0.weight"), weights.get("prototypes.weight")
+    if prototypes is None or prototypes.ndim != 2 or len(weights) < 3:
+        raise ValueError("expected the weights of a projection head and prototypes.weight, as SwAV has them")
+    sizes = {"hidden_mlp": 0 if hidden is None else len(hidden), "feat_dim": prototypes.shape[1]}
+    return weights, sizes | {"nmb_prototypes": len(prototypes)}
 
 
 def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int | list[int]]:

@@ -35,6 +35,7 @@ import launch
 import machine
 import processes
 import run_folder
+from backbones import choose_sizes
 from cache import CachedImages, cache_images, sizes_to_cache
 from data import (
     CroppedBatches,
@@ -316,6 +317,7 @@ def resolve_options(
     options = {**vars(args), "global_batch_size": global_batch_size}
     settings = {"options": options, "user_options": user_options, "recovered": recovered}
     settings |= {"images": fingerprint(images), "value_range": images.value_range}
+    settings["sizes"] = list(choose_sizes(options, facts["image_side"], is_folder=args.dataset in ("folder", GIVEN)))
     if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
     reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}

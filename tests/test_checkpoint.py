@@ -35,7 +35,7 @@ def documented_keys() -> set[str]:
 
 def test_a_checkpoint_has_exactly_the_documented_keys(images, tmp_path):
     contents = run_training(images, tmp_path, "--epochs", "1", "--tensorboard", "off")
-    assert contents.keys() == documented_keys() and len(documented_keys()) == 15
+    assert contents.keys() == documented_keys() and len(documented_keys()) == 16
     assert contents["queue"].keys() == {"embeddings", "started", "filled"}
     affects = train.option_parser().affects
     assert contents["options"].keys() - set(train.REPLACED_BY_TORCHRUN) == affects.keys() | {"global_batch_size"}

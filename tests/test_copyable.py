@@ -243,7 +243,8 @@ ALLOWED = {
     "features": {"data", "launch"},
     "probes": {"checkpoint", "data", "features", "launch", "model"},
     "backbones": {"checkpoint", "launch", "model"},
-    "hubconf": set(),  # loads model.py by its path
+    "exchange": {"checkpoint", "data", "launch", "model"},
+    "hubconf": set(),  # loads model.py and data.py by their paths
 }
 
 
@@ -264,10 +265,10 @@ def test_a_file_imports_only_what_it_may(name):
     assert imported_by(FILES[name]) <= allowed
 
 
-def test_hubconf_loads_only_model():
+def test_hubconf_loads_only_model_and_data():
     source = FILES["hubconf"].read_text()
     loaded = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
-    assert {name for name in OURS if f"{name}.py" in loaded} == {"model"}
+    assert {name for name in OURS if f"{name}.py" in loaded} == {"model", "data"}
 
 
 def test_sinkhorn_ext_imports_nothing_of_ours():

@@ -679,6 +679,8 @@ def test_an_unreadable_image_of_a_worker_keeps_its_message():
 def test_16_bits_are_scaled_by_the_range(value_range, expected):
     image = Image.fromarray(np.array([[0, 1024, 4096]], np.uint16))
     assert to_pixels(image, value_range)[0, 0].tolist() == expected
+    as_8_bits = torch.tensor(expected, dtype=torch.uint8).expand(3, 1, -1)
+    assert torch.equal(CentreCrop(1, 1, value_range)(image), CentreCrop(1, 1)(as_8_bits))
 
 
 # Memory

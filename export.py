@@ -1,0 +1,388 @@
+"""Take a run elsewhere: features, clusters, similar images, weights, ONNX, torch.export.
+
+    python export.py runs/photos features photos features.npz             # a feature vector of every image; or .csv
+    python export.py runs/photos clusters photos clusters.csv             # the prototype of every image
+    python export.py runs/photos similar photos/cat.jpg photos --k 10     # the nearest images
+    python export.py runs/photos weights resnet50.pth --to torchvision    # or timm, swav; or .safetensors
+    python export.py runs/photos onnx backbone.onnx
+    python export.py runs/photos torch_export backbone.pt2
+
+RUN is a run's folder or a checkpoint: of train.py, a published SwAV file or a torchvision ResNet. Each command prints
+which preprocessing the weights expect.
+"""
+
+import argparse
+import csv
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import exchange
+from backbones import choose_sizes, load_backbone
+from data import LEFT_OUT, CentreCrop, expected_crop, ordered_loader, reuse_freed_memory
+from decode import UnreadableImage, read_image, shown
+from features import bf16_on_gpus
+from images import BadImages, ImageFiles, typical_side
+from launch import (
+    OptionParser,
+    RunStopped,
+    UserError,
+    environment,
+    log,
+    nonnegative_int,
+    positive_int,
+    track,
+    user_errors,
+    workers_or_auto,
+)
+from machine import choose_device, set_threads_and_workers, workers_that_fit
+from processes import run_script
+
+# what: (its arguments, endings of the output, options that it takes beside size and resize)
+READS_IMAGES = ("max_bad_images", "batch_size", "workers", "device")
+COMMANDS = {
+    "features": (("DIR", "OUT"), (".npz", ".csv"), READS_IMAGES),
+    "clusters": (("DIR", "OUT"), (".csv",), READS_IMAGES),
+    "similar": (("IMAGE", "DIR"), (), ("k", *READS_IMAGES)),
+    "weights": (("OUT",), (".pth", ".safetensors"), ("to",)),
+    "onnx": (("OUT",), (".onnx",), ()),
+    "torch_export": (("OUT",), (".pt2",), ()),
+}
+
+
+def option_parser() -> OptionParser:
+    parser = OptionParser(
+        prog="export.py",
+        usage="export.py RUN WHAT ... [options]",
+        description=__doc__.partition("\n\nRUN is")[0],
+        epilog="features  .npz: files (relative to root), features float32 [N, F], and how they were made;\n"
+        "          .csv: file, then a column per feature.\n"
+        "clusters  file, nearest prototype by cosine similarity, its certainty (softmax of the similarities over\n"
+        "          all prototypes, at the training's temperature), second nearest prototype.\n"
+        "weights   names of torchvision, of timm, or the published SwAV ones (with head and prototypes).\n"
+        "onnx, torch_export  the backbone for any batch size, compared with PyTorch.\n"
+        "An existing OUT is replaced once the new one is complete. --help-all shows the other options.",
+    )
+    parser.start_group("what to export", affects="nothing")
+    for name, nargs, text in (
+        ("run", None, "A run's folder or a checkpoint, ours, a published SwAV file or a torchvision ResNet."),
+        ("what", None, f"{', '.join(COMMANDS)}."),
+        ("paths", "*", "Its arguments, as above: DIR is a folder of images at any depth, OUT the file to write."),
+    ):
+        action = parser.group.add_argument(name, metavar="ARGUMENTS" if nargs else name.upper(), nargs=nargs, help=text)
+        parser.common.append(action)
+    add = parser.add
+    add("k", 10, positive_int, "similar: Print this many images.", common="N")
+    add("to", None, str, "weights: Use the names of torchvision, timm or swav.", common="NAMES",
+        choices=exchange.NAMINGS)  # fmt: skip
+    add("size", None, positive_int, "Resize images to this many pixels.", common="N",
+        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
+    add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
+        "larger images, else --size)")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "unreadable images up to which the export goes on, without them "
+        "(default: 1 %% of the images, at least 1)")  # fmt: skip
+    parser.start_group("machine", affects="nothing")
+    add("batch_size", 64, positive_int, "images at a time")
+    add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
+    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
+    return parser
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, in `_` or `-` spelling. Raises UserError."""
+    return option_parser().parse_args(_paths_first(argv))
+
+
+def _paths_first(argv: Sequence[str]) -> list[str]:
+    """Put options after the paths: argparse takes all paths at once. Every option but help has one value."""
+    paths, options, words = [], [], iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            paths.append(word)
+        else:
+            options.append(word)
+            if "=" not in word and not word.startswith(("-h", "--help")):
+                options += [value for value in [next(words, None)] if value is not None]
+    return paths + options
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise UserError, naming argument or option, value and what is accepted."""
+    if args.what not in COMMANDS:
+        raise UserError(f"WHAT: expected one of {', '.join(COMMANDS)} after RUN, got {args.what}")
+    names, endings, _ = COMMANDS[args.what]
+    if len(args.paths) != len(names):
+        raise UserError(
+            f"{args.what}: expected python export.py RUN {args.what} {' '.join(names)}, "
+            f"got {' '.join(args.paths) or 'nothing'} after {args.what}"
+        )
+    for name, path in zip(names, args.paths, strict=True):
+        if name == "DIR" and not os.path.exists(path):
+            raise UserError(f"DIR: expected a folder of images, got {shown(path)}, which does not exist")
+        if name == "IMAGE" and not os.path.isfile(path):
+            raise UserError(f"IMAGE: expected an image file, got {shown(path)}, which is none")
+        if name == "OUT" and not path.lower().endswith(endings):
+            raise UserError(f"OUT: expected a name that ends in {' or '.join(endings)}, got {shown(path)}")
+        if name == "OUT" and os.path.isdir(path):
+            raise UserError(f"OUT: expected a file, got {shown(path)}, which is a folder")
+    if args.what == "weights" and args.to is None:
+        raise UserError(f"--to: expected one of {', '.join(exchange.NAMINGS)} for weights, got none")
+    if environment("WORLD_SIZE", 1) > 1:
+        raise UserError("torchrun: export.py runs in one process; start it as python export.py ...")
+
+
+def options_without_effect(args: argparse.Namespace) -> list[str]:
+    """A line for each option that the user set and that this command does not take."""
+    default, takes = option_parser().get_default, {"size", "resize", *COMMANDS[args.what][2]}
+    others = {"k", "to", *READS_IMAGES} - takes
+    idle = [name for name in vars(args) if name in others and getattr(args, name) != default(name)]
+    return [f"--{name} {getattr(args, name)} has no effect on {args.what}" for name in idle]
+
+
+def checkpoint_of(run: str) -> Path:
+    """The checkpoint of a run's folder, or the file itself. Raises UserError."""
+    path = Path(run)
+    if not path.is_dir():
+        return path
+    if (path / checkpoint.NEWEST).exists():
+        return path / checkpoint.NEWEST
+    raise UserError(f"RUN: expected a run's folder or a checkpoint, got {shown(path)} without {checkpoint.NEWEST}")
+
+
+@contextmanager
+def complete_file(out: Path, source: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, which gets the name `out` after the block; if that fails it is removed.
+
+    source: the checkpoint, which is not overwritten. Raises UserError if out cannot be written.
+    """
+    if out.exists() and out.samefile(source):
+        raise UserError(f"OUT: expected another file than the checkpoint {shown(source)}, which would be overwritten")
+    unfinished = out.with_name(f"{out.stem}.unfinished{out.suffix.lower()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+    except OSError as error:
+        raise UserError(f"OUT: cannot write {shown(out)}: {error.strerror}") from None
+    try:
+        yield unfinished
+        os.chmod(unfinished, mode)  # safetensors keeps its files from other users
+        os.replace(unfinished, out)
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch's writers hide the system's error
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunStopped(f"cannot write {shown(out)}: {cause.strerror}; make room, or write elsewhere") from None
+        raise
+    log(f"written to {shown(out)}")
+
+
+# Images of a folder through a network
+
+
+class Source(NamedTuple):
+    """What an export of images reads."""
+
+    path: Path  # of the checkpoint
+    backbone: nn.Module
+    trained: dict  # options of its training, {} if unknown
+    images: ImageFiles
+    crop: CentreCrop
+    device: torch.device
+
+
+def open_source(args: argparse.Namespace, folder: str) -> Source:
+    """Load the backbone and list the images below a folder. Raises UserError."""
+    device, path = choose_device(args.device), checkpoint_of(args.run)
+    backbone, architecture, trained = load_backbone(path, None)
+    value_range = trained.get("value_range")
+    images = ImageFiles(folder, value_range)
+    sizes = choose_sizes(trained, typical_side(images), is_folder=True, size=args.size, resize=args.resize)
+    crop = CentreCrop(sizes[1], sizes[0], images.value_range)
+    log(f"{shown(path)}: {architecture['arch']}; {shown(folder)}: {len(images):,} images; {device}")
+    log(f"images: {exchange.describe_preprocessing(crop)}")
+    return Source(path, backbone, trained, images, crop, device)
+
+
+def names_of(images: ImageFiles) -> list[str]:
+    """Paths of the images relative to their folder."""
+    return [os.path.relpath(str(path), images.root) for path in images.paths]
+
+
+@torch.no_grad()
+def outputs(
+    network: nn.Module, source: Source, args: argparse.Namespace, title: str
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices of images, rows float32 [B, F] of the network) batch by batch, for the images that can be read.
+
+    Logs which cannot. Raises RunStopped if these are too many, or if rows are inf or nan.
+    """
+    images, crop, device = source.images, source.crop, source.device
+    reuse_freed_memory()
+    network.to(device, memory_format=torch.channels_last).eval()
+    batch_size = min(args.batch_size, len(images))
+    workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * crop.size**2)
+    loader = ordered_loader(images, crop, batch_size, workers=workers, pin_memory=device.type == "cuda")
+    bad, done = BadImages(images, args.max_bad_images), 0
+    for batch, labels in track(loader, title):
+        batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
+        with bf16_on_gpus(device):
+            rows = network(batch).float().cpu()
+        bad.update()
+        is_read = labels != LEFT_OUT
+        if not rows[is_read].isfinite().all():
+            raise RunStopped(f"{title}: values are inf or nan: the network overflows", code=4)
+        yield (done + is_read.nonzero().flatten()).tolist(), rows[is_read]
+        done += len(batch)
+    if bad.reasons:
+        some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(bad.reasons.items())[:3])
+        log(f"left out, as they cannot be read: {len(bad.reasons)} of {len(images)} images: {some}")
+    if len(bad.reasons) == len(images):
+        raise UserError(f"DIR: none of the {len(images)} images can be read; python images.py DIR tells why")
+
+
+def rows_of(batches: Iterable[tuple[list[int], torch.Tensor]], names: Sequence[str]) -> Iterator[tuple[str, list]]:
+    """Yield (name, row) of each image, from `outputs`."""
+    for indices, rows in batches:
+        yield from zip((names[i] for i in indices), rows.tolist(), strict=True)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as they come. Names that are not UTF-8 keep their bytes."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+# Commands
+
+
+def export_features(args: argparse.Namespace) -> None:
+    """Write a feature vector of each image, as .npz or .csv."""
+    folder, out = args.paths[0], Path(args.paths[1])
+    source = open_source(args, folder)
+    names, width = names_of(source.images), source.backbone.num_features
+    with complete_file(out, source.path) as path:
+        batches = outputs(source.backbone, source, args, "features")
+        if out.suffix.lower() == ".csv":
+            header = ["file", *(f"feature_{i}" for i in range(width))]
+            rows = ([name, *map("{:.9g}".format, row)] for name, row in rows_of(batches, names))  # float32, exactly
+            write_csv(path, header, rows)
+            return
+        features, read = np.empty((len(names), width), np.float32), []
+        for indices, part in batches:
+            features[len(read) : len(read) + len(part)] = part
+            read += indices
+        facts = {"root": os.path.abspath(folder), "checkpoint": os.path.abspath(source.path)}
+        facts |= {name: value for name, value in exchange.preprocessing(source.crop).items() if value is not None}
+        np.savez(path, files=np.array([names[i] for i in read]), features=features[: len(read)], **facts)
+        log(f"{len(read):,} images of {width} features")
+
+
+class NearestPrototypes(nn.Module):
+    """Images [B, 3, S, S] -> [B, 3]: nearest prototype by cosine, its certainty, the second nearest (-1: none).
+
+    Certainty is the softmax of the cosines over all prototypes, divided by the temperature, as in the loss (section 3.1
+    of the paper, equation 2).
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, prototypes: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.backbone, self.head, self.prototypes, self.temperature = backbone, head, prototypes, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        projections = self.head(self.backbone(images)).float()
+        with torch.autocast(images.device.type, enabled=False):
+            cosines = self.prototypes(F.normalize(projections, dim=1))  # [B, K]
+        nearest = F.pad(cosines, (0, 1), value=-torch.inf).topk(2, dim=1).indices  # [B, 2], K stands for none
+        certainty = (cosines / self.temperature).softmax(1).amax(1, keepdim=True)
+        nearest = torch.where(nearest < cosines.shape[1], nearest, -1)
+        return torch.cat([nearest[:, :1], certainty, nearest[:, 1:]], dim=1)
+
+
+def export_clusters(args: argparse.Namespace) -> None:
+    """Write the nearest prototype of each image, how certain it is, and the second nearest, as .csv."""
+    folder, out = args.paths[0], Path(args.paths[1])
+    path = checkpoint_of(args.run)
+    head, prototypes = exchange.load_head(checkpoint.load(path), path)
+    source = open_source(args, folder)
+    temperature = source.trained.get("temperature", 0.1)
+    log(f"{prototypes.out_features} prototypes; certainty at temperature {temperature:g}")
+    network, names = NearestPrototypes(source.backbone, head, prototypes, temperature), names_of(source.images)
+    with complete_file(out, source.path) as path:
+        batches = outputs(network, source, args, "clusters")
+        rows = ([name, int(a), f"{certainty:.4f}", int(b)] for name, (a, certainty, b) in rows_of(batches, names))
+        write_csv(path, ["file", "prototype", "certainty", "second_choice"], rows)
+
+
+def print_similar(args: argparse.Namespace) -> None:
+    """Print the k images that are nearest to one by the cosine similarity of features; the image itself is left out."""
+    image, folder = args.paths
+    source = open_source(args, folder)
+    try:
+        pixels = read_image(image, source.images.value_range)
+    except UnreadableImage as error:
+        raise UserError(f"IMAGE: {str(error).removeprefix('data_path: ')}") from None
+    backbone, similar = source.backbone.to(source.device).eval(), []
+    with torch.no_grad(), bf16_on_gpus(source.device):
+        query = backbone(source.crop(pixels)[None].to(source.device)).float().cpu()  # [1, F]
+    for indices, features in outputs(backbone, source, args, "features"):
+        similar += zip(F.cosine_similarity(features, query).tolist(), indices, strict=True)
+    paths = [str(path) for path in source.images.paths]
+    others = [(cosine, paths[i]) for cosine, i in similar if not is_same_file(paths[i], image)]
+    if len(others) < len(similar):
+        log(f"left out: {shown(image)} itself")
+    log("cosine  file")
+    for cosine, path in sorted(others, key=lambda pair: -pair[0])[: args.k]:
+        log(f"{cosine:6.4f}  {shown(path)}")
+
+
+def is_same_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.samefile(path, other)  # an image in a tar file has no path of its own
+
+
+def export_network(args: argparse.Namespace) -> None:
+    """Write the weights, or the backbone as ONNX or by torch.export, with the preprocessing that they expect."""
+    source, out = checkpoint_of(args.run), Path(args.paths[0])
+    backbone, architecture, trained = load_backbone(source, None)
+    backbone.eval()
+    contents = checkpoint.load(source) if trained or args.to == "swav" else {}
+    with user_errors("--"):
+        crop = expected_crop(contents, args.size, args.resize)
+    log(f"{shown(source)}: {architecture['arch']}, {backbone.num_features} features")
+    with complete_file(out, source) as path:
+        if args.what == "weights":
+            weights = exchange.rename_weights(backbone, architecture, args.to, contents)
+            exchange.write_weights(weights, path, crop)
+        else:
+            write = exchange.write_onnx if args.what == "onnx" else exchange.write_torch_export
+            difference = write(backbone, path, crop)
+            log(f"images [N, 3, {crop.size}, {crop.size}] -> features [N, {backbone.num_features}], any N")
+            log(f"largest difference from PyTorch: {difference:.2g}, over batches of 1 and 3 random images")
+    log(f"the weights expect: {exchange.describe_preprocessing(crop)}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the command of a command line. Raises UserError for bad input."""
+    check_args(args)
+    for line in options_without_effect(args):
+        log(line)
+    commands = {"features": export_features, "clusters": export_clusters, "similar": print_similar}
+    commands.get(args.what, export_network)(args)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args(sys.argv[1:])))
