@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+import backbones
 import checkpoint
 import launch
 import machine
@@ -60,7 +61,7 @@ from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_coll
 from images import DATASETS, BadImages, ImageFiles, fingerprint, open_images, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
-from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
+from model import STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
 from optim import LARS, warmup_cosine
 from run_log import RunLog
 from sinkhorn_ext import backend
@@ -68,6 +69,7 @@ from sinkhorn_ext.__main__ import report
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+DEFAULT_ARCH = "resnet50"
 MAX_RECOVERIES = 3  # of --on_collapse recover
 
 
@@ -110,8 +112,10 @@ def option_parser() -> launch.OptionParser:
         "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
-    add("arch", "resnet50", str, f"Train a {', '.join(ARCHS)}.", common="NAME",
-        choices=list(ARCHS))  # fmt: skip
+    add("arch", None, backbones.arch_name, "Train this network: a ResNet such as resnet18 or resnet50 (all: README), "
+        "or timm/NAME, of timm (default: resnet50, or that of --init).", common="NAME")  # fmt: skip
+    add("init", None, str, "Start the backbone from the weights in this file, ours or another program's, or from "
+        "torchvision's of this name, such as IMAGENET1K_V2.", common="FILE", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
     add("stem", None, str, "imagenet: for crops from 96 pixels on; medium: about 48; small: up to 32", choices=STEMS)
@@ -202,6 +206,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
                             f"{args.precision}; leave one of them out")  # fmt: skip
         args.precision = precision
+    if args.arch is None and args.init is None:
+        args.arch = DEFAULT_ARCH
     if args.dump_path is None:
         args.dump_path = str(Path("runs", name_of_images(args)))
     return args
@@ -252,7 +258,12 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     nearest = next(folder for folder in (dump, *dump.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
-    if any(getattr(args, name) is None for name in DERIVED):
+    if args.arch and args.arch.startswith(backbones.TIMM):
+        given = {name: getattr(args, name) for name in ("width", "blocks", "stem")}
+        given = {name: value for name, value in given.items() if value not in (None, "imagenet")}
+        if given:
+            raise UserError(f"{launch.as_command_line(given)}: leave it out with --arch {args.arch}, whose name has it")
+    if any(getattr(args, name) is None for name in (*DERIVED, "arch")):
         return
     try:
         with launch.user_errors("--"), torch.device("meta"):
@@ -285,6 +296,8 @@ def resolve_options(
         )
     given = {name: user_options[name] for name in DERIVED if name in user_options}
     given |= {name: value for name, (value, _) in chosen.items()}
+    if args.arch.startswith(backbones.TIMM):  # it has a stem of its own
+        args.stem = given["stem"] = "imagenet"
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
     if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
         try:
@@ -314,7 +327,8 @@ def resolve_options(
     settings |= {"images": fingerprint(images), "value_range": images.value_range}
     if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
-    reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}
+    usual = {**{name: parser.get_default(name) for name in options}, "arch": DEFAULT_ARCH}
+    reasons = {name: "default" for name, value in options.items() if value == usual[name]}
     return settings, reasons | {name: reason for name, (_, reason) in chosen.items()}
 
 
@@ -362,6 +376,7 @@ def build_loader(
 
 def build_model(args: argparse.Namespace) -> SwAV:
     options = dict(width=args.width, blocks=args.blocks, stem=args.stem)
+    options["backbone"] = backbones.foreign_backbone(args.arch, args.size_crops)
     return SwAV(args.arch, args.hidden_mlp, args.feat_dim, args.nmb_prototypes, **options)
 
 
@@ -425,6 +440,10 @@ def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size:
     earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
     # A set that has grown is scaled as before.
     scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
+    read_off: dict[str, str] = {}
+    if args.init:
+        read_off = {name: f"as in {args.init}" for name in backbones.SHAPE_OPTIONS if getattr(args, name) is None}
+        vars(args).update(processes.share("reading --init", lambda: start_options(args, earlier)))
     # The first process of each machine downloads and finds errors.
     images = processes.in_turn(
         "opening the images",
@@ -441,7 +460,21 @@ def open_and_resolve(args: argparse.Namespace, device: torch.device, world_size:
     if launch.environment("LOCAL_RANK", 0) == 0:
         workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
         sizes = sizes_to_cache(images, args.cache, for_workers=machine.shared_memory_needed(workers, bytes_of_batch))
-    return cache_images(images, sizes), settings, reasons
+    return cache_images(images, sizes), settings, reasons | read_off
+
+
+def start_options(args: argparse.Namespace, earlier: dict | None) -> dict[str, object]:
+    """The options that the weights of --init decide, and init_sha256, their file's checksum. Raises UserError.
+
+    earlier: the newest state of the run to resume, which has weights of its own: the file is not needed any more.
+    """
+    asked = {name: getattr(args, name) for name in backbones.SHAPE_OPTIONS}
+    if not earlier:
+        return backbones.read_start(args.init, asked)
+    before = earlier["options"]
+    log(f"--init: not read again, as the run in {args.dump_path} resumes with its own weights")
+    known = {name: before.get(name) if value is None else value for name, value in asked.items()}
+    return known | {"init_sha256": before.get("init_sha256")}
 
 
 def open_dump_path(dump: Path) -> None:
@@ -477,6 +510,8 @@ def train(
     schedule = args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
     learning_rates = warmup_cosine(steps_per_epoch, args.epochs, *schedule)
     model = build_model(args)
+    if args.init and rank == 0 and not checkpoint.exists(dump):  # the others get its weights from data_parallel
+        backbones.start_from(model, args.init, args.arch)
     layout = memory_layout(model, device)
     model = model.to(device, memory_format=layout)
     if world_size > 1 and args.sync_bn != "none":
