@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import checkpoint
-from backbones import choose_sizes, load_backbone
+from backbones import arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory, start_epoch, training_loader
 from decode import shown
 from features import accuracies, baselines, bf16_on_gpus, evaluate_features, extract_features
@@ -44,7 +44,6 @@ from launch import (
     workers_or_auto,
 )
 from machine import choose_device, set_threads_and_workers, workers_that_fit
-from model import ARCHS, ResNet
 from processes import check_same, leave_processes, run_script, setup_processes
 
 
@@ -68,7 +67,8 @@ def option_parser() -> OptionParser:
         default_text="as in training")  # fmt: skip
     add("dataset", None, str, "Evaluate on this named data set.", common="NAME", choices=DATASETS,
         default_text="folder with --data_path, else as in training")  # fmt: skip
-    add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
+    add("arch", None, arch_name, "refuse a checkpoint of another architecture (default: take any); weights of a "
+        "network of timm need it: timm/NAME")  # fmt: skip
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
         default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
@@ -157,7 +157,7 @@ def count_bad_images(bad_images: dict[str, BadImages]) -> dict[str, int]:
 
 
 def linear_probe(
-    backbone: ResNet,
+    backbone: nn.Module,
     train_images: Dataset,
     val_images: Dataset,
     train_transform: Callable,
@@ -236,7 +236,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
     log(
-        f"{path}: {architecture['arch']} of width {architecture['width']}, {backbone.num_features} features; "
+        f"{path}: {describe(architecture)}, {backbone.num_features} features; "
         f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
         f"validation images of {classes} classes, {size} pixels; {device}, {world_size} process(es)"
     )
@@ -251,8 +251,10 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         transforms = ProbeCrop(size), val_transform
         scores, labels = linear_probe(backbone, train_images, val_images, *transforms, device, **probing)
         rows["checkpoint"]["linear"] = accuracies(scores, labels)
+    if (start := start_backbone(trained)) is not None:
+        rows[f"the start, {trained['init']}"] = evaluate_features(start, *evaluation, **options)
     torch.manual_seed(args.seed)
-    rows |= baselines(ResNet(**architecture), *evaluation, **options)
+    rows |= baselines(new_backbone(architecture), *evaluation, **options)
     return {
         "checkpoint": str(path),
         "dataset": dataset,
