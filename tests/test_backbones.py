@@ -272,13 +272,15 @@ TIMM_NETWORKS = "timm/test_convnext", "timm/test_efficientnet", "timm/test_vit",
 
 
 @pytest.mark.parametrize("arch", TIMM_NETWORKS)
-def test_networks_of_timm_give_features_of_several_sizes(arch, tmp_path):
+def test_networks_of_timm_give_features_of_several_sizes(arch, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model(arch.removeprefix("timm/"))
     torch.save({"teacher": named("module.backbone.", theirs.state_dict())}, tmp_path / "theirs.pth")
     backbone, architecture, _ = load_backbone(tmp_path / "theirs.pth", arch)
     assert describe(architecture) == arch
+    normalised_otherwise = "may expect images with a mean of 0.5, here it is 0.485" in capsys.readouterr().out
+    assert normalised_otherwise == (theirs.default_cfg["mean"][0] == 0.5)
     assert {*backbone.state_dict()} <= {*theirs.state_dict()}
     side = theirs.default_cfg["input_size"][1]
     x = torch.randn(2, 3, side, side)

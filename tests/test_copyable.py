@@ -250,7 +250,7 @@ ALLOWED = {
     "images": {"data", "decode", "launch", "machine", "processes", "shapes"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
-    "backbones": {"checkpoint", "foreign", "launch", "model"},
+    "backbones": {"checkpoint", "data", "foreign", "launch", "model"},
     "hubconf": set(),  # loads model.py and foreign.py by their paths
 }
 
