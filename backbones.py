@@ -19,7 +19,7 @@ from torch import nn
 
 import checkpoint
 from data import MEAN
-from foreign import TIMM, Found, check_sizes, close_names, find_backbone, sizes_near, takes, timm_network
+from foreign import TIMM, Found, check_sizes, close_names, find_backbone, nearest_size, takes, timm_network
 from launch import UserError, as_command_line, log, user_errors
 from model import ARCHS, ResNet, SwAV, architecture_of
 
@@ -73,6 +73,17 @@ def foreign_backbone(arch: str, sizes: list[int]) -> nn.Module | None:
     if next(network.parameters()).is_meta:
         check_sizes(arch, sizes, network)
     return network
+
+
+def sizes_taken(arch: str, sizes: list[int]) -> list[int]:
+    """For each size of images the nearest one that a network of timm takes, if there is one; else, and for other
+    networks, the size itself.
+    """
+    if not arch.startswith(TIMM):
+        return sizes
+    with user_errors("--"), torch.device("meta"):
+        network = timm_network(arch, sizes)
+    return [nearest_size(network, size) or size for size in sizes]
 
 
 # Files
@@ -289,7 +300,7 @@ def choose_sizes(
     is_cropped = is_folder and side > min(LARGER * crop, max(224, crop))
     wanted, size = size, size or (crop if is_cropped else max(side, crop))
     if trained.get("arch", "").startswith(TIMM):
-        size = _size_taken(trained, size, is_fixed=wanted is not None)
+        size = _evaluated_size(trained, size, is_fixed=wanted is not None)
     is_cropped = is_folder and side > size
     resize = resize or (round(size * 8 / 7) if is_cropped else size)
     if resize < size:
@@ -297,15 +308,12 @@ def choose_sizes(
     return size, resize
 
 
-def _size_taken(trained: Mapping, size: int, is_fixed: bool) -> int:
+def _evaluated_size(trained: Mapping, size: int, is_fixed: bool) -> int:
     """The size nearest to `size` that a network of timm takes. Raises UserError if it is fixed, and another one."""
-    sizes = trained.get("size_crops", ())
     with user_errors("checkpoint: "), torch.device("meta"):
-        network = timm_network(trained["arch"], sizes)
-    if takes(network, size):
-        return size
-    near = sizes_near(network, size) or [crop for crop in sizes if takes(network, crop)]
-    if is_fixed or not near:
-        such = f", such as {' and '.join(map(str, near))}" if near else ""
-        raise UserError(f"--size: expected one that {trained['arch']} takes{such}, got {size}")
-    return min(near, key=lambda other: abs(other - size))
+        network = timm_network(trained["arch"], trained.get("size_crops", ()))
+    near = [near for near in trained.get("size_crops", ()) if takes(network, near)] or [size]
+    nearest = nearest_size(network, size) or min(near, key=lambda other: abs(other - size))
+    if is_fixed and nearest != size:
+        raise UserError(f"--size: expected one that {trained['arch']} takes, such as {nearest}, got {size}")
+    return nearest

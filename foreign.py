@@ -185,6 +185,13 @@ def sizes_near(network: nn.Module, side: int) -> list[int]:
     return [size for size in (below, above) if size]
 
 
+def nearest_size(network: nn.Module, side: int) -> int | None:
+    """The size nearest to `side` that a network on the meta device takes: side itself, or at most NEARBY from it."""
+    if takes(network, side):
+        return side
+    return min(sizes_near(network, side), key=lambda size: abs(size - side), default=None)
+
+
 def check_sizes(arch: str, sizes: Sequence[int], network: nn.Module) -> None:
     """Raise ValueError, with sizes that it takes, for images that a network of timm cannot take.
 

@@ -89,7 +89,9 @@ def option_parser() -> launch.OptionParser:
     )
 
     def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
-        parser.add(name, default, kind, help, default_text="from the images" if name in DERIVED else None, **more)
+        parser.add(
+            name, default, kind, help, **{"default_text": "from the images" if name in DERIVED else None, **more}
+        )
 
     parser.start_group("images")
     add("data_path", None, str, "Train on the images in this folder, at any depth.", common="DIR")
@@ -112,10 +114,10 @@ def option_parser() -> launch.OptionParser:
         "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
-    add("arch", None, backbones.arch_name, "Train this network: a ResNet such as resnet18 or resnet50 (all: README), "
-        "or timm/NAME, of timm (default: resnet50, or that of --init).", common="NAME")  # fmt: skip
-    add("init", None, str, "Start the backbone from the weights in this file, ours or another program's, or from "
-        "torchvision's of this name, such as IMAGENET1K_V2.", common="FILE", affects="learning")  # fmt: skip
+    add("arch", None, backbones.arch_name, "Train this network; list shows all, and timm/NAME works too.",
+        common="NAME", default_text="resnet50")  # fmt: skip
+    add("init", None, str, "Start from the weights in this file, or torchvision's of this name.", common="FILE",
+        default_text="random", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
     add("stem", None, str, "imagenet: for crops from 96 pixels on; medium: about 48; small: up to 32", choices=STEMS)
@@ -304,7 +306,17 @@ def resolve_options(
             facts["described"] = describe_images(images)
         except UnreadableImage as error:
             raise UserError(str(error)) from None
-    chosen |= derive(**facts, given=given)
+    derived = derive(**facts, given=given)
+    if "size_crops" in derived:
+        wanted, reason = derived["size_crops"]
+        sizes = backbones.sizes_taken(args.arch, wanted)
+        if sizes != wanted:
+            derived = derive(**facts, given={**given, "size_crops": sizes})
+            derived["size_crops"] = (
+                sizes,
+                f"{reason}: the nearest to {' '.join(map(str, wanted))} that {args.arch} takes",
+            )
+    chosen |= derived
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
         log(f"  {launch.as_command_line({name: value})}  ({reason})")

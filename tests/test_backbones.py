@@ -18,6 +18,7 @@ from backbones import (
     load_backbone,
     new_backbone,
     read_backbone,
+    sizes_taken,
 )
 from launch import UserError
 from model import ResNet
@@ -335,6 +336,14 @@ def test_evaluation_takes_the_nearest_size_of_a_network(tmp_path):
     assert choose_sizes(trained, 50, is_folder=True) == (48, 55)
     assert choose_sizes(trained, 64, is_folder=True) == (64, 64)
     assert choose_sizes(trained, 50, is_folder=True, size=32) == (32, 37)
-    with pytest.raises(UserError, match="^--size: expected one that timm/test_vit takes, such as 48 and 64, got 50"):
+    with pytest.raises(UserError, match="^--size: expected one that timm/test_vit takes, such as 48, got 50"):
         choose_sizes(trained, 50, is_folder=True, size=50)
     assert choose_sizes({"arch": "timm/mixer_s32_224", "size_crops": [64]}, 80, is_folder=True) == (64, 73)
+
+
+def test_derived_sizes_become_those_that_a_network_takes():
+    assert sizes_taken("resnet18", [50, 24]) == [50, 24]
+    pytest.importorskip("timm")
+    assert sizes_taken("timm/test_vit", [50, 48, 24]) == [48, 48, 16]
+    assert sizes_taken("timm/test_convnext", [64, 24]) == [64, 32]
+    assert sizes_taken("timm/mixer_s32_224", [64, 24]) == [64, 24]  # which is refused later

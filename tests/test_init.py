@@ -257,6 +257,17 @@ def test_a_network_of_timm_trains_resumes_and_is_evaluated(images, tmp_path, nam
         backbones.load_backbone(path, "resnet18")
 
 
+def test_derived_crops_are_of_sizes_that_the_network_takes(images, capsys):
+    pytest.importorskip("timm")
+    args = train.parse_args(["--arch", "timm/test_vit", "--nmb_crops", "2", "2", f"--data_path={images}"])
+    settings, reasons = train.resolve_options(args, train.open_images("folder", images, "pretrain"), world_size=1)
+    assert settings["options"]["size_crops"] == [32, 16] and args.stem == "imagenet"
+    args = train.parse_args(["--arch", "timm/test_convnext", "--nmb_crops", "2", "2", f"--data_path={images}"])
+    settings, reasons = train.resolve_options(args, train.open_images("folder", images, "pretrain"), world_size=1)
+    assert settings["options"]["size_crops"] == [32, 32]
+    assert reasons["size_crops"].endswith(": the nearest to 32 16 that timm/test_convnext takes")
+
+
 def test_a_network_of_timm_starts_from_its_weights(images, tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(3)
