@@ -114,9 +114,9 @@ def option_parser() -> launch.OptionParser:
         "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
-    add("arch", None, backbones.arch_name, "Train this network; list shows all, and timm/NAME works too.",
+    add("arch", None, backbones.arch_name, "Train this network, or timm/NAME; list shows all.",
         common="NAME", default_text="resnet50")  # fmt: skip
-    add("init", None, str, "Start from the weights in this file, or torchvision's of this name.", common="FILE",
+    add("init", None, str, "Start from weights: a file, or torchvision's by name.", common="FILE",
         default_text="random", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
