@@ -322,6 +322,11 @@ def load_run(path: Path) -> dict:
     return defaults | checkpoint
 
 
+def exists(dump: Path) -> bool:
+    """Whether the folder holds a state to resume from, damaged or not."""
+    return (dump / NEWEST).exists() or (dump / PREVIOUS).exists()
+
+
 def find(dump: Path, quiet: bool = False) -> dict | None:
     """Find the newest state of a run whose bytes are whole; None if the folder holds no run.
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import checkpoint
-from backbones import choose_sizes, load_backbone
+from backbones import arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory
 from decode import shown
 from features import (
@@ -37,6 +37,7 @@ from features import (
     accuracy_by_class,
     baselines,
     confusion_matrix,
+    evaluate_features,
     extract_features,
     features_of_splits,
     logistic_regression,
@@ -58,7 +59,6 @@ from launch import (
     workers_or_auto,
 )
 from machine import choose_device, set_threads_and_workers, workers_that_fit
-from model import ARCHS, ResNet
 from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults, linear_probe
 from processes import check_same, leave_processes, run_script, setup_processes
 
@@ -91,7 +91,8 @@ def option_parser() -> OptionParser:
     add("val_labels", None, str, "file with a line NAME CLASS for each image of a val/ without class folders; CLASS is "
         "a folder of train/ or its number from 0. Also ImageNet's ILSVRC2012_validation_ground_truth.txt, beside "
         "its meta.mat")  # fmt: skip
-    add("arch", None, str, "refuse a checkpoint of another architecture (default: take any)", choices=list(ARCHS))
+    add("arch", None, arch_name, "refuse a checkpoint of another architecture (default: take any); weights of a "
+        "network of timm need it: timm/NAME")  # fmt: skip
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
         default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
@@ -276,6 +277,7 @@ class Setup(NamedTuple):
 
     backbone: nn.Module
     random_backbone: nn.Module
+    starts: dict[str, nn.Module]  # the weights that the run started from, by the name of their row
     train_images: Dataset
     val_images: Dataset
     bad_images: dict[str, BadImages]
@@ -310,6 +312,8 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     row["linear"] = accuracies(scores, val_labels)
     rows = {"checkpoint": row}
     if args.compare == "on":
+        for name, start in setup.starts.items():
+            rows[name] = evaluate_features(start, *evaluation, **options, **loading)
         rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
     return outcomes | {"rows": rows}, (scores, val_labels), weights
 
@@ -417,12 +421,12 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
     log(
-        f"{path}: {architecture['arch']} of width {architecture['width']}, {backbone.num_features} features; "
+        f"{path}: {describe(architecture)}, {backbone.num_features} features; "
         f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
         f"validation images of {len(train_images.classes)} classes, {size} pixels; {device}, {world_size} process(es)"
     )
     torch.manual_seed(args.seed)
-    random_backbone = ResNet(**architecture)
+    random_backbone = new_backbone(architecture)
     # What decides the trained weights: neighbours and comparisons do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
     deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
@@ -436,7 +440,9 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     }
     weights_before = weights_checksum(backbone)
     crops = ProbeCrop(size), CentreCrop(resize, size)
-    setup = Setup(backbone, random_backbone, *splits, bad_images, *crops, device, loading, settings, progress)
+    start_weights = start_backbone(trained) if args.compare == "on" else None
+    starts = {} if start_weights is None else {f"the start, {trained['init']}": start_weights}
+    setup = Setup(backbone, random_backbone, starts, *splits, bad_images, *crops, device, loading, settings, progress)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
     result = {"checkpoint": str(path), "dataset": dataset, "data_path": data_path, **settings}
     result |= {

@@ -105,6 +105,11 @@ def _gather(share: torch.Tensor, total: int) -> torch.Tensor:
     return gathered.flatten(0, 1)[:total]
 
 
+def batchnorms(network: nn.Module) -> list[nn.Module]:
+    """The BatchNorms of a network; transformers have none."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 @torch.no_grad()
 def recompute_batchnorm(
     backbone: nn.Module,
@@ -126,7 +131,7 @@ def recompute_batchnorm(
     batch_size = max(2, batch_size)  # a single image may have no variance
     sharing = dict(rank=rank, world_size=world_size, workers=workers)
     loader = ordered_loader(Subset(images, order), transform, batch_size, **sharing)
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = batchnorms(backbone)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
@@ -336,16 +341,17 @@ def baselines(
 ) -> Iterator[tuple[str, dict]]:
     """Evaluate what features have to beat: random weights and raw pixels. Yields (name, row of `evaluate_features`).
 
-    random_backbone: the same architecture with fresh weights, evaluated as it is and with BatchNorm statistics of the
-    training images.
+    random_backbone: the same architecture with fresh weights, evaluated as it is and, if it has BatchNorm, with
+    statistics of the training images.
     """
     evaluation = train_images, val_images, transform, device
     options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
     log(f"{RANDOM} ...")
     yield RANDOM, evaluate_features(random_backbone, *evaluation, **options)
-    recompute_batchnorm(random_backbone, train_images, transform, device, "BatchNorm statistics", **loading)
-    log(f"{RANDOM_STATISTICS} ...")
-    yield RANDOM_STATISTICS, evaluate_features(random_backbone, *evaluation, **options)
+    if batchnorms(random_backbone):
+        recompute_batchnorm(random_backbone, train_images, transform, device, "BatchNorm statistics", **loading)
+        log(f"{RANDOM_STATISTICS} ...")
+        yield RANDOM_STATISTICS, evaluate_features(random_backbone, *evaluation, **options)
     if (len(train_images) + len(val_images)) * 3 * transform.size**2 > MAX_PIXEL_TABLE:
         log(f"{PIXELS}: left out, they do not fit into memory")
         return

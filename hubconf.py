@@ -6,7 +6,8 @@
     embeddings, scores = swav([swav.preprocess(pil_image)[None]])  # [1, D], [1, K]
     backbone = torch.hub.load("OWNER/REPOSITORY", "resnet50")  # of a copy on GitHub; weights are random
 
-They need only torch, torchvision, model.py and data.py. What they return can be pickled, copied and sent to other
+They need only torch, torchvision, model.py, foreign.py and data.py, and timm for a run of
+train.py --arch timm/NAME. What they return can be pickled, copied and sent to other
 processes; torch.fx can trace the backbones (torchvision.models.feature_extraction).
 """
 
@@ -20,6 +21,7 @@ import sys
 import types
 
 import torch
+from torch import nn
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -38,11 +40,10 @@ def _import(file: str) -> types.ModuleType:
     return loaded
 
 
-model, data = _import("model.py"), _import("data.py")
+model, foreign, data = _import("model.py"), _import("foreign.py"), _import("data.py")
 
 dependencies = ["torch", "torchvision"]
-resnet18, resnet50 = model.resnet18, model.resnet50
-resnet50w2, resnet50w4, resnet50w5 = model.resnet50w2, model.resnet50w4, model.resnet50w5
+globals().update({name: functools.partial(model.ResNet, name) for name in model.ARCHS})  # with random weights
 
 
 # Pickle cannot import "swav_model" in another process, where torch.hub has not loaded it. So objects of our classes are
@@ -60,14 +61,14 @@ def _reduced(file: str, thing: object) -> tuple:
     return load, (file, type(thing).__name__), thing.__dict__
 
 
-for _module, _file in ((model, "model.py"), (data, "data.py")):
+for _module, _file in ((model, "model.py"), (foreign, "foreign.py"), (data, "data.py")):
     for _class in vars(_module).values():
         is_ours = isinstance(_class, type) and _class.__module__ == _module.__name__
         if is_ours and (issubclass(_class, torch.nn.Module) or _class is data.CentreCrop):
             copyreg.pickle(_class, functools.partial(_reduced, _file))
 
 
-def from_checkpoint(path: str | os.PathLike, size: int | None = None, resize: int | None = None) -> model.ResNet:
+def from_checkpoint(path: str | os.PathLike, size: int | None = None, resize: int | None = None) -> nn.Module:
     """Load the backbone of a file, in evaluation mode: of train.py, a published SwAV one or torchvision's ResNet.
 
     Reads architecture and size off the weights. backbone.preprocess maps a PIL image or uint8 [3, H, W] to what the
@@ -76,9 +77,15 @@ def from_checkpoint(path: str | os.PathLike, size: int | None = None, resize: in
     run code, or no whole ResNet; OSError if it cannot be opened.
     """
     contents = _load(path)
+    options = contents.get("options") if isinstance(contents, dict) else None
+    arch = options.get("arch") if isinstance(options, dict) else None
     try:
-        weights = model.backbone_weights(contents)
-        backbone = model.ResNet(**model.architecture_of(weights))
+        if isinstance(arch, str) and arch.startswith(foreign.TIMM):
+            backbone = foreign.timm_network(arch, options["size_crops"])
+            weights = foreign.find_backbone(contents, list(backbone.state_dict())).weights
+        else:
+            weights = model.backbone_weights(contents)
+            backbone = model.ResNet(**model.architecture_of(weights))
         backbone.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)} holds no whole ResNet: {error}".replace("\n", " ")) from None

@@ -1,4 +1,4 @@
-"""ResNets (also 2, 4 and 5 times as wide), SwAV's projection head and prototypes (Caron et al. 2020, section 4).
+"""ResNets (torchvision's, and 2, 4 and 5 times as wide), SwAV's projection head and prototypes (Caron et al. 2020).
 
     model = SwAV("resnet50").to(device)            # then, on several processes: model = sync_batchnorm(model)
     embeddings, scores = model([images_224, other_images_224, images_96])    # [V*B, 128], [V*B, 3000]
@@ -27,8 +27,8 @@ SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 class Conv3x3(nn.Conv2d):
     """3x3 convolution, padded by 1, without bias. Faster to train on small maps on CPUs without AVX-512."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, fx.Proxy) and x.device.type == "cpu":  # torch.fx traces a plain convolution
@@ -38,7 +38,7 @@ class Conv3x3(nn.Conv2d):
                 # on 1x1 maps some torch builds return uninitialised memory as a stride-2 weight's bf16 gradient
                 with torch.autocast("cpu", enabled=False):
                     return super().forward(x.float())
-            if SMALL_MAPS_ARE_SLOW and not is_autocast and out_pixels <= 9:
+            if SMALL_MAPS_ARE_SLOW and not is_autocast and out_pixels <= 9 and self.groups == 1:
                 return SmallMapConvolution.apply(x, self.weight, self.stride)
         return super().forward(x)
 
@@ -92,13 +92,16 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None, groups: int, per_group: int
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv3x3(channels, channels, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        inner = channels * per_group // 64 * groups
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = Conv3x3(inner, inner, stride, groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, channels * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -112,13 +115,22 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-# name: (block, blocks per stage, channels of the stem)
+# name: (block, blocks per stage, channels of the stem, groups of a bottleneck's 3x3 convolution, its channels per group
+# for 64 of the stage)
 ARCHS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
-    "resnet50w2": (Bottleneck, (3, 4, 6, 3), 128),
-    "resnet50w4": (Bottleneck, (3, 4, 6, 3), 256),
-    "resnet50w5": (Bottleneck, (3, 4, 6, 3), 320),
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64, 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64, 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64, 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 64, 1, 64),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), 64, 1, 64),
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 64, 1, 128),
+    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), 64, 1, 128),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), 64, 32, 4),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 64, 32, 8),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), 64, 64, 4),
+    "resnet50w2": (Bottleneck, (3, 4, 6, 3), 128, 1, 64),
+    "resnet50w4": (Bottleneck, (3, 4, 6, 3), 256, 1, 64),
+    "resnet50w5": (Bottleneck, (3, 4, 6, 3), 320, 1, 64),
 }
 
 # name: (kernel, stride, max-pool after it). Kernels differ, so that a state dict shows which stem it has.
@@ -131,7 +143,8 @@ class ResNet(nn.Module):
     arch: one of ARCHS. width: channels of the stem, doubled at each later stage (None: those of the arch).
     blocks: residual blocks of the four stages (None: those of the arch).
     stem: "imagenet" (7x7, stride 2, max-pool), "medium" (5x5, stride 2, for images of about 64 pixels) or "small"
-    (3x3, stride 1, for 32 pixels and less). Raises ValueError for an unknown name or a size below 1.
+    (3x3, stride 1, for 32 pixels and less). Raises ValueError for an unknown name, a size below 1, or a width that does
+    not fit the groups of a ResNeXt.
     """
 
     def __init__(
@@ -147,11 +160,13 @@ class ResNet(nn.Module):
             raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
         if stem not in STEMS:
             raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem}")
-        block, arch_blocks, arch_width = ARCHS[arch]
+        block, arch_blocks, arch_width, groups, per_group = ARCHS[arch]
         width = arch_width if width is None else width
         blocks = arch_blocks if blocks is None else tuple(blocks)
         if width < 1:
             raise ValueError(f"width: expected 1 or more, got {width}")
+        if width * per_group % 64:
+            raise ValueError(f"width: expected a multiple of {64 // per_group} for {arch}, got {width}")
         if len(blocks) != 4 or min(blocks) < 1:
             raise ValueError(f"blocks: expected four numbers of 1 or more, got {list(blocks)}")
         kernel, stride, pool = STEMS[stem]
@@ -159,10 +174,11 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
-        self.layer1 = _stage(block, width, width, blocks[0], stride=1)
-        self.layer2 = _stage(block, width * block.expansion, width * 2, blocks[1], stride=2)
-        self.layer3 = _stage(block, width * 2 * block.expansion, width * 4, blocks[2], stride=2)
-        self.layer4 = _stage(block, width * 4 * block.expansion, width * 8, blocks[3], stride=2)
+        inside = dict(groups=groups, per_group=per_group) if block is Bottleneck else {}
+        self.layer1 = _stage(block, width, width, blocks[0], stride=1, **inside)
+        self.layer2 = _stage(block, width * block.expansion, width * 2, blocks[1], stride=2, **inside)
+        self.layer3 = _stage(block, width * 2 * block.expansion, width * 4, blocks[2], stride=2, **inside)
+        self.layer4 = _stage(block, width * 4 * block.expansion, width * 8, blocks[3], stride=2, **inside)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.num_features = width * 8 * block.expansion
         for module in self.modules():
@@ -179,22 +195,24 @@ class ResNet(nn.Module):
         return self.features(images)
 
 
-def _stage(block: type, in_channels: int, channels: int, depth: int, stride: int) -> nn.Sequential:
+def _stage(block: type, in_channels: int, channels: int, depth: int, stride: int, **inside: int) -> nn.Sequential:
     out_channels = channels * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
         )
-    first = block(in_channels, channels, stride, downsample)
-    return nn.Sequential(first, *(block(out_channels, channels, 1, None) for _ in range(depth - 1)))
+    first = block(in_channels, channels, stride, downsample, **inside)
+    return nn.Sequential(first, *(block(out_channels, channels, 1, None, **inside) for _ in range(depth - 1)))
 
 
 class SwAV(ResNet):
     """Backbone, projection head and prototypes (section 4).
 
     hidden_mlp: width of the head's hidden layer; 0 for a single linear layer. feat_dim: D, dimensions of an embedding.
-    nmb_prototypes: K. The other arguments are those of `ResNet`. Raises ValueError for values out of range.
+    nmb_prototypes: K. width, blocks and stem are those of `ResNet`. backbone: another network, images [B, 3, S, S] ->
+    [B, num_features], in the place of a ResNet; its weights get the names backbone.*. Raises ValueError for values out
+    of range.
     """
 
     def __init__(
@@ -207,8 +225,13 @@ class SwAV(ResNet):
         width: int | None = None,
         blocks: Sequence[int] | None = None,
         stem: str = "imagenet",
+        backbone: nn.Module | None = None,
     ) -> None:
-        super().__init__(arch, width=width, blocks=blocks, stem=stem)
+        if backbone is None:
+            super().__init__(arch, width=width, blocks=blocks, stem=stem)
+        else:
+            nn.Module.__init__(self)
+            self.backbone, self.num_features = backbone, backbone.num_features
         for name, value, least in (
             ("hidden_mlp", hidden_mlp, 0),
             ("feat_dim", feat_dim, 1),
@@ -226,6 +249,10 @@ class SwAV(ResNet):
         else:
             self.projection_head = nn.Linear(self.num_features, feat_dim)
         self.prototypes = nn.Linear(feat_dim, nmb_prototypes, bias=False)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, S, S] -> pooled features [B, num_features]."""
+        return self.backbone(images) if "backbone" in self._modules else super().features(images)
 
     def forward(self, crops: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
@@ -251,12 +278,13 @@ class SwAV(ResNet):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
 
-def memory_layout(model: ResNet, device: torch.device) -> torch.memory_format:
+def memory_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
     """The memory format in which the model trains fastest: channels_last.
 
-    Except on CPUs with fewer than 8 channels, where gradients of torch 2.14 overwrite memory in it.
+    Except on CPUs for convolutions to fewer than 8 channels, where gradients of torch 2.14 overwrite memory in it.
     """
-    is_safe = device.type == "cuda" or model.conv1.out_channels >= 8
+    channels = (module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    is_safe = device.type == "cuda" or min(channels, default=8) >= 8
     return torch.channels_last if is_safe else torch.contiguous_format
 
 
@@ -284,12 +312,16 @@ def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
     processes differ, and embeddings can learn to encode the process instead of the image.
     """
     if any(parameter.is_cuda for parameter in model.parameters()):
+        if any(isinstance(module, nn.BatchNorm2d) and hasattr(module, "act") for module in model.modules()):
+            from timm.layers import convert_sync_batchnorm  # keeps the activation that timm puts into its BatchNorm
+
+            return convert_sync_batchnorm(model, group)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
             synced.load_state_dict(child.state_dict())
-            synced.group = group
+            synced.group, synced.act = group, getattr(child, "act", None)
             setattr(model, name, synced.train(child.training))
         else:
             sync_batchnorm(child, group)
@@ -313,15 +345,17 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """The same as nn.SyncBatchNorm, which works only on GPUs, for CPUs."""
+    """The same as nn.SyncBatchNorm, which works only on GPUs, for CPUs; with the activation in timm's BatchNorm."""
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Accept any number of dimensions after the channels."""
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        out = self._synchronised(x) if self.training else super().forward(x)
+        return out if self.act is None else self.act(out)
+
+    def _synchronised(self, x: torch.Tensor) -> torch.Tensor:
         x, dtype = x.to(self.weight.dtype), x.dtype
         per_channel = [1, -1] + [1] * (x.dim() - 2)
         var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
@@ -385,7 +419,7 @@ def head_weights(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], dict[str
 def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int | list[int]]:
     """Read the arguments of `ResNet` off the names and shapes of its weights (from `backbone_weights`).
 
-    Raises ValueError for a stem that is none of STEMS.
+    Raises ValueError for a stem that is none of STEMS, and for convolutions of none of ARCHS.
     """
     width, _, kernel, _ = weights["conv1.weight"].shape
     stem = next((name for name, (stem_kernel, *_) in STEMS.items() if stem_kernel == kernel), None)
@@ -393,6 +427,14 @@ def architecture_of(weights: Mapping[str, torch.Tensor]) -> dict[str, str | int 
         raise ValueError(f"checkpoint: expected a stem of 7x7, 5x5 or 3x3, got {kernel}x{kernel}")
     blocks = [len({name.split(".")[1] for name in weights if name.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
     block = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
-    smaller = "resnet18" if block is BasicBlock else "resnet50"
-    arch = next((name for name, known in ARCHS.items() if known == (block, tuple(blocks), width)), smaller)
-    return {"arch": arch, "width": width, "blocks": blocks, "stem": stem}
+    conv = weights.get("layer1.0.conv2.weight")
+    inner, inputs = conv.shape[:2] if conv is not None and conv.ndim == 4 else (0, 1)
+    groups, per_group = inner // inputs, 64 * inputs // width
+    similar = {name: known for name, known in ARCHS.items() if known[0] is block and known[3:] == (groups, per_group)}
+    if not similar:
+        raise ValueError(
+            f"checkpoint: expected a ResNet like {', '.join(ARCHS)}, got convolutions layer1.0.conv2 of "
+            f"{list(conv.shape) if conv is not None else 'no weights'}"
+        )
+    same = (name for name, known in similar.items() if known[1:3] == (tuple(blocks), width))
+    return {"arch": next(same, next(iter(similar))), "width": width, "blocks": blocks, "stem": stem}

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+import backbones
 import checkpoint
 import launch
 import machine
@@ -61,7 +62,7 @@ from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_coll
 from images import DATASETS, GIVEN, BadImages, GivenImages, check_data_path, fingerprint, open_images, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
-from model import ARCHS, STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
+from model import STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
 from optim import LARS, warmup_cosine
 from run_log import RunLog
 from sinkhorn_ext import backend
@@ -69,6 +70,7 @@ from sinkhorn_ext.__main__ import report
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
+DEFAULT_ARCH = "resnet50"
 MAX_RECOVERIES = 3  # of --on_collapse recover
 
 
@@ -88,7 +90,9 @@ def option_parser() -> launch.OptionParser:
     )
 
     def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
-        parser.add(name, default, kind, help, default_text="from the images" if name in DERIVED else None, **more)
+        parser.add(
+            name, default, kind, help, **{"default_text": "from the images" if name in DERIVED else None, **more}
+        )
 
     parser.start_group("images")
     add("data_path", None, str, "Train on this folder of images or .tar files, or on a .txt list of paths.",
@@ -112,8 +116,10 @@ def option_parser() -> launch.OptionParser:
         "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
-    add("arch", "resnet50", str, f"Train a {', '.join(ARCHS)}.", common="NAME",
-        choices=list(ARCHS))  # fmt: skip
+    add("arch", None, backbones.arch_name, "Train this network, or timm/NAME; list shows all.",
+        common="NAME", default_text="resnet50")  # fmt: skip
+    add("init", None, str, "Start from weights: a file, or torchvision's by name.", common="FILE",
+        default_text="random", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
     add("stem", None, str, "imagenet: for crops from 96 pixels on; medium: about 48; small: up to 32", choices=STEMS)
@@ -204,6 +210,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
                             f"{args.precision}; leave one of them out")  # fmt: skip
         args.precision = precision
+    if args.arch is None and args.init is None:
+        args.arch = DEFAULT_ARCH
     if args.dump_path is None:
         args.dump_path = str(Path("runs", name_of_images(args)))
     return args
@@ -257,7 +265,12 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     nearest = next(folder for folder in (dump, *dump.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--dump_path: expected a folder that can be written, got {dump} ({nearest} is not one)")
-    if any(getattr(args, name) is None for name in DERIVED):
+    if args.arch and args.arch.startswith(backbones.TIMM):
+        given = {name: getattr(args, name) for name in ("width", "blocks", "stem")}
+        given = {name: value for name, value in given.items() if value not in (None, "imagenet")}
+        if given:
+            raise UserError(f"{launch.as_command_line(given)}: leave it out with --arch {args.arch}, whose name has it")
+    if any(getattr(args, name) is None for name in (*DERIVED, "arch")):
         return
     try:
         with launch.user_errors("--"), torch.device("meta"):
@@ -290,13 +303,25 @@ def resolve_options(
         )
     given = {name: user_options[name] for name in DERIVED if name in user_options}
     given |= {name: value for name, (value, _) in chosen.items()}
+    if args.arch.startswith(backbones.TIMM):  # it has a stem of its own
+        args.stem = given["stem"] = "imagenet"
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
     if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
         try:
             facts["described"] = describe_images(images)
         except UnreadableImage as error:
             raise UserError(str(error)) from None
-    chosen |= derive(**facts, given=given)
+    derived = derive(**facts, given=given)
+    if "size_crops" in derived:
+        wanted, reason = derived["size_crops"]
+        sizes = backbones.sizes_taken(args.arch, wanted)
+        if sizes != wanted:
+            derived = derive(**facts, given={**given, "size_crops": sizes})
+            derived["size_crops"] = (
+                sizes,
+                f"{reason}: the nearest to {' '.join(map(str, wanted))} that {args.arch} takes",
+            )
+    chosen |= derived
     for name, (value, reason) in chosen.items():
         setattr(args, name, value)
         log(f"  {launch.as_command_line({name: value})}  ({reason})")
@@ -320,7 +345,8 @@ def resolve_options(
     settings["sizes"] = list(choose_sizes(options, facts["image_side"], is_folder=args.dataset in ("folder", GIVEN)))
     if earlier:
         checkpoint.check_same_run(dump, earlier, settings, affects, args.resume_anyway == "on")
-    reasons = {name: "default" for name, value in options.items() if value == parser.get_default(name)}
+    usual = {**{name: parser.get_default(name) for name in options}, "arch": DEFAULT_ARCH}
+    reasons = {name: "default" for name, value in options.items() if value == usual[name]}
     return settings, reasons | {name: reason for name, (_, reason) in chosen.items()}
 
 
@@ -369,6 +395,7 @@ def build_loader(
 
 def build_model(args: argparse.Namespace) -> SwAV:
     options = dict(width=args.width, blocks=args.blocks, stem=args.stem)
+    options["backbone"] = backbones.foreign_backbone(args.arch, args.size_crops)
     return SwAV(args.arch, args.hidden_mlp, args.feat_dim, args.nmb_prototypes, **options)
 
 
@@ -452,6 +479,10 @@ def open_and_resolve(
     earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
     # A set that has grown is scaled as before.
     scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
+    read_off: dict[str, str] = {}
+    if args.init:
+        read_off = {name: f"as in {args.init}" for name in backbones.SHAPE_OPTIONS if getattr(args, name) is None}
+        vars(args).update(processes.share("reading --init", lambda: start_options(args, earlier)))
 
     def open_them(is_first: bool) -> Dataset:
         if given is not None:
@@ -471,7 +502,21 @@ def open_and_resolve(
     if launch.environment("LOCAL_RANK", 0) == 0:
         workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
         sizes = sizes_to_cache(images, args.cache, for_workers=machine.shared_memory_needed(workers, bytes_of_batch))
-    return cache_images(images, sizes), settings, reasons
+    return cache_images(images, sizes), settings, reasons | read_off
+
+
+def start_options(args: argparse.Namespace, earlier: dict | None) -> dict[str, object]:
+    """The options that the weights of --init decide, and init_sha256, their file's checksum. Raises UserError.
+
+    earlier: the newest state of the run to resume, which has weights of its own: the file is not needed any more.
+    """
+    asked = {name: getattr(args, name) for name in backbones.SHAPE_OPTIONS}
+    if not earlier:
+        return backbones.read_start(args.init, asked)
+    before = earlier["options"]
+    log(f"--init: not read again, as the run in {args.dump_path} resumes with its own weights")
+    known = {name: before.get(name) if value is None else value for name, value in asked.items()}
+    return known | {"init_sha256": before.get("init_sha256")}
 
 
 def open_dump_path(dump: Path) -> None:
@@ -507,6 +552,8 @@ def train(
     schedule = args.base_lr, args.final_lr, args.warmup_epochs, args.start_warmup
     learning_rates = warmup_cosine(steps_per_epoch, args.epochs, *schedule)
     model = build_model(args)
+    if args.init and rank == 0 and not checkpoint.exists(dump):  # the others get its weights from data_parallel
+        backbones.start_from(model, args.init, args.arch)
     layout = memory_layout(model, device)
     model = model.to(device, memory_format=layout)
     if world_size > 1 and args.sync_bn != "none":

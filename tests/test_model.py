@@ -54,6 +54,35 @@ def torchvision_twin(arch):
     return ours, theirs
 
 
+TORCHVISIONS = [arch for arch in ARCHS if arch in torchvision.models.list_models()]
+
+
+def test_the_whole_family_of_torchvision_is_there():
+    names = torchvision.models.list_models(torchvision.models)
+    assert sorted(TORCHVISIONS) == sorted(name for name in names if "resnet" in name or "resnext" in name)
+
+
+@pytest.mark.parametrize("arch", TORCHVISIONS)
+def test_features_equal_torchvisions_bit_for_bit_with_its_weights(arch):
+    theirs = on_meta(getattr(torchvision.models, arch)).to_empty(device="cpu")
+    theirs.fc = torch.nn.Identity()
+    weights = theirs.state_dict()
+    for module in theirs.modules():  # cheaper than torchvision's own start
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_parameters()
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.uniform_(module.weight, -0.1, 0.1)
+    architecture = architecture_of(weights)
+    assert architecture["arch"] == arch
+    ours = on_meta(ResNet, **architecture)
+    ours.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    x = images(2, 3, 32, 32)
+    for training in (True, False):
+        features = ours.train(training)(x)
+        assert features.isfinite().all() and features.std() > 0
+        assert torch.equal(features, theirs.train(training)(x))
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_features_and_statistics_equal_torchvisions_bit_for_bit_and_gradients_up_to_rounding(arch):
     ours, theirs = torchvision_twin(arch)
@@ -101,6 +130,17 @@ def test_a_convolution_of_small_maps_works_without_a_gradient_of_its_input(monke
     (conv(x).sum()).backward()
     expected = torch.autograd.grad(torch.nn.functional.conv2d(x, conv.weight, padding=1).sum(), conv.weight)[0]
     torch.testing.assert_close(conv.weight.grad, expected)
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_grouped_3x3_convolution_equals_torchs_on_small_maps(monkeypatch, is_slow):
+    monkeypatch.setattr(models, "SMALL_MAPS_ARE_SLOW", is_slow)
+    conv = models.Conv3x3(8, 12, 2, groups=4).double()
+    x = images(3, 8, 3, 3, dtype=torch.float64).requires_grad_()
+    expected = torch.nn.functional.conv2d(x, conv.weight, stride=2, padding=1, groups=4)
+    assert torch.equal(conv(x), expected)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (x, conv.weight)) for y in (conv(x), expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -205,6 +245,7 @@ def test_stems_differ_in_their_stride(stem, side):
         ("width", dict(width=0)),
         ("blocks", dict(blocks=(1, 1, 1))),
         ("blocks", dict(blocks=(1, 0, 1, 1))),
+        ("width", dict(arch="resnext50_32x4d", width=8)),
         ("nmb_prototypes", dict(nmb_prototypes=0)),
     ],
 )
@@ -213,7 +254,44 @@ def test_wrong_options_are_refused_by_name(name, options):
         on_meta(SwAV, **options)
 
 
+def test_weights_of_other_convolutions_are_refused():
+    weights = ResNet("resnext50_32x4d", width=16, blocks=(1, 1, 1, 1)).state_dict()
+    weights["layer1.0.conv2.weight"] = torch.empty(32, 2, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected a ResNet like .* got .*layer1.0.conv2 of \[32, 2, 3, 3\]"
+    ):
+        architecture_of(weights)
+    del weights["layer1.0.conv2.weight"]
+    with pytest.raises(ValueError, match="^checkpoint: expected a ResNet like .* got .* of no weights"):
+        architecture_of(weights)
+
+
 # SwAV
+
+
+class Means(torch.nn.Module):
+    """A network without BatchNorm and convolutions."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 6)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)))
+
+
+def test_another_backbone_takes_the_place_of_the_resnet():
+    swav = SwAV(hidden_mlp=8, feat_dim=4, nmb_prototypes=5, backbone=Means())
+    assert {name.split(".")[0] for name in swav.state_dict()} == {"backbone", "projection_head", "prototypes"}
+    crops = [images(2, 3, 8, 8), images(2, 3, 5, 5, seed=1)]
+    embeddings, scores = swav(crops)
+    assert embeddings.shape == (4, 4) and scores.shape == (4, 5)
+    assert torch.equal(swav.features(crops[0]), swav.backbone(crops[0]))
+    scores.sum().backward()
+    assert swav.backbone.linear.weight.grad.abs().sum() > 0
+    assert memory_layout(swav, torch.device("cpu")) == torch.channels_last
 
 
 RESOLUTIONS = {  # sides of the crops, and for each backbone pass (side, number of crops)
@@ -318,6 +396,32 @@ def test_batchnorm_is_shared_by_all_processes_or_by_groups_of_them():
     assert run_processes(batchnorm_ranks, 4) == [[None, pair, None] for pair in pairs]
 
 
+class NormAndActivation(torch.nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: an activation inside."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = torch.nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def activated(rank: int, world_size: int) -> list:
+    """Outputs of a BatchNorm with an activation over the processes, for this one's images."""
+    model = sync_batchnorm(torch.nn.Sequential(NormAndActivation(3)))
+    assert isinstance(model[0], CPUSyncBatchNorm) and list(model.state_dict())[0] == "0.weight"
+    return [model(images(4, 3, 2, 2)[rank::world_size]).detach(), model.eval()(images(4, 3, 2, 2)).detach()]
+
+
+def test_an_activation_inside_of_a_batchnorm_is_kept_over_processes():
+    norm = NormAndActivation(3)
+    expected = norm(images(4, 3, 2, 2))
+    for rank, (out, evaluated) in enumerate(run_processes(activated, 2)):
+        torch.testing.assert_close(out, expected[rank::2].detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(evaluated, norm.eval()(images(4, 3, 2, 2)).detach(), rtol=1e-5, atol=1e-5)
+
+
 # Checkpoints
 
 
@@ -352,9 +456,11 @@ def test_backbone_weights_of_torchvision_leave_out_the_classifier(arch):
 @pytest.mark.parametrize(
     "arch, width, blocks",
     [
-        *((arch, width, blocks) for arch, (_, blocks, width) in ARCHS.items()),
+        *((arch, width, blocks) for arch, (_, blocks, width, *_) in ARCHS.items()),
         ("resnet18", 8, (1, 1, 1, 1)),
-        ("resnet18", 64, (3, 4, 6, 3)),
+        ("resnet34", 64, (3, 4, 6, 3)),
+        ("resnext50_32x4d", 16, (1, 1, 1, 1)),
+        ("wide_resnet50_2", 16, (1, 2, 1, 1)),
         ("resnet50", 4, (1, 2, 3, 1)),
         ("resnet50", 64, (3, 4, 23, 12)),
     ],
