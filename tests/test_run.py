@@ -81,12 +81,15 @@ QUALITY = {"rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivi
 @pytest.mark.parametrize("every, epochs", [("1", [1, 2, 3, 4]), ("3", [1, 4]), ("2", [2, 4]), ("0", []), ("5", [4])])
 def test_quality_is_logged_every_few_epochs_and_changes_nothing_else(every, epochs, images, tmp_path, capsys):
     measured = run_training(images, tmp_path / "run", "--eval_every", every)
-    printed = re.findall(r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+\n", capsys.readouterr().out)
+    printed = re.findall(r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+  kNN [\d.]+%\n", capsys.readouterr().out)
     assert [int(epoch) for epoch in printed] == epochs
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "rankme" in row] == epochs
     assert all(row.keys() >= QUALITY and row["lidar"] >= 1 for row in rows if "rankme" in row)
-    assert_same(measured["state_dict"], run_training(images, tmp_path / "off", "--eval_every", "0")["state_dict"])
+    assert all(("knn" in row) == ("rankme" in row) for row in rows)
+    unmeasured = run_training(images, tmp_path / "off", "--eval_every", "0")
+    for key in ("state_dict", "optimizer", "rng", "queue"):
+        assert_same(measured[key], unmeasured[key])
 
 
 def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):

@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_is_kept(bad, tmp_path):
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     run_log = new_log(tmp_path)
-    file, path = run_log.file, tmp_path / "metrics.jsonl"
+    file, path = run_log.metrics.file, tmp_path / "metrics.jsonl"
 
     class FullDisk:
         def __getattr__(self, name):
@@ -56,7 +56,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 
     for step, _ in run_log.timed_steps(0, iter("abc")):
         run_log.record_loss(torch.tensor(1.0))
-        run_log.file = FullDisk() if step < 2 else file
+        run_log.metrics.file = FullDisk() if step < 2 else file
         run_log.log_step({}, lr=0.1)
         assert len(path.read_text().splitlines()) == (0 if step < 2 else 3)
     assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3]
@@ -77,6 +77,7 @@ def test_only_the_first_process_writes_metrics(tmp_path, monkeypatch, capsys):
         run_log.record_loss(torch.tensor(1.0))
         run_log.log_step({}, lr=0.1)
     run_log.log_epoch(codes_changed=None)
+    run_log.log_codes(torch.tensor([1]), torch.tensor([0.5]))
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
