@@ -81,7 +81,9 @@ QUALITY = {"rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivi
 @pytest.mark.parametrize("every, epochs", [("1", [1, 2, 3, 4]), ("3", [1, 4]), ("2", [2, 4]), ("0", []), ("5", [4])])
 def test_quality_is_logged_every_few_epochs_and_changes_nothing_else(every, epochs, images, tmp_path, capsys):
     measured = run_training(images, tmp_path / "run", "--eval_every", every)
-    printed = re.findall(r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+  kNN [\d.]+%\n", capsys.readouterr().out)
+    printed = re.findall(
+        r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+  kNN [\d.]+%\n", capsys.readouterr().out
+    )
     assert [int(epoch) for epoch in printed] == epochs
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "rankme" in row] == epochs
