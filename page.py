@@ -9,6 +9,7 @@ Text is escaped here, once: arguments named title, text, alt or caption are plai
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ th { font-weight: 500; min-width: 8em; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 .chart img { width: 100%; height: auto; background: #fff; border-radius: 4px; display: block; }
-.wide { max-width: 780px; }
+.charts .chart { max-width: 420px; }
+.wide { max-width: 640px; }
 .strip { display: flex; flex-wrap: wrap; gap: 6px 4px; align-items: flex-start; margin: 4px 0; }
 .strip figure { width: min(var(--side), (100% - 20px) / 5); }
 .strip img { width: 100%; height: auto; display: block; border-radius: 3px; }
@@ -67,16 +69,18 @@ def title(text: str) -> str:
 
 def section(title: str, text: str, *parts: str) -> str:
     """A section with a heading and how to read it."""
-    anchor = title.lower().replace(" ", "-")
-    return (
-        f'<section id="{anchor}">\n<h2>{html.escape(title)}</h2>\n{paragraph(text)}\n' + "\n".join(parts) + "</section>"
-    )
+    top = f'<section id="{_anchor(title)}">\n<h2>{html.escape(title)}</h2>\n{paragraph(text)}'
+    return "\n".join([top, *parts, "</section>"])
 
 
 def links(titles: Iterable[str]) -> str:
     """Links to sections."""
-    anchors = (f'<a href="#{title.lower().replace(" ", "-")}">{html.escape(title)}</a>' for title in titles)
+    anchors = (f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in titles)
     return f"<nav>{' '.join(anchors)}</nav>"
+
+
+def _anchor(title: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", title.lower())
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -176,11 +180,12 @@ def line_chart(
     marks: Iterable[tuple[float, str]] = (),
     bottom: float | None = None,
 ) -> bytes:
-    """Lines by name. levels: horizontal lines by name. marks: (x, text) of vertical ones. bottom: least y shown."""
+    """At most three lines by name. levels: horizontal ones. marks: (x, text) of vertical ones. bottom: least y."""
     figure, axes = _new_figure()
-    for (name, (x, y)), colour, marker in zip(lines.items(), COLOURS, MARKERS, strict=False):
-        style = dict(marker=marker, markersize=3.5) if len(x) < 40 else {}
-        axes.plot(x, y, color=colour, linewidth=1.5, label=name, **style)
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        style = dict(marker=MARKERS[i], markersize=3.5) if len(x) < 40 else {}
+        style |= dict(color=COLOURS[i], linestyle=("-", "--", ":")[i], clip_on=False)
+        axes.plot(x, y, linewidth=1.5, label=name, **style)
     for name, y in (levels or {}).items():
         axes.axhline(y, color="#555555", linestyle="--", linewidth=1)
         axes.annotate(name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
@@ -189,6 +194,7 @@ def line_chart(
         axes.annotate(text, (x, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="#d55e00")
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -200,7 +206,7 @@ def line_chart(
 
 def use_chart(counts: np.ndarray, even: float) -> bytes:
     """Images of each prototype, the most used first. even: images of each if all had as many."""
-    figure, axes = _new_figure(7, 3)
+    figure, axes = _new_figure(4.8, 2.6)
     ranked = np.sort(counts)[::-1]
     axes.fill_between(np.arange(len(ranked) + 1), np.append(ranked, 0), step="post", color=COLOURS[0])
     axes.axhline(even, color=COLOURS[3], linestyle="--", linewidth=1.5)
@@ -220,12 +226,12 @@ def flow_chart(assigned: np.ndarray, epochs: Sequence[int], bands: Sequence[int]
     assigned: int [epochs, images], the prototype of each. bands: prototypes with a band each, from the bottom; the
     others share a grey one on top.
     """
-    figure, axes = _new_figure(7.6, 4.4)
+    figure, axes = _new_figure(4.8, 3.8)
     images, colours, width = assigned.shape[1], [*COLOURS[: len(bands)], OTHERS], 0.09
     band_of = {prototype: band for band, prototype in enumerate(bands)}
     of = np.array([[band_of.get(prototype, len(bands)) for prototype in column] for column in assigned.tolist()])
     counts = np.stack([np.bincount(column, minlength=len(bands) + 1) for column in of])  # [epochs, bands + 1]
-    gap = 0.012 * images
+    gap = 0.03 * images
     bottoms = np.cumsum(counts, axis=1) - counts + gap * np.arange(len(bands) + 1)
     x = np.linspace(0, 1, 30)
     ease = x * x * (3 - 2 * x)
@@ -246,18 +252,20 @@ def flow_chart(assigned: np.ndarray, epochs: Sequence[int], bands: Sequence[int]
                 enter[b] += count
     for band, prototype in enumerate([*(f"#{p}" for p in bands), "others"]):
         middle = bottoms[-1, band] + counts[-1, band] / 2
-        axes.annotate(prototype, (len(epochs) - 1 + width, middle), va="center", fontsize=9)
+        if counts[-1, band]:
+            axes.annotate(prototype, (len(epochs) - 1 + width, middle), va="center", fontsize=9)
     axes.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
-    axes.set_xlim(-0.2, len(epochs) - 1 + 0.5)
+    axes.set_xlim(-0.2, len(epochs) - 1 + 0.7)
+    axes.set_yticks([])
     axes.set_title("Where images go", fontsize=11, loc="left")
     axes.set_xlabel("after epoch", fontsize=9)
-    axes.set_ylabel("images", fontsize=9)
+    axes.set_ylabel(f"{images} images", fontsize=9)
     return _png(figure)
 
 
 def scatter_chart(title: str, points: np.ndarray, names: Sequence[str | None]) -> bytes:
     """Points [N, 2] with colours and markers by name; the most frequent names are told apart, all others are grey."""
-    figure, axes = _new_figure(7, 5.2)
+    figure, axes = _new_figure(4.8, 5)
     names = np.array([name if name is not None else "no label" for name in names])
     known, counts = np.unique(names, return_counts=True)
     shown = known[np.argsort(-counts, kind="stable")[: len(MARKERS)]]
@@ -265,13 +273,13 @@ def scatter_chart(title: str, points: np.ndarray, names: Sequence[str | None]) -
     axes.scatter(*points[rest].T, s=10, color=OTHERS, label="others" if rest.any() else None)
     for i, name in enumerate(sorted(shown)):
         short = name if len(name) < 24 else name[:22] + "…"
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i], alpha=0.8, linewidth=0)
+        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i], edgecolor="white", linewidth=0.3)
         axes.scatter(*points[names == name].T, s=16, label=short.replace("$", r"\$").removeprefix("_"), **style)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11, loc="left")
-    axes.legend(fontsize=9, markerscale=1.6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(fontsize=9, markerscale=1.6, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False)
     return _png(figure)
 
 

@@ -414,9 +414,10 @@ def feature_map(seen: Seen) -> str:
 def evolution(run: Run, seen: Seen | None, images: int | None) -> str:
     """How the prototypes of fixed images change from epoch to epoch. images: of the set, if it is there."""
     text = (
-        "Each column is an epoch, each band a prototype, as high as the number of tracked images of which it is the "
-        "top prototype; ribbons are images that move. Ribbons that stay in their band to the right are images that "
-        "have found their place."
+        f"Of the images that a run tracks, the picture shows those that end in the {BANDS} most used prototypes: each "
+        "column is an epoch, each band a prototype, as high as the number of images of which it is the first choice, "
+        "and ribbons are images that move. Ribbons that stay in their band are images that have found their place; "
+        "where many still come from others in the last epochs, codes have not settled."
     )
     rows = [row for _, row in sorted({row["epoch"]: row for row in run.codes}.items())]
     rows = [row for row in rows if len(row["prototypes"]) == len(rows[-1]["prototypes"])]
@@ -433,8 +434,9 @@ def evolution(run: Run, seen: Seen | None, images: int | None) -> str:
         f"{changed[0]:.0%} in the first one shown; the mean certainty of their codes went from {certainties[0]:.2f} "
         f"to {certainties[-1]:.2f}."
     )
-    flow = page.flow_chart(codes[columns], [epochs[column] for column in columns], bands)
-    alt = f"Flow of images between the {len(bands)} prototypes that are most used at the end. {words}"
+    followed = codes[columns][:, np.isin(codes[-1], bands)]
+    flow = page.flow_chart(followed, [epochs[column] for column in columns], bands)
+    alt = f"Where the {followed.shape[1]} images that end in {len(bands)} prototypes were before. {words}"
     charts = [
         page.picture(page.line_chart(title, {title: points}, xlabel="epochs", ylabel=ylabel, bottom=0), alt_text)
         for title, ylabel, points, alt_text in (
@@ -471,8 +473,8 @@ def find_warnings(run: Run, seen: Seen | None, bad_images: Sequence[str]) -> lis
         small = seen.pixels[:, ::4, ::4].reshape(len(seen.indices), -1).astype(np.int16)
         same = sum(np.abs(small[a] - small[b]).mean() < 2 for a, b in pairs)
         text = (
-            f"Near duplicates: {len({i for pair in pairs for i in pair}):,} of {len(seen.indices):,} images have nearly "
-            f"the same features as another one (cosine above {DUPLICATE}). Of {len(pairs):,} such pairs {same:,} are "
+            f"Near duplicates: {len({i for pair in pairs for i in pair}):,} of {len(seen.names):,} images have nearly "
+            f"the features of another one (cosine above {DUPLICATE}). Of {len(pairs):,} such pairs {same:,} are "
             "the same picture; others are pictures that the network does not tell apart."
         )
         found.append((text, [seen.figure(i, f"pair {n}") for n, pair in enumerate(pairs[:6], 1) for i in pair]))

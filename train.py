@@ -578,28 +578,31 @@ def train(
 def images_to_measure(args: argparse.Namespace, images: Dataset, rank: int, world_size: int) -> tuple:
     """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None."""
     crops = quality_crops(images, build_multicrop(args), rank, world_size)
-    val_images = open_validation(args, images)
+    val_images, side = open_validation(args, images)
     if world_size > 1:
         processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
     if val_images is None:
         return crops, None
-    side = typical_side(val_images)
     size, resize = choose_sizes({"size_crops": args.size_crops}, side, is_folder=args.dataset == "folder")
     return crops, knn_images(images, val_images, CentreCrop(resize, size), rank, world_size)
 
 
-def open_validation(args: argparse.Namespace, images: Dataset) -> Dataset | None:
-    """Images with labels to measure kNN on: of a named set, or of a validation split beside train/; None without."""
-    root = args.data_path and Path(args.data_path)
+def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset | None, int]:
+    """(images with labels to measure kNN on, their typical side): of a named set, or of a split beside train/, or None.
+
+    The class folders of a set without a validation split are no labels: they may be anybody's way of sorting.
+    """
     if args.dataset == "folder":
-        beside = root / "train" if (root / "train").is_dir() else root
-        if beside.name != "train" or validation_folder(str(beside.parent)) is None:
-            return None
+        root = Path(args.data_path).absolute()
+        beside = root if (root / "train").is_dir() else root.parent if root.name == "train" else None
+        if beside is None or validation_folder(str(beside)) is None:
+            return None, 0
     try:
-        return open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
+        val_images = open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
+        return val_images, typical_side(val_images)
     except UserError as error:
         log(f"no kNN while training: {error}")
-        return None
+        return None, 0
 
 
 def measure(model: SwAV, measured_on: tuple, device: torch.device, batch_size: int) -> dict[str, float | None]:

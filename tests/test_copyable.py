@@ -239,6 +239,8 @@ ALLOWED = {
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
     "backbones": {"checkpoint", "launch", "model"},
+    "page": set(),
+    "sections": {"data", "decode", "features", "guard", "launch", "page", "run_folder", "run_log"},
     "hubconf": set(),  # loads model.py by its path
 }
 
