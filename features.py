@@ -8,8 +8,10 @@ Whatever evaluates a backbone calls this file; it works with any module that map
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +20,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import LEFT_OUT, CentreCrop, CroppedBatches, MultiCrop, augment, ordered_loader, readable_image, to_grey
+from data import (
+    LEFT_OUT,
+    MEAN,
+    STD,
+    BlackIfUnreadable,
+    CentreCrop,
+    CroppedBatches,
+    MultiCrop,
+    augment,
+    normalize,
+    ordered_loader,
+    readable_image,
+    to_grey,
+)
 from launch import RunStopped, UserError, log, track
 
 NO_FLOAT64 = ("mps",)  # devices without it
@@ -375,17 +390,20 @@ def tracked_images(images: Dataset, size: int, rank: int, world_size: int) -> to
 
 
 @torch.no_grad()
-def assigned_prototypes(model: nn.Module, codes: Callable, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The prototype with the largest code entry for each image, int64 [N], with BatchNorm's running statistics.
+def assigned_prototypes(
+    model: nn.Module, codes: Callable, images: torch.Tensor, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prototype with the largest code entry for each image, int64 [N], and that entry, [N].
 
-    model: crops -> (embeddings, scores). codes: scores [N, K] -> codes [N, K].
+    With BatchNorm's running statistics. model: crops -> (embeddings, scores). codes: scores [N, K] -> codes [N, K].
     """
     dtype = next(model.parameters()).dtype
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # so few forward passes are not worth a compiled graph
         scores = torch.cat([model([batch])[1] for batch in images.to(dtype).split(batch_size)])
     model.train()
-    return codes(scores).argmax(1)
+    certainties, prototypes = codes(scores).max(1)
+    return prototypes, certainties
 
 
 # What the images are, for defaults.derive
@@ -574,3 +592,92 @@ def trivial_r2(embeddings: torch.Tensor, images: torch.Tensor, cells: int = 4) -
     weights = torch.linalg.solve(fit.T @ fit / half + ridge, fit.T @ embeddings[:half] / half)
     unexplained = (rest - inputs[half:] @ weights).square().sum()
     return max(0.0, 1 - (unexplained / (rest - rest.mean(0)).square().sum().clamp_min(1e-30)).item())
+
+
+# kNN while a run trains: the only measure here that uses labels. It never trains on them.
+
+KNN_IMAGES = 2000, 1000  # of the training and of the validation split, at most
+
+
+def class_of(images: Dataset, index: int) -> str | None:
+    """The class of an image by name: its label, or the folder that it lies in below the set's; None if it has none.
+
+    images: a Dataset with labels, or one with paths below a root.
+    """
+    images = getattr(images, "images", images)  # below a cache
+    labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
+    if labels is not None:
+        label = int(labels[index])
+        return None if label < 0 else str(classes[label] if classes else label)
+    if not hasattr(images, "paths"):
+        return None
+    folder, _, below = os.path.relpath(images.paths[index], images.root).partition(os.sep)
+    return folder if below else None
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Undo data.normalize: pixels uint8 of normalised images [..., 3, H, W]."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+
+
+def knn_images(
+    train_images: Dataset, val_images: Dataset, crop: CentreCrop, rank: int = 0, world_size: int = 1
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """Crop this process's share of KNN_IMAGES labelled images of the two splits; the same in every run.
+
+    Returns uint8 [N, 3, S, S] and labels int64 [N] (LEFT_OUT: the image cannot be read) for each split. None where
+    they share no class, or have fewer images than processes.
+    """
+    chosen = []
+    for images, most in zip((train_images, val_images), KNN_IMAGES, strict=True):
+        named = ((index, class_of(images, index)) for index in some_images(len(images), len(images)))
+        chosen.append(list(islice(((index, name) for index, name in named if name is not None), max(most, world_size))))
+    names = [{name for _, name in of_split} for of_split in chosen]
+    if not names[0] & names[1] or min(map(len, chosen)) < world_size:
+        return None
+    classes, held = sorted(names[0] | names[1]), []
+    for images, of_split in zip((train_images, val_images), chosen, strict=True):
+        readable, share = BlackIfUnreadable(images), of_split[rank::world_size]
+        pixels, labels = torch.empty(len(share), 3, crop.size, crop.size, dtype=torch.uint8), []
+        for i, (index, name) in enumerate(track(share, "crops to measure kNN on", unit="image")):
+            image, label = readable[index]
+            pixels[i] = to_uint8(crop(image))
+            labels.append(LEFT_OUT if label == LEFT_OUT else classes.index(name))
+        held.append((pixels, torch.tensor(labels)))
+    return held
+
+
+@torch.no_grad()
+def measure_knn(
+    model: nn.Module,
+    held: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    device: torch.device,
+    batch_size: int,
+) -> dict[str, float | None]:
+    """Measure {"knn": top-1 accuracy in percent} of a model's backbone. Every process must call it.
+
+    model: with `features`; BatchNorm uses its running statistics. held: of `knn_images`; without it, the result is
+    empty. None where features are not finite.
+    """
+    if held is None:
+        return {}
+    splits, is_training = [], model.training
+    model.eval()
+    for pixels, labels in held:
+        parts = []
+        for part in pixels.split(batch_size):
+            batch = normalize(part.to(device).float()).contiguous(memory_format=torch.channels_last)
+            with torch.compiler.set_stance("force_eager"), bf16_on_gpus(device):
+                parts.append(model.features(batch).float())
+        total = torch.tensor(len(labels), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        features, labels = (_gather(rows, int(total)) for rows in (torch.cat(parts), labels.to(device)))
+        splits.append((features[labels >= 0], labels[labels >= 0]))
+    model.train(is_training)
+    (features, labels), (val_features, val_labels) = splits
+    if not min(map(len, splits[0] + splits[1])) or not (features.isfinite().all() and val_features.isfinite().all()):
+        return {"knn": None}
+    classes = 1 + int(max(labels.max(), val_labels.max()))
+    return {"knn": accuracies(knn(features, labels, val_features, classes=classes), val_labels)["top1"]}

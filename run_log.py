@@ -1,19 +1,22 @@
-"""What a run logs: metrics.jsonl, a progress line, and TensorBoard if asked for.
+"""What a run logs: metrics.jsonl, codes.jsonl, a progress line, and TensorBoard if asked for.
 
 A row of metrics.jsonl is one of a log line (loss, learning rate, throughput, measures of guard.py) or of an epoch
-(epoch_loss, codes_changed, measures of features.py). Each step has at most one of each, also in resumed runs.
+(epoch_loss, codes_changed, measures of features.py). Each step has at most one of each, also in resumed runs. A row of
+codes.jsonl has the prototypes of the images that a run tracks, after an epoch.
 """
 
 import errno
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from launch import environment, log, show_progress
 from processes import mean_over_processes
@@ -25,6 +28,49 @@ def step_of(row: str) -> float:
         return json.loads(row)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl or codes.jsonl, also while a run writes it; [] if there is no such file."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if math.isfinite(step_of(line))]
+
+
+class Rows:
+    """A file of JSON rows, each with its "step", to which a run appends.
+
+    steps_done: rows of later steps, and half a row, are dropped: they are of an interrupted run. Rows that a full disk
+    does not take wait for the next one.
+    """
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        self.name, self.unwritten = path.name, b""
+        rows = path.read_text().splitlines() if path.exists() else []
+        kept = [row for row in rows if step_of(row) <= steps_done]
+        if kept != rows:
+            unfinished = path.with_name(path.name + ".tmp")
+            unfinished.write_text("".join(row + "\n" for row in kept))
+            os.replace(unfinished, path)
+        self.file = path.open("ab", buffering=0)
+
+    def append(self, row: dict) -> bool:
+        """Write a row, after those that wait. False if the disk is full."""
+        is_first_failure = not self.unwritten
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.unwritten) < len(self.unwritten):  # a disk that fills up takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(size)
+            if is_first_failure:
+                log(f"warning: {self.name} cannot be written ({error.strerror}); its rows are kept for the next line")
+            return False
+        self.unwritten = b""
+        return True
 
 
 class RunLog:
@@ -54,18 +100,10 @@ class RunLog:
         self.epoch_losses: list[float] = []
         self.unread_losses: list[torch.Tensor] = []  # still on the device
         self.line_is_due = False
-        self.file = self.board = None
-        self.unwritten = b""  # rows that did not fit onto the disk
+        self.metrics = self.codes = self.board = None  # of the first process
         if environment("RANK", 0) != 0:
             return
-        path = dump / "metrics.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
-        kept = [row for row in rows if step_of(row) <= steps_done]
-        if kept != rows:
-            unfinished = path.with_name(path.name + ".tmp")
-            unfinished.write_text("".join(row + "\n" for row in kept))
-            os.replace(unfinished, path)
-        self.file = path.open("ab", buffering=0)
+        self.metrics, self.codes = (Rows(dump / name, steps_done) for name in ("metrics.jsonl", "codes.jsonl"))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # needs a package that few have
 
@@ -163,29 +201,98 @@ class RunLog:
         self._write(row)
         shown = {"LiDAR": measures.get("lidar"), "trivial R2": measures.get("trivial_r2")}
         quality = "".join(f"  {name} {value:.3g}" for name, value in shown.items() if value is not None)
+        quality += "" if measures.get("knn") is None else f"  kNN {measures['knn']:.1f}%"
         show_progress(
             f"epoch {self.epoch + 1}/{self.epochs} done: loss {self.epoch_loss:.4f} (ln K {self.ln_k:.3f})  "
             f"{images_per_s:.0f} images/s  {self.epoch_seconds:.1f} s{quality}",
             keep=True,
         )
 
-    def _write(self, row: dict) -> None:
-        if self.file is None:
+    def log_codes(self, prototypes: torch.Tensor, certainties: torch.Tensor) -> None:
+        """Log the codes of the images that a run tracks, after an epoch. Every process must call it.
+
+        prototypes: of this process's share of them, int64 [N]. certainties: their largest code entries, [N].
+        """
+        share = [prototypes.tolist(), [float(f"{certainty:.3g}") for certainty in certainties.tolist()]]
+        shares = [share]
+        if dist.is_initialized():
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, share)
+        if self.codes is None:
             return
-        is_first_failure = not self.unwritten
-        self.unwritten += json.dumps(row).encode() + b"\n"
-        size = os.fstat(self.file.fileno()).st_size
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
+        for column, name in enumerate(("prototypes", "certainties")):
+            values = [None] * sum(len(part[column]) for part in shares)
+            for rank, part in enumerate(shares):
+                values[rank :: len(shares)] = part[column]
+            row[name] = values
+        self.codes.append(row)
+
+    def _write(self, row: dict) -> None:
+        if self.metrics is None or not self.metrics.append(row) or self.board is None:
+            return
         try:
-            if self.file.write(self.unwritten) < len(self.unwritten):  # a disk that fills up takes a part
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.unwritten = b""
-            if self.board is not None:
-                for name, value in row.items():
-                    if value is not None:
-                        self.board.add_scalar(name, value, row["step"])
-                self.board.flush()
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
         except OSError as error:
-            if self.unwritten:
-                self.file.truncate(size)
-            if is_first_failure:
-                log(f"warning: metrics.jsonl cannot be written ({error.strerror}); its rows are kept for the next line")
+            log(f"warning: tensorboard cannot be written ({error.strerror})")
+
+
+# Which checkpoint is best?
+
+
+class Peak(NamedTuple):
+    """A kept epoch that is better than the last kept one."""
+
+    measure: str
+    epoch: int
+    measured: int  # after this epoch, the nearest that was measured
+    value: float
+    last_epoch: int
+    last_value: float
+
+    def describe(self, dump: Path) -> str:
+        """Say what peaked when, and which file to evaluate."""
+        unit = " %" if self.measure == "kNN" else ""
+        when = "" if self.measured == self.epoch else f" (measured after epoch {self.measured})"
+        doubt = "" if self.measure == "kNN" else "; it needs no labels, and is not reliable on all images"
+        path = dump / "checkpoints" / f"ckp-{self.epoch}.pth"
+        return (
+            f"quality peaked at epoch {self.epoch} of those kept{when}: {self.measure} {self.value:.3g}{unit}, "
+            f"{self.last_value:.3g}{unit} at epoch {self.last_epoch}{doubt}; evaluate also: "
+            f"python eval_linear.py {path}"
+        )
+
+
+# By key of a row: name, and the least that a peak must be. kNN of 1,000 images has a standard error of about a point.
+PEAKS = {"knn": ("kNN", lambda last: last + 1), "lidar": ("LiDAR", lambda last: 1.05 * last)}
+
+
+def kept_epochs(dump: Path) -> list[int]:
+    """The epochs N of a run's checkpoints/ckp-N.pth."""
+    names = [path.stem.removeprefix("ckp-") for path in dump.glob("checkpoints/ckp-*.pth")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def find_peak(rows: Iterable[Mapping], kept: Sequence[int]) -> Peak | None:
+    """The kept epoch at which quality peaked; None if that is the last one, or cannot be told.
+
+    By kNN, else by LiDAR. A kept epoch has the value of the nearest measured epoch that no other kept epoch is nearer
+    to. rows: of metrics.jsonl.
+    """
+    rows = list(rows)
+    for key, (measure, least_peak) in PEAKS.items():
+        measured = {row["epoch"]: row[key] for row in rows if row.get(key) is not None}
+        nearest = {epoch: min(measured, key=lambda m: (abs(m - epoch), m)) for epoch in kept if measured}
+        own = {epoch: at for epoch, at in nearest.items() if abs(at - epoch) == min(abs(at - other) for other in kept)}
+        if measured and (not own or max(own) != max(kept)):
+            return None
+        if own:
+            best, last = max(own, key=lambda epoch: (measured[own[epoch]], epoch)), max(own)
+            value, last_value = measured[own[best]], measured[own[last]]
+            if value < least_peak(last_value):
+                return None
+            return Peak(measure, best, own[best], value, last, last_value)
+    return None

@@ -39,6 +39,7 @@ import run_folder
 from backbones import choose_sizes
 from cache import CachedImages, cache_images, sizes_to_cache
 from data import (
+    CentreCrop,
     CroppedBatches,
     MultiCrop,
     UnreadableImage,
@@ -53,18 +54,30 @@ from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
 from features import (
     assigned_prototypes,
     describe_images,
+    knn_images,
+    measure_knn,
     measure_quality,
     quality_crops,
     quality_epochs,
     tracked_images,
 )
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import DATASETS, GIVEN, BadImages, GivenImages, check_data_path, fingerprint, open_images, typical_side
+from images import (
+    DATASETS,
+    GIVEN,
+    BadImages,
+    GivenImages,
+    check_data_path,
+    fingerprint,
+    open_images,
+    split_paths,
+    typical_side,
+)
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
 from model import STEMS, SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
 from optim import LARS, warmup_cosine
-from run_log import RunLog
+from run_log import RunLog, find_peak, kept_epochs, read_rows
 from sinkhorn_ext import backend
 from sinkhorn_ext.__main__ import report
 
@@ -185,8 +198,10 @@ def option_parser() -> launch.OptionParser:
         "or off", choices=("on", "off"), nargs="?", const="on", default_text="off")  # fmt: skip
     add("replay", None, str, "run the step of a bad_step-RANK.pth again and name its first bad tensor; no training")
     add("log_freq", 50, positive_int, "steps between log lines")
-    add("eval_every", None, nonnegative_int, "epochs between label-free quality measures (RankMe, LiDAR and others, "
-        "see features.py); 0: never (default: as often as about 1.5 %% of the time allows)")  # fmt: skip
+    add("eval_every", None, nonnegative_int, "epochs between quality measures: without labels (RankMe, LiDAR and "
+        "others, see features.py), and kNN where the set has a validation split with labels, a named one or one beside "
+        "train/. Labels only measure, nothing is trained on them. 0: never (default: as often as about 1.5 %% of the "
+        "time allows for those without labels; kNN costs about as much)")  # fmt: skip
     add("tensorboard", "off", str, "Also log to dump_path/tensorboard: on or off.", common="NAME",
         choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("on_collapse", "warn", str, "If the run collapses, warn, stop, or recover.", common="NAME",
@@ -585,7 +600,7 @@ def train(
     multi_crop = build_multicrop(args)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
     measures_quality = max(measured_epochs, default=0) > first_epoch
-    measured_on = quality_crops(images, multi_crop, rank, world_size) if measures_quality else None
+    measured_on = images_to_measure(args, images, rank, world_size) if measures_quality else None
     print_run_summary(args, images, loader, model, device, dtype)
 
     batches = start_epoch(loader, first_epoch, first_step) if first_epoch < args.epochs else None
@@ -633,8 +648,9 @@ def train(
 
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
-        codes = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
-        quality = measure_quality(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
+        codes, certainties = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
+        quality = measure(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
+        run_log.log_codes(codes, certainties)
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
         warn_if_slow(guard, quality, epoch + 1, args.epochs)
         saver.save_epoch(
@@ -642,7 +658,52 @@ def train(
             is_good=args.on_collapse == "recover" and not guard.epoch_is_stuck(run_log.epoch_loss),
         )
     saver.finish()
-    log(f"done; evaluate it with: python eval_linear.py {dump / 'checkpoint.pth'}")
+    log_end(dump)
+
+
+def images_to_measure(args: argparse.Namespace, images: Dataset, rank: int, world_size: int) -> tuple:
+    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None."""
+    crops = quality_crops(images, build_multicrop(args), rank, world_size)
+    val_images, side = open_validation(args, images)
+    if world_size > 1:
+        processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
+    if val_images is None:
+        return crops, None
+    size, resize = choose_sizes({"size_crops": args.size_crops}, side, is_folder=args.dataset == "folder")
+    return crops, knn_images(images, val_images, CentreCrop(resize, size), rank, world_size)
+
+
+def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset | None, int]:
+    """(images with labels to measure kNN on, their typical side): of a named set, or of a split beside train/, or None.
+
+    The class folders of a set without a validation split are no labels: they may be anybody's way of sorting.
+    """
+    if args.dataset == GIVEN:
+        return None, 0
+    if args.dataset == "folder":
+        path = Path(args.data_path).absolute()
+        if not split_paths(str(path)) and not (path.stem == "train" and split_paths(str(path.parent))):
+            return None, 0
+    try:
+        val_images = open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
+        return val_images, typical_side(val_images)
+    except UserError as error:
+        log(f"no kNN while training: {error}")
+        return None, 0
+
+
+def measure(model: SwAV, measured_on: tuple, device: torch.device, batch_size: int) -> dict[str, float | None]:
+    """Measure what the model has learned. measured_on: of `images_to_measure`. Every process must call it."""
+    crops, labelled = measured_on
+    return measure_quality(model, crops, device, batch_size) | measure_knn(model, labelled, device, batch_size)
+
+
+def log_end(dump: Path) -> None:
+    """Log how to evaluate a run that is done, and which kept checkpoint was better than the last, if one was."""
+    peak = find_peak(read_rows(dump / "metrics.jsonl"), kept_epochs(dump))
+    if peak:
+        log(peak.describe(dump))
+    log(f"done; evaluate it with: python eval_linear.py {dump / 'checkpoint.pth'}; see it with: python look.py {dump}")
 
 
 def print_run_summary(

@@ -256,6 +256,8 @@ ALLOWED = {
     "probes": {"checkpoint", "data", "features", "launch", "model"},
     "backbones": {"checkpoint", "data", "foreign", "launch", "model"},
     "exchange": {"checkpoint", "data", "launch", "model"},
+    "page": set(),
+    "sections": {"data", "decode", "features", "guard", "launch", "page", "run_folder", "run_log"},
     "hubconf": set(),  # loads model.py, foreign.py and data.py by their paths
 }
 

@@ -25,6 +25,7 @@ from conftest import (
     run_training,
     torchrun,
     train_stuck,
+    without_times,
 )
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,12 +83,63 @@ QUALITY = {"rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivi
 @pytest.mark.parametrize("every, epochs", [("1", [1, 2, 3, 4]), ("3", [1, 4]), ("2", [2, 4]), ("0", []), ("5", [4])])
 def test_quality_is_logged_every_few_epochs_and_changes_nothing_else(every, epochs, images, tmp_path, capsys):
     measured = run_training(images, tmp_path / "run", "--eval_every", every)
-    printed = re.findall(r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+\n", capsys.readouterr().out)
+    printed = re.findall(
+        r"epoch (\d)/4 done: .* s  LiDAR [\d.]+  trivial R2 [\d.]+  kNN [\d.]+%\n", capsys.readouterr().out
+    )
     assert [int(epoch) for epoch in printed] == epochs
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "rankme" in row] == epochs
     assert all(row.keys() >= QUALITY and row["lidar"] >= 1 for row in rows if "rankme" in row)
-    assert_same(measured["state_dict"], run_training(images, tmp_path / "off", "--eval_every", "0")["state_dict"])
+    assert all(("knn" in row) == ("rankme" in row) for row in rows)
+    unmeasured = run_training(images, tmp_path / "off", "--eval_every", "0")
+    for key in ("state_dict", "optimizer", "rng", "queue"):
+        assert_same(measured[key], unmeasured[key])
+
+
+def test_knn_is_measured_only_where_a_validation_split_has_labels(images, tmp_path, capsys):
+    def measured(data_path, name: str, *more: str) -> list:
+        words = ["--eval_every", "1", "--epochs", "1", "--data_path", str(data_path), *more]
+        run_training(images, tmp_path / name, *words)
+        (row,) = (row for row in without_times(tmp_path / name) if "epoch_loss" in row)
+        assert row.keys() >= QUALITY
+        return [row[key] for key in ("knn",) if key in row]
+
+    (of_root,), (of_train,) = measured(images, "root"), measured(images / "train", "train")
+    assert of_root == of_train and 0 <= of_root <= 100
+    assert measured(images, "cached", "--cache", "ram") == [of_root]
+    assert measured(images / "val", "sorted") == []  # class folders, but of no split
+    shutil.copytree(images / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").mkdir()
+    capsys.readouterr()
+    assert measured(tmp_path / "data", "empty") == []
+    assert "no kNN while training: data_path: expected a folder for each class in" in capsys.readouterr().out
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / "val" / name).mkdir()
+        (tmp_path / "data" / "val" / name / "0.png").write_bytes(b"no image")
+    assert measured(tmp_path / "data", "unreadable") == []
+
+
+def test_codes_of_tracked_images_are_recorded_after_each_epoch(images, tmp_path):
+    run_training(images, tmp_path / "run", "--epochs", "2")
+    first = (tmp_path / "run" / "codes.jsonl").read_text()
+    contents = run_training(images, tmp_path / "run")  # resumes after epoch 2
+    assert (tmp_path / "run" / "codes.jsonl").read_text().startswith(first)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "codes.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["prototypes"] == contents["guard"]["codes"].tolist()
+    assert all(0 < certainty <= 1 for row in rows for certainty in row["certainties"])
+
+
+def test_the_end_of_a_run_names_a_kept_checkpoint_that_was_better(images, tmp_path, monkeypatch, capsys):
+    values = iter([{"knn": 50.0}, {"knn": 80.0}, {"knn": 60.0}, {"knn": 70.0}])
+    monkeypatch.setattr(train, "measure_knn", lambda *_: next(values))
+    run_training(images, tmp_path / "run", "--eval_every", "1")
+    *_, peak, done = capsys.readouterr().out.splitlines()
+    assert peak == (
+        "quality peaked at epoch 2 of those kept: kNN 80 %, 70 % at epoch 4; evaluate also: "
+        f"python eval_linear.py {tmp_path / 'run' / 'checkpoints' / 'ckp-2.pth'}"
+    )
+    assert done.endswith(f"see it with: python look.py {tmp_path / 'run'}")
 
 
 def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):
