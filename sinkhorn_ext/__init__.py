@@ -20,6 +20,7 @@ which kernels run and how they were built; put its output into a bug report.
 import importlib
 import importlib.machinery
 import os
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -433,13 +434,17 @@ def _load_kernels() -> str:
     if choice == "torch":
         return "not loaded, because of SINKHORN_EXT=torch in the environment"
     this_folder = globals().get("__path__", [])
-    if importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder) is None:
+    built = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder)
+    if built is None:
         return "not built"
     try:
         importlib.import_module(f"{__name__}._C")
     except ImportError as error:
+        with open(built.origin, "rb") as file:
+            version = re.search(rb"sinkhorn_ext for torch ([\w.+]+)", file.read())
+        fits = f"They were built for torch {version[1].decode()}, this is {torch.__version__}. " if version else ""
         warnings.warn(
-            "sinkhorn_ext runs in plain torch, because its compiled kernels do not load. "
+            f"sinkhorn_ext runs in plain torch, because its compiled kernels do not load. {fits}"
             f"To rebuild them: pip install --no-build-isolation -e . The reason: {error}",
             stacklevel=3,
         )

@@ -752,6 +752,8 @@ def test_build_info_describes_the_kernels():
     info = sinkhorn_ext._C.build_info()
     assert info["compiler"].startswith(("GCC ", "Clang ", "MSVC ")) and info["cxx_standard"].startswith("C++")
     assert torch.__version__.startswith(info["torch"])
+    (file,) = (ROOT / "sinkhorn_ext").glob("_C.*")
+    assert f"sinkhorn_ext for torch {info['torch']}".encode() in file.read_bytes()  # told if it does not load
     if backend("cuda") == "cuda":
         assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0] and info["cuda_architectures"]
     else:
@@ -797,12 +799,13 @@ def test_without_kernels_it_runs_in_plain_torch_without_a_warning(run_copy):
 
 
 def test_kernels_that_do_not_load_cause_one_warning_with_the_reason(run_copy, tmp_path):
-    (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library")
+    (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library, but sinkhorn_ext for torch 1.2.3")
     result = run_copy()
     assert lines_of(result)["backend on cpu"] == "torch"
     assert lines_of(result)["compiled kernels"].startswith("built, but does not load: ")
     assert result.stderr.count("UserWarning: sinkhorn_ext runs in plain torch") == 1
     assert "_C.abi3.so" in result.stderr and "pip install" in result.stderr
+    assert f"They were built for torch 1.2.3, this is {torch.__version__}. " in result.stderr
     result = run_copy(SINKHORN_EXT="torch")
     assert "SINKHORN_EXT=torch" in lines_of(result)["compiled kernels"] and result.stderr == ""
 
