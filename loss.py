@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sinkhorn_ext import sinkhorn, sinkhorn_potentials, swav_loss
-
-NO_FLOAT64 = ("mps",)  # devices without it
+from sinkhorn_ext import moments, sinkhorn, sinkhorn_potentials, swav_loss
 
 
 class SwAVLoss(nn.Module):
@@ -113,17 +111,14 @@ class SwAVLoss(nn.Module):
         )  # [A, K]
         if uses_queue:
             self._enqueue(self._assigning(embeddings))
-        if self.relative_epsilon:
-            codes = self._code_logits(assigning, potentials).softmax(dim=2)  # [A, B, K]
-            loss = swapped_prediction(scores, codes, self.crops_for_assign, self.temperature)
-        else:
-            loss = swav_loss(
-                scores,
-                potentials,
-                crops_for_assign=self.crops_for_assign,
-                temperature=self.temperature,
-                epsilon=self.epsilon,
-            )
+        loss = swav_loss(
+            scores,
+            potentials,
+            assigning=assigning if self.relative_epsilon else None,  # None: those among scores, which are read anyway
+            crops_for_assign=self.crops_for_assign,
+            temperature=self.temperature,
+            epsilon=self.epsilon,
+        )
         return loss, assigning, potentials
 
     def _code_logits(self, assigning: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
@@ -188,30 +183,20 @@ def means_and_std(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     device has it. Sinkhorn makes up for the means, so what is left is what tells images apart. The std is at least
     1e-5 of the scores' root mean square: smaller differences are rounding, and should leave codes uniform.
     """
-    tiny = torch.finfo(scores.dtype).tiny
-    if scores.device.type not in NO_FLOAT64:
-        scores = scores.double()  # where images are alike, mean square and squared mean differ by little
-    images = scores.new_full((1,), scores.shape[1])  # filled on the device, as a copy of a number would wait for it
-    sums = torch.cat([scores.sum(1).flatten(), scores.square().sum().view(1), images])
+    sums = moments(scores)
+    images = sums.new_full((1,), scores.shape[1])  # filled on the device, as a copy of a number would wait for it
+    sums = torch.cat([sums, images])  # [A * K + 2]
     if dist.is_initialized():
         dist.all_reduce(sums)
     squares, images = sums[-2:].split(1)
     means = sums[:-2].view(len(scores), 1, -1) / images
     mean_square = squares / (images * means.numel())
     variance = torch.maximum(mean_square - means.square().mean(), 1e-10 * mean_square)
-    return means, variance.clamp_min(tiny).sqrt().squeeze(0)
+    return means, variance.clamp_min(torch.finfo(scores.dtype).tiny).sqrt().squeeze(0)
 
 
 def standardize(scores: torch.Tensor, means: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(scores - means) / std, float32 or float64. Codes do not depend on the means; leaving them out keeps digits."""
-    return ((scores - means) / std).to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def swapped_prediction(
-    scores: torch.Tensor, codes: torch.Tensor, crops_for_assign: Sequence[int], temperature: float
-) -> torch.Tensor:
-    """Mean cross-entropy of codes [A, B, K] of crops i and scores [V, B, K] of crops v, over all i and all v != i."""
-    log_predictions = (scores.to(codes.dtype) / temperature).log_softmax(dim=2)  # [V, B, K]
-    all_crops = log_predictions.sum(0)
-    others = torch.stack([all_crops - log_predictions[i] for i in crops_for_assign])  # [A, B, K]
-    return -(codes * others).sum(2).mean() / (len(scores) - 1)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    # To round a mean shifts all scores of a prototype alike, and so no code.
+    return scores.to(dtype).sub(means.to(dtype)).mul_(std.reciprocal().to(dtype))

@@ -3,29 +3,44 @@
     pip install -v --no-build-isolation -e .    # -v shows what was built, and why something was not
 
 CUDA kernels need nvcc and a CUDA build of torch. CPU kernels need a C++ compiler. If something is missing or does not
-compile, the build continues without it, and sinkhorn_ext then runs in plain torch. Environment variables:
+compile, the build continues without it, and sinkhorn_ext then runs in plain torch. From CUDA 13 on, pip has nvcc:
+    pip install "cuda-toolkit[nvcc,cccl]==13.0.*"    # 13.0: torch.version.cuda
+Environment variables:
     SINKHORN_EXT_BUILD=strict      fail instead
     TORCH_CUDA_ARCH_LIST="9.0"     the GPU architectures to compile for (default: 8.0, 9.0 and those of the GPUs in
-                                   this machine; later ones are compiled from PTX when first used)
+                                   this machine that nvcc knows; later ones are compiled from PTX when first used)
     CC, CXX, CUDA_HOME, MAX_JOBS   the compilers, and how many run at the same time
 Copy this file together with the folder sinkhorn_ext/ to build it in another project.
 """
 
 import os
+import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(f"setup.py needs the torch that you will run with ({error}): pip install --no-build-isolation -e .")
 
 STRICT = os.environ.get("SINKHORN_EXT_BUILD") == "strict"
+
+
+def find_toolkit() -> str | None:
+    """The CUDA toolkit: torch's choice, or else what pip installed beside torch, in nvidia/cu13 for CUDA 13."""
+    major = str(torch.version.cuda).partition(".")[0]
+    of_pip = Path(torch.__file__).parent.parent / "nvidia" / f"cu{major}"
+    return cpp_extension.CUDA_HOME or (str(of_pip) if (of_pip / "bin" / "nvcc").exists() else None)
+
+
+cpp_extension.CUDA_HOME = CUDA_HOME = find_toolkit()
 WITH_CUDA = bool(CUDA_HOME and torch.version.cuda)
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]  # results depend on neither errno nor traps
+CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]  # results depend on neither errno nor traps
 LINK_FLAGS = []
 if sys.platform == "linux":
     # torch ships GCC's OpenMP, and a second copy would compete with it for cores. Clang needs its own.
@@ -65,6 +80,10 @@ def set_cuda_architectures() -> str:
         local = set()
         with suppress(RuntimeError):  # raised if the driver is too old for this torch
             local = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+        with suppress(OSError, subprocess.CalledProcessError):  # a GPU newer than nvcc compiles PTX itself
+            command = [Path(CUDA_HOME, "bin", "nvcc"), "--list-gpu-arch"]
+            listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            local = {(major, minor) for major, minor in local if f"compute_{major}{minor}" in listed}
         names = [f"{major}.{minor}" for major, minor in sorted({(8, 0), (9, 0)} | local)]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")

@@ -62,9 +62,9 @@ def loss_candidates(scores: torch.Tensor) -> dict[str, Callable]:
 def fallback_loss(scores: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
     """Compute the gradient by our implementation in plain torch, compiled kernels or not."""
     settings = ([0, 1], TEMPERATURE, EPSILON)
-    loss, logsumexps = sinkhorn_ext._swapped_loss.in_torch(scores, potentials, *settings)
+    loss, logsumexps = sinkhorn_ext._swapped_loss.in_torch(scores, None, potentials, *settings)
     grad = torch.ones_like(loss)
-    return sinkhorn_ext._swapped_loss_backward.in_torch(grad, scores, potentials, logsumexps, *settings)
+    return sinkhorn_ext._swapped_loss_backward.in_torch(grad, scores, None, potentials, logsumexps, *settings)
 
 
 def loss_peaks(batch_size: int, nmb_prototypes: int, device: torch.device) -> dict[str, int] | None:

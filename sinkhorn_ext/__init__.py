@@ -20,13 +20,17 @@ which kernels run and how they were built; put its output into a bug report.
 import importlib
 import importlib.machinery
 import os
+import re
 import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import increment_version
 
-__all__ = ["backend", "sinkhorn", "sinkhorn_potentials", "swav_loss"]
+__all__ = ["backend", "moments", "sinkhorn", "sinkhorn_potentials", "swav_loss"]
+
+NO_FLOAT64 = ("mps",)  # devices without it
 
 
 def sinkhorn(
@@ -65,6 +69,8 @@ def sinkhorn(
         _without_autograd(_codes, scores, potentials[0], epsilon, codes)
     else:
         _without_autograd(_sinkhorn, scores, extra, epsilon, iterations, codes)
+    if out is not None and not torch.compiler.is_compiling():
+        increment_version(codes)  # so that backward refuses codes that it saved and that were overwritten since
     return codes if out is None or has_contiguous_rows else out.copy_(codes)
 
 
@@ -104,6 +110,7 @@ def swav_loss(
     scores: torch.Tensor,
     potentials: torch.Tensor,
     *,
+    assigning: torch.Tensor | None = None,
     crops_for_assign: Sequence[int] = (0, 1),
     temperature: float = 0.1,
     epsilon: float = 0.05,
@@ -112,7 +119,9 @@ def swav_loss(
 
     scores [V, B, K]: of all crops, dtypes as in `sinkhorn`, with gradient.
     potentials [A, K]: of the assigning crops, from `sinkhorn_potentials`.
-    crops_for_assign: the A assigning crops, in the order of potentials. The CUDA kernels take at most 32.
+    assigning [A, B, K]: the scores that codes are made of, as given to `sinkhorn_potentials`; of the potentials' dtype.
+    None: those of the assigning crops in scores. Others are needed where epsilon is relative, as in loss.py.
+    crops_for_assign: the A assigning crops, in the order of potentials. The CUDA kernels take at most 512.
     temperature: divides the scores of the predictions, > 0. epsilon: as given to `sinkhorn_potentials`.
     Returns a scalar, float32 (float64 for float64 scores): the mean over assigning crops i, over the other crops v != i
     and over images of -sum_k codes_i[k] log softmax(scores_v / temperature)[k].
@@ -135,7 +144,25 @@ def swav_loss(
     _check_positive("temperature", temperature)
     _check_positive("epsilon", epsilon)
     potentials = potentials.detach().to(_accumulation_dtype(scores))
-    return _swapped_loss(scores, potentials, crops_for_assign, temperature, epsilon)[0]
+    if assigning is not None:
+        expected = (*potentials.shape[:1], *scores.shape[1:])
+        if assigning.shape != expected or not assigning.is_floating_point():
+            raise ValueError(
+                f"assigning: expected a floating-point tensor {list(expected)}, got {assigning.dtype} "
+                f"{list(assigning.shape)}"
+            )
+        assigning = assigning.detach().to(potentials.dtype)
+    return _swapped_loss(scores, assigning, potentials, crops_for_assign, temperature, epsilon)[0]
+
+
+def moments(scores: torch.Tensor) -> torch.Tensor:
+    """Sum scores [A, B, K] over images, and the squares of all: float64 [A * K + 1], the sum of squares last.
+
+    Reads the scores once. scores: dtypes as in `sinkhorn`. Without gradient. float32 on devices without float64.
+    Processes may add theirs. Raises ValueError for another shape.
+    """
+    _check_scores("scores", scores, 3)
+    return _without_autograd(_moments, scores.detach())
 
 
 def backend(device: torch.device | str) -> str:
@@ -183,15 +210,17 @@ def _prototype_logsumexp(scores: torch.Tensor, extra: torch.Tensor | None, epsil
 def _prototype_totals(
     scores: torch.Tensor, extra: torch.Tensor | None, potentials: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    return _softmax(_logits(scores, extra, epsilon) + potentials.unsqueeze(1)).sum(dim=1)  # [A, K]
+    return _softmax_totals(_logits(scores, extra, epsilon).add_(potentials.unsqueeze(1)))  # [A, K]
 
 
 @_operator("potentials(Tensor scores, Tensor? extra, float epsilon, int iterations) -> Tensor")
 def _potentials(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float, iterations: int) -> torch.Tensor:
     logits = _logits(scores, extra, epsilon)  # [A, N + Q, K]
     potentials = _first_potentials(torch.logsumexp(logits, dim=1))  # [A, K]
+    exponentials = torch.empty_like(logits)
     for _ in range(iterations - 1):
-        potentials = _next_potentials(potentials, _softmax(logits + potentials.unsqueeze(1)).sum(dim=1))
+        torch.add(logits, potentials.unsqueeze(1), out=exponentials)
+        potentials = _next_potentials(potentials, _softmax_totals(exponentials))
     return potentials
 
 
@@ -210,13 +239,28 @@ def _sinkhorn(
     _codes(scores, _potentials(scores.unsqueeze(0), extra, epsilon, iterations)[0], epsilon, out)
 
 
+@_operator("moments(Tensor scores) -> Tensor")
+def _moments(scores: torch.Tensor) -> torch.Tensor:
+    dtype = torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64
+    sums = scores.sum(dim=1, dtype=dtype)  # [A, K]
+    squares = torch.linalg.vector_norm(scores, dtype=dtype).square()
+    return torch.cat([sums.flatten(), squares.view(1)])
+
+
+# assigning [A, B, K] are the scores of the codes, if they are not those of the assigning crops, in potentials' dtype.
 # logsumexps [V + A, B] are those of each image's predictions and codes. From them, backward computes both again.
 @_operator(
-    "swapped_loss(Tensor scores, Tensor potentials, int[] crops_for_assign, float temperature, float epsilon)"
+    "swapped_loss(Tensor scores, Tensor? assigning, Tensor potentials, int[] crops_for_assign, float temperature,"
+    " float epsilon)"
     " -> (Tensor loss, Tensor logsumexps)"
 )
 def _swapped_loss(
-    scores: torch.Tensor, potentials: torch.Tensor, crops_for_assign: list[int], temperature: float, epsilon: float
+    scores: torch.Tensor,
+    assigning: torch.Tensor | None,
+    potentials: torch.Tensor,
+    crops_for_assign: list[int],
+    temperature: float,
+    epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = scores.to(potentials.dtype)  # [V, B, K]
     log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]  # V times [B]
@@ -224,8 +268,8 @@ def _swapped_loss(
     all_crops = scores.sum(dim=0)  # [B, K]
     all_log_sums = torch.stack(log_sums).sum()
     loss = scores.new_zeros(())
-    for i, potential in zip(crops_for_assign, potentials, strict=True):
-        logits = scores[i] / epsilon + potential  # [B, K]
+    for a, i in enumerate(crops_for_assign):
+        logits = (scores[i] if assigning is None else assigning[a]) / epsilon + potentials[a]  # [B, K]
         log_sums.append(torch.logsumexp(logits, dim=1))
         codes = _softmax(logits)
         agreement = torch.where(codes == 0, 0, codes * (all_crops - scores[i])).sum() / temperature
@@ -234,12 +278,13 @@ def _swapped_loss(
 
 
 @_operator(
-    "swapped_loss_backward(Tensor grad, Tensor scores, Tensor potentials, Tensor logsumexps, int[] crops_for_assign,"
-    " float temperature, float epsilon) -> Tensor"
+    "swapped_loss_backward(Tensor grad, Tensor scores, Tensor? assigning, Tensor potentials, Tensor logsumexps,"
+    " int[] crops_for_assign, float temperature, float epsilon) -> Tensor"
 )
 def _swapped_loss_backward(
     grad: torch.Tensor,
     scores: torch.Tensor,
+    assigning: torch.Tensor | None,
     potentials: torch.Tensor,
     logsumexps: torch.Tensor,
     crops_for_assign: list[int],
@@ -249,10 +294,10 @@ def _swapped_loss_backward(
     nmb_crops, batch_size, _ = scores.shape
     grad = grad / (len(potentials) * (nmb_crops - 1) * batch_size * temperature)
     log_sums = logsumexps.unsqueeze(2)  # [V + A, B, 1]
-    codes = {
-        i: torch.exp(scores[i].to(grad.dtype) / epsilon + potential - log_sum)
-        for i, potential, log_sum in zip(crops_for_assign, potentials, log_sums[nmb_crops:], strict=True)
-    }
+    codes = {}  # of [B, K]
+    for a, i in enumerate(crops_for_assign):
+        code_scores = scores[i].to(grad.dtype) if assigning is None else assigning[a]
+        codes[i] = torch.exp(code_scores / epsilon + potentials[a] - log_sums[nmb_crops + a])
     all_codes = sum(codes.values())  # [B, K]
     result = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)  # [V, B, K]
     for v in range(nmb_crops):
@@ -275,8 +320,14 @@ def _(*_):
     return None
 
 
+@_moments.register_fake
+def _(scores):
+    dtype = torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64
+    return scores.new_empty(scores.shape[0] * scores.shape[2] + 1, dtype=dtype)
+
+
 @_swapped_loss.register_fake
-def _(scores, potentials, crops_for_assign, temperature, epsilon):
+def _(scores, assigning, potentials, crops_for_assign, temperature, epsilon):
     return potentials.new_empty(()), potentials.new_empty(scores.shape[0] + len(crops_for_assign), scores.shape[1])
 
 
@@ -286,14 +337,14 @@ def _(grad, scores, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    scores, potentials, *ctx.settings = inputs
-    ctx.save_for_backward(scores, potentials, output[1])
+    scores, assigning, potentials, *ctx.settings = inputs
+    ctx.save_for_backward(scores, assigning, potentials, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad_loss, _):
     grad_scores = _swapped_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
-    return grad_scores, None, None, None, None
+    return grad_scores, None, None, None, None, None
 
 
 _swapped_loss.register_autograd(_backward, setup_context=_save_for_backward)
@@ -317,6 +368,18 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
     """Compute the softmax over the last dimension, with zeros where every logit is -inf."""
     codes = torch.softmax(logits, dim=-1)
     return codes.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+
+
+def _softmax_totals(logits: torch.Tensor) -> torch.Tensor:
+    """Sum the softmax of logits [A, N, K] over N: [A, K]. Overwrites logits.
+
+    In place, and the division by the rows' sums is part of the sum over rows: half the time of `_softmax(...).sum(1)`.
+    """
+    largest = logits.amax(dim=2, keepdim=True)  # [A, N, 1]
+    exponentials = logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
+    row_sums = exponentials.sum(dim=2, keepdim=True)
+    weights = torch.where(row_sums == 0, 0, row_sums.reciprocal())  # 0: all scores are -inf
+    return (weights.transpose(1, 2) @ exponentials).squeeze(1)
 
 
 def _accumulation_dtype(scores: torch.Tensor) -> torch.dtype:
@@ -371,13 +434,17 @@ def _load_kernels() -> str:
     if choice == "torch":
         return "not loaded, because of SINKHORN_EXT=torch in the environment"
     this_folder = globals().get("__path__", [])
-    if importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder) is None:
+    built = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder)
+    if built is None:
         return "not built"
     try:
         importlib.import_module(f"{__name__}._C")
     except ImportError as error:
+        with open(built.origin, "rb") as file:
+            version = re.search(rb"sinkhorn_ext for torch ([\w.+]+)", file.read())
+        fits = f"They were built for torch {version[1].decode()}, this is {torch.__version__}. " if version else ""
         warnings.warn(
-            "sinkhorn_ext runs in plain torch, because its compiled kernels do not load. "
+            f"sinkhorn_ext runs in plain torch, because its compiled kernels do not load. {fits}"
             f"To rebuild them: pip install --no-build-isolation -e . The reason: {error}",
             stacklevel=3,
         )

@@ -73,7 +73,7 @@ def test_it_reports_why_it_builds_no_cuda_kernels(project, cuda_home, version):
     break_sources(project.folder)
     program = f"""
 import runpy, sys, torch, torch.utils.cpp_extension as e
-e.CUDA_HOME, torch.version.cuda = {cuda_home!r}, {version!r}
+e.CUDA_HOME, torch.version.cuda, torch.__file__ = {cuda_home!r}, {version!r}, "/nonexistent/torch/__init__.py"
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -81,6 +81,24 @@ runpy.run_path("setup.py", run_name="__main__")
     assert status == 0, output
     reason = "torch was built without CUDA" if cuda_home else "no nvcc found"
     assert f"sinkhorn_ext: no CUDA kernels: {reason}" in output
+
+
+def test_it_finds_the_nvcc_that_pip_installed_and_leaves_newer_gpus_to_ptx(project):
+    """With a stand-in for nvcc, which knows architectures up to 9.0, and for a GPU of 12.1 and one of 8.6."""
+    nvcc = project.folder / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho compute_80; echo compute_86; echo compute_90\n")
+    nvcc.chmod(0o755)
+    program = f"""
+import os, runpy, setuptools, torch, torch.utils.cpp_extension as e
+e.CUDA_HOME, torch.version.cuda = None, "13.0"
+torch.__file__ = {str(project.folder / "site-packages" / "torch" / "__init__.py")!r}
+torch.cuda.device_count, torch.cuda.get_device_capability = lambda: 2, lambda gpu: [(12, 1), (8, 6)][gpu]
+setuptools.setup = lambda ext_modules, **_: print(os.environ["TORCH_CUDA_ARCH_LIST"], e.CUDA_HOME)
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    status, output = project.python("-c", program, TORCH_CUDA_ARCH_LIST="", CUDA_HOME="")
+    assert status == 0 and output.startswith(f"8.0;8.6;9.0+PTX {nvcc.parent.parent}\n"), output
 
 
 @pytest.mark.parametrize("variable, names", [("", ["8.0", "9.0", "+PTX"]), ("7.5 8.6", ["7.5;8.6"])])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from conftest import DEVICES, forked, needs_gpu, run_processes
 
 import sinkhorn_ext
-from sinkhorn_ext import backend, sinkhorn, sinkhorn_potentials, swav_loss
+from sinkhorn_ext import backend, moments, sinkhorn, sinkhorn_potentials, swav_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 IS_COMPILED = backend("cpu") == "cpp"
@@ -282,6 +282,25 @@ def test_out_receives_the_codes_and_is_returned(layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_codes_that_backward_needs_cannot_be_overwritten_unnoticed(layout, device):
+    out = torch.empty(12, 9, device=device).T if layout == "transposed" else torch.empty(9, 12, device=device)
+    log_predictions = cosine_scores(9, 12, seed=1, device=device).requires_grad_()
+    loss = (sinkhorn(cosine_scores(9, 12, device=device), out=out) * log_predictions).sum()
+    sinkhorn(cosine_scores(9, 12, seed=2, device=device), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["codes", "sinkhorn"])
+def test_operators_that_write_count_a_new_version(name, device):
+    *arguments, out = operator_arguments(torch.float32, device)[name]
+    getattr(torch.ops.sinkhorn_ext, name)(*arguments, out)
+    assert out._version >= 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_several_problems_at_once_are_independent(device):
     scores = cosine_scores(12, 9, crops=3, dtype=torch.float64, device=device)
     extra = cosine_scores(7, 9, crops=3, seed=1, dtype=torch.float64, device=device)
@@ -313,6 +332,13 @@ REFUSED = {
     "loss of integers": lambda: swav_loss(X.expand(3, 4, 6).long(), X[:2]),
     "loss with too few potentials": lambda: swav_loss(X.expand(3, 4, 6), X[:1]),
     "loss with potentials of fewer prototypes": lambda: swav_loss(X.expand(3, 4, 6), X[:2, :5]),
+    "loss with assigning scores of more crops": lambda: swav_loss(
+        X.expand(3, 4, 6), X[:2], assigning=X.expand(3, 4, 6)
+    ),
+    "loss with assigning scores of integers": lambda: swav_loss(
+        X.expand(3, 4, 6), X[:2], assigning=X.expand(2, 4, 6).long()
+    ),
+    "moments of two dimensions": lambda: moments(X),
     "loss with a crop too high": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, 3)),
     "loss with a crop below 0": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(0, -1)),
     "loss with a crop twice": lambda: swav_loss(X.expand(3, 4, 6), X[:2], crops_for_assign=(1, 1)),
@@ -502,6 +528,63 @@ def test_gradcheck_in_float64(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_gradcheck_in_float64_with_assigning_scores(device):
+    scores = cosine_scores(3, 4, crops=4, dtype=torch.float64, device=device).requires_grad_()
+    assigning = cosine_scores(3, 4, crops=2, seed=1, dtype=torch.float64, device=device)
+    potentials = sinkhorn_potentials(assigning)
+    options = dict(assigning=assigning, crops_for_assign=(2, 0))
+    assert torch.autograd.gradcheck(lambda scores: swav_loss(scores, potentials, **options), (scores,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "nmb_images, nmb_prototypes, crops_for_assign", [(17, 129, (0, 1)), (1, 3000, (2,)), (5, 20, (3, 0, 2))]
+)
+def test_the_codes_of_assigning_scores_are_those_of_a_plain_formula(
+    nmb_images, nmb_prototypes, crops_for_assign, dtype, device
+):
+    """With a range of values where a code by the scores themselves would be another one."""
+    scores = cosine_scores(nmb_images, nmb_prototypes, crops=4, dtype=dtype, device=device).requires_grad_()
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    assigning = 3 * cosine_scores(nmb_images, nmb_prototypes, crops=len(crops_for_assign), seed=1, device=device).to(
+        accumulated
+    )
+    potentials = sinkhorn_potentials(assigning, 0.3)
+    options = dict(crops_for_assign=crops_for_assign, epsilon=0.3)
+    loss = swav_loss(scores, potentials, assigning=assigning.transpose(1, 2).contiguous().transpose(1, 2), **options)
+    exact = scores.detach().double().requires_grad_()
+    codes = torch.softmax(assigning.double() / 0.3 + potentials.double().unsqueeze(1), dim=2)
+    expected = reference.swav_loss(list(exact), list(codes), crops_for_assign, 0.1)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    assert loss.item() != swav_loss(scores, potentials, **options).item()
+    gradients = torch.autograd.grad(loss, scores)[0], torch.autograd.grad(expected, exact)[0]
+    tolerance = max(tolerance, torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0)
+    assert max_error(*gradients) <= 3 * tolerance * gradients[1].abs().max().item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_assigning_crops_than_a_batch_has_large_ones(device):
+    scores = cosine_scores(3, 20, crops=70, dtype=torch.float64, device=device)
+    assert_loss_and_gradient(scores, tuple(range(1, 60)), 1e-10)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 17, 129), (1, 700, 33), (3, 1, 1), (2, 0, 5), (2, 64, 3000)])
+def test_moments_are_sums_in_float64(shape, dtype, device):
+    scores = 1 + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    exact = scores.double()
+    expected = torch.cat([exact.sum(1).flatten(), exact.square().sum().view(1)])
+    for layout in (scores, scores.transpose(0, 2).contiguous().transpose(0, 2)):
+        result = moments(layout)
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+    assert torch.equal(moments(scores), moments(scores))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_codes_and_potentials_have_no_gradient(device):
     scores = cosine_scores(5, 7, crops=3, device=device).requires_grad_()
     assert not sinkhorn(scores[0], extra=scores[1]).requires_grad
@@ -546,9 +629,18 @@ def operator_arguments(dtype, device):
         "potentials": (scores, extra, 0.05, 3),
         "codes": (scores[0], potentials[0], 0.05, out),
         "sinkhorn": (scores[0], extra[0], 0.05, 3, out),
-        "swapped_loss": (scores.clone().requires_grad_(), potentials, [0, 1], 0.1, 0.05),
-        "swapped_loss_backward": (potentials.sum(), scores.detach(), potentials, logsumexps, [0, 1], 0.1, 0.05),
+        "moments": (scores,),
+        "swapped_loss": (scores.clone().requires_grad_(), None, potentials, [0, 1], 0.1, 0.05),
+        "swapped_loss_backward": (potentials.sum(), scores.detach(), None, potentials, logsumexps, [0, 1], 0.1, 0.05),
     }
+
+
+def with_assigning_scores(name, dtype, device):
+    """Arguments of swapped_loss or its backward, with scores for the codes."""
+    arguments = list(operator_arguments(dtype, device)[name])
+    potentials = next(a for a in arguments if isinstance(a, torch.Tensor) and a.shape == (2, 17))
+    arguments[arguments.index(None)] = cosine_scores(5, 17, crops=2, device=device).to(potentials.dtype)
+    return arguments
 
 
 OPERATORS = list(operator_arguments(torch.float32, "cpu"))
@@ -562,15 +654,27 @@ def test_opcheck(name, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["swapped_loss", "swapped_loss_backward"])
+def test_opcheck_with_assigning_scores(name, dtype, device):
+    torch.library.opcheck(getattr(torch.ops.sinkhorn_ext, name).default, with_assigning_scores(name, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_operators_refuse_wrong_shapes(name, device):
     if backend(device) == "torch":
         pytest.skip("plain torch has its own messages")
-    arguments = list(operator_arguments(torch.float32, device)[name])
+    has_assigning = name.startswith("swapped_loss")
+    arguments = (
+        with_assigning_scores(name, torch.float32, device)
+        if has_assigning
+        else list(operator_arguments(torch.float32, device)[name])
+    )
     tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor) and argument.dim() > 1]
     for i in tensors:
         wrong = [argument.detach()[..., :-1] if j == i else argument for j, argument in enumerate(arguments)]
-        if name != "prototype_logsumexp" or len(tensors) > 1:
+        if name not in ("prototype_logsumexp", "moments") or len(tensors) > 1:
             with pytest.raises(RuntimeError, match="expected .* got "):
                 getattr(torch.ops.sinkhorn_ext, name)(*wrong)
 
@@ -648,6 +752,8 @@ def test_build_info_describes_the_kernels():
     info = sinkhorn_ext._C.build_info()
     assert info["compiler"].startswith(("GCC ", "Clang ", "MSVC ")) and info["cxx_standard"].startswith("C++")
     assert torch.__version__.startswith(info["torch"])
+    (file,) = (ROOT / "sinkhorn_ext").glob("_C.*")
+    assert f"sinkhorn_ext for torch {info['torch']}".encode() in file.read_bytes()  # told if it does not load
     if backend("cuda") == "cuda":
         assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0] and info["cuda_architectures"]
     else:
@@ -693,12 +799,13 @@ def test_without_kernels_it_runs_in_plain_torch_without_a_warning(run_copy):
 
 
 def test_kernels_that_do_not_load_cause_one_warning_with_the_reason(run_copy, tmp_path):
-    (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library")
+    (tmp_path / "sinkhorn_ext" / "_C.abi3.so").write_text("not a library, but sinkhorn_ext for torch 1.2.3")
     result = run_copy()
     assert lines_of(result)["backend on cpu"] == "torch"
     assert lines_of(result)["compiled kernels"].startswith("built, but does not load: ")
     assert result.stderr.count("UserWarning: sinkhorn_ext runs in plain torch") == 1
     assert "_C.abi3.so" in result.stderr and "pip install" in result.stderr
+    assert f"They were built for torch 1.2.3, this is {torch.__version__}. " in result.stderr
     result = run_copy(SINKHORN_EXT="torch")
     assert "SINKHORN_EXT=torch" in lines_of(result)["compiled kernels"] and result.stderr == ""
 

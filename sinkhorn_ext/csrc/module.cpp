@@ -48,6 +48,7 @@ pybind11::dict build_info() {
   info["compiler"] = compiler();
   info["cxx_standard"] = cxx_standard();
   info["torch"] = TORCH_VERSION;
+  info["built_for"] = "sinkhorn_ext for torch " TORCH_VERSION;  // __init__.py finds it in files that do not load
 #ifdef WITH_CUDA
   info["cuda"] = nvcc_version();
   info["cuda_architectures"] = TEXT(CUDA_ARCHITECTURES);

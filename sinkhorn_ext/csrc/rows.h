@@ -31,6 +31,7 @@ using accumulation_t = std::conditional_t<std::is_same_v<scalar_t, double>, doub
   library.impl("prototype_totals", prototype_totals); \
   library.impl("potentials", potentials); \
   library.impl("codes", codes); \
+  library.impl("moments", moments); \
   library.impl("sinkhorn", sinkhorn); \
   library.impl("swapped_loss", swapped_loss); \
   library.impl("swapped_loss_backward", swapped_loss_backward)
@@ -114,12 +115,20 @@ inline void check_logsumexps(const at::Tensor& logsumexps, const at::Tensor& pot
               logsumexps.scalar_type(), " on ", logsumexps.device());
 }
 
-inline void check_loss(const at::Tensor& scores, const at::Tensor& potentials, at::IntArrayRef crops_for_assign) {
+inline void check_loss(const at::Tensor& scores, const std::optional<at::Tensor>& assigning,
+                       const at::Tensor& potentials, at::IntArrayRef crops_for_assign) {
   check_scores(scores, std::nullopt);
   TORCH_CHECK(scores.size(0) >= 2 && scores.size(1) >= 1 && !crops_for_assign.empty(),
               "scores: expected at least two crops, one image and one assigning crop, got ", scores.sizes(),
               " and ", crops_for_assign.size(), " assigning crops");
   check_potentials(potentials, scores, crops_for_assign.size());
+  TORCH_CHECK(!assigning || (assigning->dim() == 3 && assigning->size(0) == potentials.size(0) &&
+                             assigning->size(1) == scores.size(1) && assigning->size(2) == scores.size(2) &&
+                             assigning->scalar_type() == potentials.scalar_type() &&
+                             assigning->device() == scores.device()),
+              "assigning: expected [", potentials.size(0), ", ", scores.size(1), ", ", scores.size(2), "] ",
+              potentials.scalar_type(), " on ", scores.device(), ", got ", assigning->sizes(), " ",
+              assigning->scalar_type(), " on ", assigning->device());
 }
 
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& potentials) {

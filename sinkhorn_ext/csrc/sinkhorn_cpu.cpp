@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -192,6 +193,19 @@ SIMD_WIDTHS bool store_reciprocals(T* reciprocals, const double* sums, T limit, 
     all += value;
   }
   return low > 1 / limit && high < limit && !std::isnan(all);
+}
+
+// Adds a row to sums. Returns the sum of its squares.
+template <typename T>
+SIMD_WIDTHS double add_moments(const T* x, int64_t n, double* sums) {
+  double squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < n; k++) {
+    const double value = x[k];
+    sums[k] += value;
+    squares += value * value;
+  }
+  return squares;
 }
 
 // Stores the exponentials in e and adds them to sums. Returns the lowest logit.
@@ -571,6 +585,31 @@ void sinkhorn(const at::Tensor& scores_, const std::optional<at::Tensor>& extra,
   codes(scores[0], potentials(scores, problem, epsilon, iterations)[0], epsilon, out);
 }
 
+at::Tensor moments(const at::Tensor& scores_) {
+  check_scores(scores_, std::nullopt);
+  const at::Tensor scores = with_contiguous_rows(scores_);
+  const int64_t n = scores.size(2);
+  const at::Tensor result = at::zeros({scores.size(0) * n + 1}, scores.options().dtype(at::kDouble));
+  double* sums = result.mutable_data_ptr<double>();
+  DISPATCH(scores, "moments", {
+    const Rows<scalar_t> rows = rows_of<scalar_t>(scores, std::nullopt);
+    const Slabs slabs(rows);
+    std::vector<double> totals(slabs.problems * slabs.per_problem * n), squares(slabs.problems * slabs.per_problem);
+    slabs.for_each([&](int64_t slab, int64_t problem, int64_t first, int64_t last) {
+      std::vector<T> scratch(std::is_same_v<scalar_t, T> ? 0 : n);
+      for (int64_t row = first; row < last; row++) {
+        const T* x = in_accumulation_type(rows.row(problem, row), scratch.data(), n);
+        squares[slab] += add_moments(x, n, &totals[slab * n]);
+      }
+    });
+    for (int64_t slab = 0; slab < static_cast<int64_t>(squares.size()); slab++) {
+      add_scaled(sums + slab / slabs.per_problem * n, &totals[slab * n], 1.0, n);
+      sums[slabs.problems * n] += squares[slab];
+    }
+  });
+  return result;
+}
+
 // For each crop, its position in crops_for_assign, or -1 if it does not assign.
 std::vector<int64_t> positions(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
   std::vector<int64_t> result(nmb_crops, -1);
@@ -582,10 +621,28 @@ std::vector<int64_t> positions(at::IntArrayRef crops_for_assign, int64_t nmb_cro
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const at::Tensor& potentials,
-                                                at::IntArrayRef crops_for_assign, double temperature,
-                                                double epsilon) {
-  check_loss(scores_, potentials, crops_for_assign);
+// The scores of the codes of an image and an assigning crop, and where the crop's own scores are them, a conversion.
+template <typename scalar_t, typename T>
+struct CodeScores {
+  const Rows<scalar_t>& own;
+  std::optional<Rows<T>> assigning;
+  at::IntArrayRef crops;
+
+  CodeScores(const Rows<scalar_t>& scores, const std::optional<at::Tensor>& assigning_, at::IntArrayRef crops_)
+      : own(scores), crops(crops_) {
+    if (assigning_) assigning = rows_of<T>(*assigning_, std::nullopt);
+  }
+  const T* row(int64_t i, int64_t image, T* scratch) const {
+    if (assigning) return assigning->row(i, image);
+    return in_accumulation_type(own.row(crops[i], image), scratch, own.prototypes);
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const std::optional<at::Tensor>& assigning_,
+                                                const at::Tensor& potentials, at::IntArrayRef crops_for_assign,
+                                                double temperature, double epsilon) {
+  check_loss(scores_, assigning_, potentials, crops_for_assign);
+  const auto assigning = with_contiguous_rows(assigning_);
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
   positions(crops_for_assign, nmb_crops);
@@ -596,6 +653,7 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
     const Rows<scalar_t> rows = rows_of<scalar_t>(scores, std::nullopt);
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), no_offset(n);
     T* saved = logsumexps.mutable_data_ptr<T>();
+    const CodeScores<scalar_t, T> code_scores(rows, assigning, crops_for_assign);
     at::parallel_for(0, batch_size, 1 + kElementsPerThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       std::vector<T> e(n), all_crops(n), scratch(std::is_same_v<scalar_t, T> ? 0 : n);
       for (int64_t image = begin; image < end; image++) {
@@ -611,11 +669,12 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
         }
         const double all_log_sums = std::accumulate(log_sums.begin(), log_sums.end(), 0.0);
         for (int64_t i = 0; i < nmb_assigning; i++) {
-          const T* x = in_accumulation_type(rows.row(crops_for_assign[i], image), scratch.data(), n);
-          const Exponentials<T> code(x, &offsets[i * n], kLog2E / epsilon, n, e.data());
+          const Exponentials<T> code(code_scores.row(i, image, scratch.data()), &offsets[i * n], kLog2E / epsilon, n,
+                                     e.data());
           saved[(nmb_crops + i) * batch_size + image] = code.log2_sum() * kLn2;
           loss += all_log_sums - log_sums[crops_for_assign[i]];
           const T inverse_sum = code.inverse_sum();
+          const T* x = in_accumulation_type(rows.row(crops_for_assign[i], image), scratch.data(), n);
           loss -= agreement(e.data(), inverse_sum, all_crops.data(), x, n) / temperature;
         }
         loss_per_image[image] = loss;
@@ -627,10 +686,12 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
   return {at::scalar_tensor(loss / terms, potentials.options()), logsumexps};
 }
 
-at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores_, const at::Tensor& potentials,
+at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores_,
+                                 const std::optional<at::Tensor>& assigning_, const at::Tensor& potentials,
                                  const at::Tensor& logsumexps, at::IntArrayRef crops_for_assign, double temperature,
                                  double epsilon) {
-  check_loss(scores_, potentials, crops_for_assign);
+  check_loss(scores_, assigning_, potentials, crops_for_assign);
+  const auto assigning = with_contiguous_rows(assigning_);
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
   check_gradient(grad, potentials);
@@ -646,13 +707,14 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
     const std::vector<T> offsets = in_powers_of_two<T>(potentials), log2_sums = in_powers_of_two<T>(logsumexps);
     const std::vector<T> no_code(n);
     scalar_t* gradient = result.mutable_data_ptr<scalar_t>();
+    const CodeScores<scalar_t, T> code_scores(rows, assigning, crops_for_assign);
     at::parallel_for(0, batch_size, 1 + kElementsPerThread / (nmb_crops * n), [&](int64_t begin, int64_t end) {
       const int64_t converted = std::is_same_v<scalar_t, T> ? 0 : n;
       std::vector<T> codes(nmb_assigning * n), all_codes(n), scratch(converted), unrounded(converted);
       for (int64_t image = begin; image < end; image++) {
         std::fill(all_codes.begin(), all_codes.end(), T(0));
         for (int64_t i = 0; i < nmb_assigning; i++) {
-          const T* x = in_accumulation_type(rows.row(crops_for_assign[i], image), scratch.data(), n);
+          const T* x = code_scores.row(i, image, scratch.data());
           const T log2_sum = log2_sums[(nmb_crops + i) * batch_size + image];
           exp2_row(x, &offsets[i * n], static_cast<T>(kLog2E / epsilon), log2_sum, n, &codes[i * n]);
           add_scaled(all_codes.data(), &codes[i * n], T(1), n);

@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every block has kThreads threads
 constexpr int kMaxItems = 8;                                // the most columns that a thread owns
 constexpr int64_t kTile = int64_t{kThreads} * kMaxItems;    // the most columns that a block owns: 4096
-constexpr int kMaxAssigning = 32;                           // the most assigning crops
+constexpr int kMaxAssigning = 512;                          // the most assigning crops
 
 template <typename T>
 __device__ constexpr T lowest() {
@@ -441,7 +441,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The assigning crops, stored by value because a kernel cannot read host memory.
 struct Assigning {
-  int count = 0, crops[kMaxAssigning];
+  int count = 0;
+  int16_t crops[kMaxAssigning];
 
   Assigning(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
     TORCH_CHECK(crops_for_assign.size() <= kMaxAssigning, "crops_for_assign: expected at most ", kMaxAssigning,
@@ -449,7 +450,7 @@ struct Assigning {
     for (const int64_t crop : crops_for_assign) {
       TORCH_CHECK(crop >= 0 && crop < nmb_crops && position(crop) < 0,
                   "crops_for_assign: expected different crops in 0..", nmb_crops - 1, ", got ", crops_for_assign);
-      crops[count++] = static_cast<int>(crop);
+      crops[count++] = static_cast<int16_t>(crop);
     }
   }
   C10_HOST_DEVICE int position(int64_t crop) const {  // -1: the crop does not assign
@@ -459,12 +460,19 @@ struct Assigning {
   }
 };
 
+// code_scores: [A, B, K] of the codes, or null if these are the scores of the assigning crops. Calls body with the row
+// of an assigning crop and an image: a pointer to T, or to the scores' type.
+template <typename T, typename scalar_t, typename Body>
+__device__ auto with_code_scores(const T* code_scores, int64_t row, int n, const scalar_t* own, const Body& body) {
+  return code_scores ? body(code_scores + row * n) : body(own);
+}
+
 // One block per image. With kStaged, it reads the V x K scores of the image once, into shared memory. Otherwise it
 // relies on the caches.
 template <typename scalar_t, typename T, bool kStaged>
 __global__ void __launch_bounds__(kThreads)
-    swapped_loss_kernel(Rows<scalar_t> rows, const T* potentials, Assigning assigning, T prediction_scale, T code_scale,
-                        double temperature, T* logsumexps, double* loss_per_image) {
+    swapped_loss_kernel(Rows<scalar_t> rows, const T* code_scores, const T* potentials, Assigning assigning,
+                        T prediction_scale, T code_scale, double temperature, T* logsumexps, double* loss_per_image) {
   extern __shared__ __align__(8) unsigned char shared[];
   scalar_t* staged = reinterpret_cast<scalar_t*>(shared);
   BlockReduce<T> reduce;
@@ -500,12 +508,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < assigning.count; i++) {
     const scalar_t* own = scores(assigning.crops[i]);
     const T* potential = potentials + int64_t{i} * n;
-    const RowSum<T> sum = row_sum(own, potential, code_scale, n, reduce);
+    const int64_t row = i * batch_size + image;
+    const RowSum<T> sum = with_code_scores(
+        code_scores, row, n, own, [&](const auto* x) { return row_sum(x, potential, code_scale, n, reduce); });
     save(nmb_crops + i, sum.log2());
     const T inverse = sum.inverse();
     T agreement = 0;
     for (int k = threadIdx.x; k < n; k += kThreads) {
-      const T code = power_of_two(log2_logit(own, potential, code_scale, k) - sum.shift) * inverse;
+      const T logit = with_code_scores(code_scores, row, n, own,
+                                       [&](const auto* x) { return log2_logit(x, potential, code_scale, k); });
+      const T code = power_of_two(logit - sum.shift) * inverse;
       if (code == 0) continue;  // adds 0, even where the score is -inf
       T others = 0;
       for (int crop = 0; crop < nmb_crops; crop++)
@@ -531,30 +543,73 @@ __global__ void __launch_bounds__(kThreads)
 // One thread per image and prototype computes the gradients of all crops.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads)
-    swapped_loss_backward_kernel(Rows<scalar_t> rows, const T* potentials, const T* logsumexps, Assigning assigning,
-                                 T prediction_scale, T code_scale, const T* grad, double factor,
+    swapped_loss_backward_kernel(Rows<scalar_t> rows, const T* code_scores, const T* potentials, const T* logsumexps,
+                                 Assigning assigning, T prediction_scale, T code_scale, const T* grad, double factor,
                                  scalar_t* __restrict__ result) {
   const int n = rows.prototypes, nmb_crops = rows.problems, k = blockIdx.y * kThreads + threadIdx.x;
   const int64_t image = blockIdx.x, batch_size = rows.count;
   if (k >= n) return;
   const T scaled_grad = *grad * factor;
-  const auto softmax = [&](int crop, const T* potential, T scale, int saved) {
+  const auto softmax = [&](const auto* x, const T* potential, T scale, int saved) {
     const T log2_sum = logsumexps[saved * batch_size + image] * T(kLog2E);
-    return power_of_two(log2_logit(rows.row(crop, image), potential, scale, k) - log2_sum);
+    return power_of_two(log2_logit(x, potential, scale, k) - log2_sum);
   };
   const auto code = [&](int i) {
-    return softmax(assigning.crops[i], potentials + int64_t{i} * n, code_scale, nmb_crops + i);
+    return with_code_scores(code_scores, i * batch_size + image, n, rows.row(assigning.crops[i], image),
+                            [&](const auto* x) {
+                              return softmax(x, potentials + int64_t{i} * n, code_scale, nmb_crops + i);
+                            });
   };
   T all_codes = 0;
   for (int i = 0; i < assigning.count; i++) all_codes += code(i);
 #pragma unroll 4
   for (int crop = 0; crop < nmb_crops; crop++) {
     const int position = assigning.position(crop);
-    const T prediction = softmax(crop, nullptr, prediction_scale, crop);
+    const T prediction = softmax(rows.row(crop, image), static_cast<const T*>(nullptr), prediction_scale, crop);
     const T other_codes = position < 0 ? all_codes : all_codes - code(position);
     const T nmb_others = assigning.count - (position >= 0);
     result[(crop * batch_size + image) * n + k] = scaled_grad * (nmb_others * prediction - other_codes);
   }
+}
+
+// Sums of columns, and of squares: first of each slab of rows, then of all. A thread owns a column.
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) moments_of_slabs_kernel(Rows<scalar_t> rows, double* sums, double* squares) {
+  BlockReduce<double> reduce;
+  const int n = rows.prototypes, k = blockIdx.y * kThreads + threadIdx.x;
+  double sum = 0, square = 0;
+  if (k < n) {
+#pragma unroll 4
+    for (int64_t row = blockIdx.x; row < rows.count; row += gridDim.x) {
+      const double value = static_cast<double>(rows.row(blockIdx.z, row)[k]);
+      sum += value;
+      square += value * value;
+    }
+    sums[(int64_t{blockIdx.z} * gridDim.x + blockIdx.x) * n + k] = sum;
+  }
+  square = reduce.sum(square);
+  const int64_t block = (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) squares[block] = square;
+}
+
+// result [problems * n + 1]. The last block adds the squares.
+__global__ void __launch_bounds__(kThreads)
+    add_moments_kernel(const double* sums, const double* squares, int64_t slabs, int64_t columns, int64_t n,
+                       int64_t nmb_squares, double* result) {
+  BlockReduce<double> reduce;
+  if (blockIdx.x + 1 == gridDim.x) {
+    double square = 0;
+    for (int64_t i = threadIdx.x; i < nmb_squares; i += kThreads) square += squares[i];
+    square = reduce.sum(square);
+    if (threadIdx.x == 0) result[columns] = square;
+    return;
+  }
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= columns) return;
+  double sum = 0;
+  for (int64_t slab = 0; slab < slabs; slab++) sum += sums[(i / n * slabs + slab) * n + i % n];
+  result[i] = sum;
 }
 
 // Host code
@@ -741,6 +796,31 @@ at::Tensor potentials(const at::Tensor& scores, const std::optional<at::Tensor>&
   return result;
 }
 
+at::Tensor moments(const at::Tensor& scores) {
+  const Problem problem(scores, std::nullopt);
+  const int64_t columns = problem.problems * problem.n;
+  const at::Tensor result = problem.empty({columns + 1}, at::kDouble);
+  const unsigned tiles = (problem.n + kThreads - 1) / kThreads;
+  const int64_t blocks = kBlocksPerMultiprocessor * problem.multiprocessors() / std::max<int64_t>(
+      problem.problems * tiles, 1);
+  const int64_t slabs = std::clamp<int64_t>(blocks, 1, std::max<int64_t>(problem.rows, 1));
+  const at::Tensor sums = problem.empty({problem.problems, slabs, problem.n}, at::kDouble);
+  const at::Tensor squares = problem.empty({problem.problems * tiles * slabs}, at::kDouble);
+  DISPATCH(scores, "moments", {
+    if (problem.problems > 0) {
+      moments_of_slabs_kernel<scalar_t><<<dim3(slabs, tiles, problem.problems), kThreads, 0, problem.stream>>>(
+          rows_of<scalar_t>(problem.scores, std::nullopt), sums.mutable_data_ptr<double>(),
+          squares.mutable_data_ptr<double>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    add_moments_kernel<<<(columns + kThreads - 1) / kThreads + 1, kThreads, 0, problem.stream>>>(
+        sums.const_data_ptr<double>(), squares.const_data_ptr<double>(), slabs, columns, problem.n, squares.numel(),
+        result.mutable_data_ptr<double>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return result;
+}
+
 void codes(const at::Tensor& scores, const at::Tensor& potentials, double epsilon, at::Tensor out) {
   check_out(out, scores);
   check_potentials(potentials.unsqueeze(0), scores, 1);
@@ -768,10 +848,19 @@ void sinkhorn(const at::Tensor& scores, const std::optional<at::Tensor>& extra, 
   codes(scores, potentials(scores.unsqueeze(0), problem, epsilon, iterations)[0], epsilon, out);
 }
 
-std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const at::Tensor& potentials,
-                                                at::IntArrayRef crops_for_assign, double temperature,
-                                                double epsilon) {
-  check_loss(scores, potentials, crops_for_assign);
+// The memory of assigning scores, which `copy` keeps, or null.
+template <typename T>
+const T* pointer_to(const std::optional<at::Tensor>& assigning, at::Tensor& copy) {
+  if (!assigning) return nullptr;
+  copy = assigning->contiguous();
+  return copy.const_data_ptr<T>();
+}
+
+std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const std::optional<at::Tensor>& assigned,
+                                                const at::Tensor& potentials, at::IntArrayRef crops_for_assign,
+                                                double temperature, double epsilon) {
+  check_loss(scores, assigned, potentials, crops_for_assign);
+  at::Tensor code_scores;
   const Problem problem(scores, std::nullopt);
   const Assigning assigning(crops_for_assign, problem.problems);
   const auto type = accumulation_type(scores);
@@ -787,8 +876,8 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
       if (shared_bytes > 47 * 1024)
         C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_bytes));
       kernel<<<problem.rows, kThreads, shared_bytes, problem.stream>>>(
-          rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), assigning,
-          kLog2E / temperature, kLog2E / epsilon, temperature, logsumexps.mutable_data_ptr<T>(),
+          rows_of<scalar_t>(problem.scores, std::nullopt), pointer_to<T>(assigned, code_scores),
+          contiguous.const_data_ptr<T>(), assigning, kLog2E / temperature, kLog2E / epsilon, temperature, logsumexps.mutable_data_ptr<T>(),
           loss_per_image.mutable_data_ptr<double>());
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
@@ -804,10 +893,12 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
   return {loss, logsumexps};
 }
 
-at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores, const at::Tensor& potentials,
+at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& scores,
+                                 const std::optional<at::Tensor>& assigned, const at::Tensor& potentials,
                                  const at::Tensor& logsumexps, at::IntArrayRef crops_for_assign, double temperature,
                                  double epsilon) {
-  check_loss(scores, potentials, crops_for_assign);
+  check_loss(scores, assigned, potentials, crops_for_assign);
+  at::Tensor code_scores;
   check_gradient(grad, potentials);
   check_logsumexps(logsumexps, potentials, scores);
   const Problem problem(scores, std::nullopt);
@@ -818,8 +909,8 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   const dim3 blocks(problem.rows, (problem.n + kThreads - 1) / kThreads);
   DISPATCH(scores, "swapped_loss_backward", {
     swapped_loss_backward_kernel<scalar_t, T><<<blocks, kThreads, 0, problem.stream>>>(
-        rows_of<scalar_t>(problem.scores, std::nullopt), contiguous.const_data_ptr<T>(), saved.const_data_ptr<T>(),
-        assigning, kLog2E / temperature, kLog2E / epsilon, grad.const_data_ptr<T>(), 1 / (terms * temperature),
+        rows_of<scalar_t>(problem.scores, std::nullopt), pointer_to<T>(assigned, code_scores),
+        contiguous.const_data_ptr<T>(), saved.const_data_ptr<T>(), assigning, kLog2E / temperature, kLog2E / epsilon, grad.const_data_ptr<T>(), 1 / (terms * temperature),
         result.mutable_data_ptr<scalar_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
