@@ -426,8 +426,9 @@ def open_splits(
             )
         train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
     elif val_labels is not None:
-        flat = os.path.dirname(train_images.root), validation_folder(os.path.dirname(train_images.root))
-        images = ImageFiles(os.path.join(flat[0], flat[1] or NAMED_SPLITS[0]), train_images.value_range)
+        folder = os.path.dirname(os.path.normpath(train_images.root))
+        flat = os.path.join(folder, validation_folder(folder) or NAMED_SPLITS[0])
+        images = ImageFiles(flat, train_images.value_range)
         val_images = labelled_by_list(images, train_images.classes, val_labels)
     else:
         val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
@@ -456,6 +457,17 @@ def _open_folder(root: str, split: str, value_range: tuple[float, float] | None)
         hint = "; .heic needs pip install pillow-heif" if images.left_out.keys() & {".heic", ".heif"} else ""
         log(f"data: left out in {shown(images.source)}, as no images: {counted(images.left_out)}{hint}")
     return images
+
+
+def has_validation_split(data_path: str | os.PathLike) -> bool:
+    """Whether a validation split lies in a folder, or beside it if it is the training split (also a list, a tar file).
+
+    Without one, class folders are no labels: they may be anybody's way of sorting.
+    """
+    path = os.path.abspath(data_path)
+    folder, name = os.path.split(path)
+    is_train = name in [f"train{ending}" for ending in SPLIT_ENDINGS]
+    return split_paths(path) is not None or (is_train and split_paths(folder) is not None)
 
 
 def validation_folder(root: str) -> str | None:

@@ -27,7 +27,7 @@ from backbones import choose_sizes, load_backbone
 from data import LEFT_OUT, CentreCrop, ordered_loader
 from decode import shown
 from features import bf16_on_gpus, class_of, some_images, to_uint8
-from images import fingerprint, open_images, typical_side, validation_folder
+from images import GIVEN, fingerprint, has_validation_split, open_images, typical_side
 from launch import OptionParser, UserError, log, number, positive_int, track, workers_or_auto
 from machine import choose_device, set_threads_and_workers, workers_that_fit
 from processes import run_script
@@ -124,12 +124,8 @@ def open_run_images(run: Run, data_path: str | None) -> tuple[Dataset | None, st
 
 
 def labels_mean_something(dataset: str, data_path: str | None) -> bool:
-    """Whether labels measure: of a named set, or of folders beside a validation split; not a set's own sorting."""
-    if dataset != "folder":
-        return True
-    root = Path(data_path or ".").absolute()
-    beside = root if (root / "train").is_dir() else root.parent if root.name == "train" else None
-    return beside is not None and validation_folder(str(beside)) is not None
+    """Whether labels measure: of a named set, or where a validation split lies beside; not a set's own sorting."""
+    return dataset not in ("folder", GIVEN) or (dataset == "folder" and has_validation_split(data_path or "."))
 
 
 # Look at the images

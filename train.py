@@ -69,8 +69,8 @@ from images import (
     GivenImages,
     check_data_path,
     fingerprint,
+    has_validation_split,
     open_images,
-    split_paths,
     typical_side,
 )
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
@@ -674,16 +674,9 @@ def images_to_measure(args: argparse.Namespace, images: Dataset, rank: int, worl
 
 
 def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset | None, int]:
-    """(images with labels to measure kNN on, their typical side): of a named set, or of a split beside train/, or None.
-
-    The class folders of a set without a validation split are no labels: they may be anybody's way of sorting.
-    """
-    if args.dataset == GIVEN:
+    """(images with labels to measure kNN on, their typical side): of a named set or beside train/, or (None, 0)."""
+    if args.dataset == GIVEN or (args.dataset == "folder" and not has_validation_split(args.data_path)):
         return None, 0
-    if args.dataset == "folder":
-        path = Path(args.data_path).absolute()
-        if not split_paths(str(path)) and not (path.stem == "train" and split_paths(str(path.parent))):
-            return None, 0
     try:
         val_images = open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
         return val_images, typical_side(val_images)
