@@ -21,6 +21,7 @@ import decode
 import eval_linear
 import images as images_module
 import launch
+import sources
 import train
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import CroppedBatches, MultiCrop, SeededImages, UnreadableImage, start_epoch, training_loader
@@ -579,7 +580,7 @@ def test_a_path_may_hold_anything(name, tmp_path):
 
 
 def test_paths_take_little_more_than_their_text(tmp_path):
-    paths = images_module.Paths([b"/data/%06d.png" % i for i in range(1000)])
+    paths = sources.Paths([b"/data/%06d.png" % i for i in range(1000)])
     assert len(paths.text) + paths.ends.nbytes == 1000 * (len("/data/000000.png") + 8)
     assert paths[999] == paths[-1] == paths[np.int64(999)] == "/data/000999.png" and paths[2:4] == [paths[2], paths[3]]
     with pytest.raises(IndexError):
