@@ -32,7 +32,7 @@ nav a { margin-right: 14px; white-space: nowrap; }
 table { border-collapse: collapse; font-size: 15px; width: 100%; }
 td, th { text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--soft);
   overflow-wrap: anywhere; }
-th { font-weight: 500; min-width: 8em; }
+th { font-weight: 500; width: 9em; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 .chart img { width: 100%; height: auto; background: #fff; border-radius: 4px; display: block; }
