@@ -497,6 +497,7 @@ def open_and_resolve(
     read_off: dict[str, str] = {}
     if args.init:
         read_off = {name: f"as in {args.init}" for name in backbones.SHAPE_OPTIONS if getattr(args, name) is None}
+        read_off["init_sha256"] = f"checksum of {args.init}"
         vars(args).update(processes.share("reading --init", lambda: start_options(args, earlier)))
 
     def open_them(is_first: bool) -> Dataset:

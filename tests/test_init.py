@@ -13,7 +13,7 @@ import eval_linear
 import guard
 import hubconf
 import train
-from backbones import read_start, start_backbone, start_from
+from backbones import read_start, sha256, start_backbone, start_from
 from launch import UserError
 from model import ResNet, SwAV, data_parallel
 
@@ -64,6 +64,7 @@ def test_the_backbone_starts_from_the_file_and_its_architecture_is_read_off(imag
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
     assert facts["arch"]["reason"] == facts["stem"]["reason"] == f"as in {path}"
     assert facts["init"]["reason"] == "set by the user"
+    assert facts["init_sha256"] == {"value": sha256(path), "reason": f"checksum of {path}"}
 
 
 def test_a_run_resumes_without_the_file(images, start, tmp_path, capsys):
