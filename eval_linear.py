@@ -117,9 +117,9 @@ def option_parser() -> OptionParser:
     add("batch_size", None, positive_int, "images per process (default: 256 over all processes; with --finetune fewer "
         "below 4,096 images)")  # fmt: skip
     add("lr", None, or_file(positive), "learning rate for the batches of all processes, not rescaled; several with "
-        f"--sweep (default: 0.3; --finetune: 0.01, of the backbone; --sweep: {' '.join(map(str, SWEEP_LR))})",
-        nargs="+")  # fmt: skip
-    add("lr_last_layer", 0.2, positive, "learning rate of the classifier in --finetune")
+        f"--sweep (default: 0.3; --sweep: {' '.join(map(str, SWEEP_LR))}; --finetune: that of the backbone, 0.01 for "
+        "256 images, times the square root of the batch's share of these)", nargs="+")  # fmt: skip
+    add("lr_last_layer", None, positive, "learning rate of the classifier in --finetune (default: 0.2, scaled as --lr)")
     add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
         f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
     add(
@@ -471,9 +471,9 @@ def settings_of(args: argparse.Namespace, images: int, world_size: int) -> dict:
     settings |= {"val_labels": args.val_labels, "seed": args.seed}
     batch_size = None if args.batch_size is None else args.batch_size * world_size
     if args.finetune:
-        epochs, batch_size = fine_tuning_defaults(images, args.epochs, batch_size)
-        lr, decay = [0.01], [0.0]
-        settings |= {"lr_last_layer": args.lr_last_layer}
+        epochs, batch_size, lr, lr_last_layer = fine_tuning_defaults(images, args.epochs, batch_size)
+        lr, decay = [lr], [0.0]
+        settings |= {"lr_last_layer": args.lr_last_layer or lr_last_layer}
     else:
         epochs, batch_size = args.epochs or 100, batch_size or 256
         lr, decay = (list(SWEEP_LR), list(SWEEP_WD)) if args.sweep else ([0.3], [1e-6])

@@ -131,13 +131,13 @@ def test_rates_fall_as_published():
 @pytest.mark.parametrize(
     ("images", "given", "expected"),
     [
-        (128_116, (None, None), (20, 256)),
-        (12_811, (None, None), (20, 256)),  # 1 % of ImageNet: 1,000 steps
-        (1_281_167, (None, None), (20, 256)),
-        (500, (None, None), (63, 31)),
-        (100, (None, None), (167, 16)),
-        (3, (None, None), (1000, 3)),
-        (500, (5, 250), (5, 250)),
+        (128_116, (None, None), (20, 256, 0.01, 0.2)),
+        (12_811, (None, None), (20, 256, 0.01, 0.2)),  # 1 % of ImageNet: 1,000 steps
+        (1_281_167, (None, None), (20, 256, 0.01, 0.2)),
+        (500, (None, None), (63, 31, 0.00348, 0.0696)),
+        (100, (None, None), (167, 16, 0.0025, 0.05)),
+        (3, (None, None), (1000, 3, 0.00108, 0.0217)),
+        (500, (5, 250), (5, 250, 0.00988, 0.198)),
     ],
 )
 def test_few_labels_get_enough_steps(images, given, expected):
