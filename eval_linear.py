@@ -43,7 +43,7 @@ from features import (
     logistic_regression,
     rate_features,
 )
-from images import DATASETS, BadImages, fingerprint, open_splits, typical_side
+from images import DATASETS, BadImages, check_data_path, fingerprint, open_splits, typical_side
 from labels import ChosenImages, listed_images, stratified
 from launch import (
     OptionParser,
@@ -185,8 +185,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--data_path: expected none for --dataset shapes, whose images are drawn, got {args.data_path}"
         )
-    if args.data_path is not None and args.dataset in (None, "folder") and not os.path.isdir(args.data_path):
-        raise UserError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    if args.data_path is not None and args.dataset in (None, "folder"):
+        check_data_path(args.data_path)
     for pair in (("cached", "finetune"), ("cached", "sweep"), ("finetune", "sweep"), ("labels", "subset"),
                  ("val_share", "val_labels")):  # fmt: skip
         if all(getattr(args, name) not in (None, False) for name in pair):
