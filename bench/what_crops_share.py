@@ -18,8 +18,8 @@ import checkpoint
 from data import augment_one_by_one
 from images import open_images
 from launch import UserError
+from options import build_model, build_multicrop
 from processes import run_script
-from train import build_model, build_multicrop
 
 DIRECTIONS, CELLS, FITTED = 4, (1, 2, 4), 1500
 

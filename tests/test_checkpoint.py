@@ -16,6 +16,7 @@ from conftest import ROOT, STUCK, TINY, assert_same, run_training, script, torch
 
 import checkpoint
 import launch
+import options
 import train
 from images import ImageArrays
 from launch import RunStopped, UserError
@@ -38,7 +39,7 @@ def test_a_checkpoint_has_exactly_the_documented_keys(images, tmp_path):
     assert contents.keys() == documented_keys() and len(documented_keys()) == 16
     assert contents["queue"].keys() == {"embeddings", "started", "filled"}
     affects = train.option_parser().affects
-    assert contents["options"].keys() - set(train.REPLACED_BY_TORCHRUN) == affects.keys() | {"global_batch_size"}
+    assert contents["options"].keys() - set(options.REPLACED_BY_TORCHRUN) == affects.keys() | {"global_batch_size"}
     assert contents["options"]["global_batch_size"] == 4 and contents["recovered"] == []
     assert_same(torch.load(tmp_path / "checkpoints" / "ckp-1.pth"), contents)
 
@@ -230,9 +231,9 @@ def straight(images, tmp_path_factory):
 
 def assert_as_straight(dump, straight) -> None:
     contents, expected = load(dump), load(straight)
-    for options in (contents["options"], expected["options"]):
+    for named in (contents["options"], expected["options"]):
         for name in ("dump_path", "workers", "checkpoint_minutes"):
-            options.pop(name)
+            named.pop(name)
     assert_same(contents, expected)
     assert without_times(dump) == without_times(straight)
 
@@ -496,7 +497,7 @@ def test_a_finished_run_of_an_older_version_is_left_alone(images, tmp_path, caps
 
 def test_a_run_of_an_older_version_keeps_its_colour_jitter(images, tmp_path, monkeypatch):
     photographs = dict(plain_ground=0.1, mean_image=0.0, between_cells=0.5)
-    monkeypatch.setattr(train, "describe_images", lambda images: photographs)
+    monkeypatch.setattr(options, "describe_images", lambda images: photographs)
     contents = run_training(images, tmp_path, "--epochs", "1")
     assert contents["options"]["color_strength"] == 0.5
     torch.save(as_older_version(contents), tmp_path / "checkpoint.pth")

@@ -258,6 +258,19 @@ ALLOWED = {
     "exchange": {"checkpoint", "data", "launch", "model"},
     "page": set(),
     "sections": {"data", "decode", "features", "guard", "launch", "page", "run_folder", "run_log"},
+    "options": {
+        "backbones",
+        "checkpoint",
+        "data",
+        "defaults",
+        "features",
+        "images",
+        "launch",
+        "loss",
+        "machine",
+        "model",
+    },
+    "replay": {"checkpoint", "data", "images", "launch", "machine", "options"},
     "hubconf": set(),  # loads model.py, foreign.py and data.py by their paths
 }
 
@@ -293,7 +306,7 @@ def test_sinkhorn_ext_imports_nothing_of_ours():
 # Length of functions
 
 
-LONG_FUNCTIONS = {("train", "train"), ("train", "option_parser")}  # 100 to 120 lines; all others up to 100
+LONG_FUNCTIONS = {("train", "train"), ("options", "option_parser")}  # 100 to 120 lines; all others up to 100
 
 
 @pytest.mark.parametrize("name", FILES)

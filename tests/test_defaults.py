@@ -2,6 +2,7 @@
 
 import pytest
 
+import options
 import train
 from defaults import BETWEEN_CELLS, CROP_LISTS, DERIVED, MEAN_IMAGE, PLAIN_GROUND, derive, kind_of_images
 
@@ -20,7 +21,7 @@ def values(**given) -> dict[str, object]:
 )
 def test_on_imagenet_the_options_are_those_of_the_published_recipes(recipe, world_size):
     """Given only the batch, and the crops of a row with other crops, the rest follows."""
-    args = train.parse_args([f"@{train.SHAPES_RECIPE.parent}/{recipe}.args"])
+    args = train.parse_args([f"@{options.SHAPES_RECIPE.parent}/{recipe}.args"])
     given = {"batch_size": args.batch_size}
     if recipe == "400ep_2x224":
         given["nmb_crops"] = [2]

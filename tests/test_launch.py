@@ -14,6 +14,7 @@ from conftest import ROOT, script
 
 import eval_linear
 import launch
+import options
 import train
 from launch import OptionParser, UserError, positive_int, user_errors
 
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 
 COMMON = {
     "train.py": {
-        *("data_path", "dataset", "arch", "epochs", "batch_size", "dump_path"),
+        *("data_path", "dataset", "arch", "init", "epochs", "batch_size", "dump_path"),
         *("seed", "device", "workers", "precision", "on_collapse", "tensorboard"),
     },
     "eval_linear.py": {
@@ -65,7 +66,7 @@ def test_help_all_shows_every_option_with_a_help_text(name, word, capsys):
     actions = {action.dest if action.default != argparse.SUPPRESS else action.option_strings[-1][2:]: action
                for action in parser._actions}  # fmt: skip
     hidden = {option for option, action in actions.items() if action.help == argparse.SUPPRESS}
-    assert hidden == (set(train.REPLACED_BY_TORCHRUN) if name == "train.py" else set())
+    assert hidden == (set(options.REPLACED_BY_TORCHRUN) if name == "train.py" else set())
     assert options_in(text) == actions.keys() - hidden
     assert all(action.help and action.help.strip() for action in actions.values())
     assert max(map(len, text.splitlines())) <= 100
@@ -82,7 +83,7 @@ def test_every_option_declares_what_it_affects(name):
     parser = PARSERS[name]()
     declared = {action.dest for action in parser._actions if action.default != argparse.SUPPRESS}
     if name == "train.py":
-        assert parser.affects.keys() == declared - set(train.REPLACED_BY_TORCHRUN)
+        assert parser.affects.keys() == declared - set(options.REPLACED_BY_TORCHRUN)
         assert set(parser.affects.values()) == {"model", "learning", "nothing"}
     assert parser.affects.keys() <= declared and set(parser.affects.values()) <= {"model", "learning", "nothing"}
 

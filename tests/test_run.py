@@ -35,6 +35,7 @@ import features
 import guard
 import launch
 import loss
+import options
 import run_log
 import train
 from data import ShuffledBatches
@@ -153,7 +154,7 @@ def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):
 
 def test_what_images_show_is_not_looked_at_if_the_user_decides(images, tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(train, "describe_images", lambda images: looked.append(1) or describe_images(images))
+    monkeypatch.setattr(options, "describe_images", lambda images: looked.append(1) or describe_images(images))
     run_training(images, tmp_path / "one", "--epochs", "1")
     assert looked == [1]  # TINY has crops, but no --color_strength
     run_training(images, tmp_path / "two", "--epochs", "1", "--color_strength", "0.5")
@@ -531,7 +532,7 @@ def test_every_option_of_a_recipe_has_an_effect(recipe):
         images=1_281_167, image_side=375, world_size=64, epochs=200, given=user_options
     ).items():
         setattr(args, name, value)
-    assert train.options_without_effect(args, user_options, world_size=64) == []
+    assert options.options_without_effect(args, user_options, world_size=64) == []
 
 
 @pytest.mark.parametrize("words", ["--use_fp16 true --precision bf16", "--use_fp16 false --precision fp16"])
@@ -559,7 +560,7 @@ def test_derived_options_are_printed_as_one_types_them_and_kept_by_a_resumed_run
 
 
 def test_tensorboard_without_its_package_is_an_error_at_the_start(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tensorboard: .*pip install tensorboard"):
         run_training(images, tmp_path / "run", "--tensorboard")
     assert not (tmp_path / "run").exists()
@@ -620,7 +621,7 @@ def test_unreadable_images_are_named_by_any_process(images, tmp_path):
 
 def nan_at_step(step: int, where: str, monkeypatch) -> None:
     """Make a run's step (from 1) bad: nan in the scores, or only in a gradient."""
-    forward, calls = train.SwAV.forward, []
+    forward, calls = SwAV.forward, []
 
     class BadGradient(torch.autograd.Function):
         @staticmethod
@@ -638,7 +639,7 @@ def nan_at_step(step: int, where: str, monkeypatch) -> None:
             scores = scores * math.nan if where == "scores" else BadGradient.apply(scores)
         return embeddings, scores
 
-    monkeypatch.setattr(train.SwAV, "forward", forward_with_nan)
+    monkeypatch.setattr(SwAV, "forward", forward_with_nan)
 
 
 @pytest.mark.parametrize("where", ["scores", "gradient"])

@@ -1,0 +1,73 @@
+"""A step whose loss or gradient was inf or nan, run again: python train.py --replay DUMP/bad_step-0.pth."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import Dataset
+
+import checkpoint
+import machine
+from data import CroppedBatches, crops_to_device
+from images import GIVEN, GivenImages, open_images
+from launch import UserError, log
+from options import build_loss, build_model, build_multicrop
+
+
+def replay(path: str, data_path: str | None, device: torch.device, given: Dataset | None = None) -> str | None:
+    """Run the step of a bad_step-RANK.pth again, with anomaly detection. Return its first bad tensor, or None.
+
+    data_path: where the images are now; None: as in the run. given: the Dataset of a run on --dataset python. Of
+    several processes it runs the images of one, so codes are balanced over fewer images. Embeddings that the queue got
+    since the bad step are left out.
+    """
+    contents = checkpoint.load(path)
+    if "image_indices" not in contents:
+        raise UserError(f"--replay: expected a bad_step-RANK.pth of a run that stopped, got {path}")
+    args = argparse.Namespace(**contents["options"])
+    if args.dataset == GIVEN and given is None:
+        raise UserError(
+            f"--replay: the run of {path} had its images from Python; run it again with them: "
+            f'train.main(train.parse_args(["--replay", "{path}"]), images=dataset)'
+        )
+    images = open_images(args.dataset, data_path or args.data_path) if given is None else GivenImages(given)
+    keys = [(contents["epoch"] - 1, index) for index in contents["image_indices"]]
+    batch, _ = CroppedBatches(images, build_multicrop(args), args.seed).__getitems__(keys)
+    dtype, model, criterion = machine.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)
+    model.load_state_dict(contents["state_dict"])
+    queue, filled = (contents["queue"][name] for name in ("queue", "queue_filled"))
+    criterion.queue = queue[:, contents["steps_since"] * len(keys) :]  # [A, Q, D], newest first
+    criterion.queue_filled = filled.clamp(max=criterion.queue.shape[1])
+    criterion.queue_started = contents["queue"]["_extra_state"]["started"]
+    model, criterion = model.to(device), criterion.to(device)
+    bad: list[str] = []
+
+    def check(name: str, *tensors: torch.Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            bad.append(name)
+
+    def check_output(name: str) -> Callable:
+        return lambda _module, _inputs, out: check(f"output of {name}", *(out if isinstance(out, tuple) else [out]))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(check_output(name or "the model"))
+    crops = crops_to_device(batch, device)
+    for i, crop in enumerate(crops):
+        check(f"crop {i}", crop)
+    for name, weight in model.named_parameters():
+        check(f"weight {name}", weight)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.autograd.set_detect_anomaly(True):
+        embeddings, scores = model(crops)
+        loss = criterion(embeddings, scores, model.prototypes.weight)
+    check("the loss", loss)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            loss.backward()
+    except RuntimeError as error:  # names the operation whose gradient is nan
+        bad.append(str(error).splitlines()[0])
+    for name, weight in reversed(list(model.named_parameters())):  # in the order of backward
+        if weight.grad is not None:
+            check(f"gradient of {name}", weight.grad)
+    log(f"step {contents['step']} again: the loss is {loss.item():.4f}; in the run, {contents['reason']}")
+    log(f"first bad tensor: {bad[0]}" if bad else "no bad tensor: here the step is finite")
+    return bad[0] if bad else None
