@@ -349,7 +349,7 @@ def probe(
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
     outcomes["by_epoch"] = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
-    weights = {f"fc.{name}": value for name, value in heads.heads[best].state_dict().items()}
+    weights = {f"fc.{name}": value.detach().cpu() for name, value in heads.heads[best].state_dict().items()}
     return fitted["scores"][best], fitted["labels"], weights, outcomes
 
 
@@ -395,7 +395,7 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
             count_bad_images(setup.bad_images)  # all have been read once
             rated, weights = (scores, labels), network.backbone.state_dict()
             weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
-            weights = checkpoint.on_host(weights)
+            weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
     return {"rows": rows}, rated, weights
 
 
@@ -530,7 +530,7 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
     files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
     if weights:
         name = "finetune" if result["kind"] == "finetune" else "linear"
-        contents = {"state_dict": checkpoint.on_host(weights), "classes": list(classes), "value_range": value_range}
+        contents = {"state_dict": weights, "classes": list(classes), "value_range": value_range}
         contents |= {name: result[name] for name in ("size", "resize")}
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
         files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)

@@ -87,7 +87,7 @@ class Progress:
         if self.path is None or not self.is_writable or environment("RANK", 0) != 0:
             return
         try:
-            checkpoint.write(checkpoint.on_host(state | {"settings": self.settings}), self.path)
+            checkpoint.write(state | {"settings": self.settings}, self.path)
         except OSError as error:
             self.is_writable = False
             log(f"{self.path}: cannot be written ({error.strerror}): an interruption would start anew")
