@@ -241,10 +241,8 @@ def _sinkhorn(
 
 @_operator("moments(Tensor scores) -> Tensor")
 def _moments(scores: torch.Tensor) -> torch.Tensor:
-    dtype = torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64
-    sums = scores.sum(dim=1, dtype=dtype)  # [A, K]
-    squares = torch.linalg.vector_norm(scores, dtype=dtype).square()
-    return torch.cat([sums.flatten(), squares.view(1)])
+    scores = scores.to(torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64)
+    return torch.cat([scores.sum(dim=1).flatten(), scores.square().sum().view(1)])
 
 
 # assigning [A, B, K] are the scores of the codes, if they are not those of the assigning crops, in potentials' dtype.
