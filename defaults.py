@@ -35,12 +35,15 @@ def derive(
     epochs: int,
     given: Mapping[str, object],
     described: Mapping[str, float] | None = None,
+    init: bool = False,
 ) -> dict[str, tuple[object, str]]:
     """Derive every option of DERIVED that is not given: {option: (value, reason)}.
 
     images: number in the training set. image_side: median of their shorter sides in pixels. world_size: processes.
     given: what the user set. It is kept, and the other options adapt to it. described: the images, by
-    features.describe_images; None if unknown (it counts below half a million images only). From there on the values
+    features.describe_images; None if unknown (it counts below half a million images only). init: whether the backbone
+    starts from weights, which changes no value: on two small sets a quarter of the learning rate, and no warm-up, were
+    worse from there too. From half a million images on the values
     are the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or
     more; below, those that `python -m bench collapse` and `learn` support.
     """
@@ -58,7 +61,8 @@ def derive(
     if images >= LARGE_SET:
         paper_options(choose, images=images, world_size=world_size, epochs=epochs)
     else:
-        small_data_options(choose, images=images, side=side, world_size=world_size, epochs=epochs, given=given)
+        sharing = dict(side=side, world_size=world_size, epochs=epochs, given=given, init=init)
+        small_data_options(choose, images=images, **sharing)
     return derived
 
 
@@ -143,7 +147,7 @@ def paper_options(choose: Choose, *, images: int, world_size: int, epochs: int) 
 
 
 def small_data_options(
-    choose: Choose, *, images: int, side: int, world_size: int, epochs: int, given: Mapping[str, object]
+    choose: Choose, *, images: int, side: int, world_size: int, epochs: int, given: Mapping[str, object], init: bool
 ) -> None:
     """Choose the other options for sets of fewer than half a million images."""
     batch_size = 64 if side >= 96 else 256  # per process, so that it fits into memory
@@ -163,6 +167,7 @@ def small_data_options(
     choose("sync_bn", "pytorch", "embeddings must not encode the process that made them")
     lr = min(4.8, 0.3 * (global_batch * min(1, SMALL_SET / images)) ** 0.5)
     reason = f"2.4 for a batch of 64, as the square root of the batch; above {SMALL_SET:,} images less"
+    reason += "; lower ones were worse with --init too" if init else ""
     choose_learning_rates(choose, epochs, lr, reason, warm_up=True)
 
 

@@ -261,6 +261,7 @@ def resolve_options(
     if args.arch.startswith(backbones.TIMM):  # it has a stem of its own
         args.stem = given["stem"] = "imagenet"
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
+    facts["init"] = args.init is not None
     if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
         try:
             facts["described"] = describe_images(images)

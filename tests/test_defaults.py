@@ -208,3 +208,10 @@ def test_what_images_show_changes_nothing_that_the_user_sets_and_nothing_for_lar
     for side in (64, 375):
         large = SMALL | dict(images=1_281_167, image_side=side, epochs=200)
         assert derive(**large, given={}, described=PHOTOGRAPHS) == derive(**large, given={})
+
+
+def test_a_start_from_weights_changes_no_value_and_says_so():
+    assert values(**SMALL, given={}, init=True) == values(**SMALL, given={})
+    (_, reason), (_, usual) = (derive(**SMALL, given={}, init=init)["base_lr"] for init in (True, False))
+    assert reason == usual + "; lower ones were worse with --init too"
+    assert derive(**IMAGENET, world_size=4, epochs=200, given={}, init=True)["base_lr"][1].startswith("the paper's 0.6")
