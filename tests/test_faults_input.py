@@ -223,9 +223,9 @@ EVALUATE = [
     ("--epochs 10000001", "--epochs: expected a whole number from 1 to 10000000, got 10000001"),
     ("--workers 1025", "--workers: expected a whole number from 0 to 1024, got 1025"),
     ("--dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
-    ("--data_path=", "--data_path: expected a folder, got "),
-    ("--data_path {tmp}/file", "--data_path: expected a folder, got .*file"),
-    ("--data_path a\0b", "--data_path: expected a folder, got a\0b"),
+    ("--data_path=", "--data_path: expected a folder, a .tar file or a .txt list of paths, got "),
+    ("--data_path {tmp}/file", "--data_path: expected a folder, a .tar file or a .txt list of paths, got .*file"),
+    ("--data_path a\0b", "--data_path: expected a folder, a .tar file or a .txt list of paths, got a\0b"),
     ("--pretrained=", "checkpoint: expected a file, got an empty name"),
     ("a b", "unrecognized arguments: b"),
 ]
