@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 COMMON = {
     "train.py": {
-        *("data_path", "dataset", "arch", "epochs", "batch_size", "dump_path"),
+        *("data_path", "dataset", "arch", "init", "epochs", "batch_size", "dump_path"),
         *("seed", "device", "workers", "precision", "on_collapse", "tensorboard"),
     },
     "eval_linear.py": {
