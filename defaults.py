@@ -42,10 +42,10 @@ def derive(
     images: number in the training set. image_side: median of their shorter sides in pixels. world_size: processes.
     given: what the user set. It is kept, and the other options adapt to it. described: the images, by
     features.describe_images; None if unknown (it counts below half a million images only). init: whether the backbone
-    starts from weights, which changes no value: on two small sets a quarter of the learning rate, and no warm-up, were
-    worse from there too. From half a million images on the values
-    are the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or
-    more; below, those that `python -m bench collapse` and `learn` support.
+    starts from weights. It changes no value: on two small sets a quarter of the learning rate gave worse features than
+    all of it, from such a start too, and the warm-up made no difference. From half a million images on the values are
+    the paper's (Caron et al. 2020, appendix A), for images large enough for its crops and runs of 150 epochs or more;
+    below, those that `python -m bench collapse` and `learn` support.
     """
     derived: dict[str, tuple[object, str]] = {}
 
