@@ -184,7 +184,10 @@ def a_dump_path_that_nobody_can_write() -> None:
 
 
 ON_ONE = {  # name: (fault of the second machine, its message)
-    "missing folder": (no_images, f"host {HOST}, rank 1: --data_path: expected a folder, a .tar file or a .txt list of paths, got images"),
+    "missing folder": (
+        no_images,
+        f"host {HOST}, rank 1: --data_path: expected a folder, a .tar file or a .txt list of paths, got images",
+    ),
     "fewer images": (
         an_image_less,
         f"images: expected the same in all processes, got 8 on rank 0 ({HOST}) and 7 on rank 1",
