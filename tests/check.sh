@@ -12,7 +12,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || python3 -m venv .venv
   source .venv/bin/activate
 fi
-python -c 'import torch, torchvision, setuptools, pybind11, ninja, pytest, ruff' 2>/dev/null || {
+python -c 'import torch, torchvision, setuptools, pybind11, ninja, pytest, matplotlib, ruff' 2>/dev/null || {
   echo "installing requirements.txt (several gigabytes, some minutes) ..."
   python -m pip install -q -r requirements.txt
 }
