@@ -27,7 +27,7 @@ from backbones import choose_sizes, load_backbone
 from data import LEFT_OUT, CentreCrop, ordered_loader
 from decode import shown
 from features import bf16_on_gpus, class_of, some_images, to_uint8
-from images import GIVEN, fingerprint, has_validation_split, open_images, typical_side
+from images import GIVEN, check_data_path, fingerprint, has_validation_split, open_images, typical_side
 from launch import OptionParser, UserError, log, number, positive_int, track, workers_or_auto
 from machine import choose_device, set_threads_and_workers, workers_that_fit
 from processes import run_script
@@ -224,8 +224,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("look.py draws with matplotlib: pip install matplotlib")
     if args.run == "" or args.output == "":
         raise UserError("RUN, --output: expected a name, got an empty one; leave it out for the default")
-    if args.data_path is not None and not os.path.isdir(args.data_path):
-        raise UserError(f"--data_path: expected a folder, got {args.data_path}, which is none")
+    if args.data_path is not None:
+        check_data_path(args.data_path)
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output: expected a file in a folder that exists, got {args.output}")
 
