@@ -180,7 +180,7 @@ def test_a_set_of_which_nothing_can_be_read_any_more_is_said(images, tmp_path):
         (["{run}", "--checkpoint", "3"], r"--checkpoint: expected a file or a kept epoch of .* \(2, 4\), got 3"),
         (["{run}/checkpoint.pth", "--checkpoint", "2"], "--checkpoint 2: expected none beside the file"),
         (["{run}/metrics.jsonl"], "cannot read .*metrics.jsonl: it is cut short, damaged, or not a file"),
-        (["{run}", "--data_path", "{run}/nothing"], "--data_path: expected a folder, a .tar file or a .txt list of paths, got .*/nothing"),
+        (["{run}", "--data_path", "{run}/nothing"], "--data_path: expected a folder, a .tar file or a .*/nothing"),
         (["{run}", "--data_path", "{run}/checkpoints"], "--data_path: expected image files"),
         (["{run}", "--output", "{run}/no/page.html"], "--output: expected a file in a folder that exists"),
         (["{run}", "--output", "{run}/checkpoints"], "--output: cannot write .*/checkpoints: "),
