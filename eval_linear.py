@@ -431,25 +431,26 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
     deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
     networks = {"checkpoint": backbone, RANDOM_TUNED: random_backbone} if args.finetune else {"checkpoint": backbone}
+    checksums = {name: weights_checksum(network) for name, network in networks.items()}  # before fine-tuning
     progress = {
         name: Progress(
             path.with_suffix(f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"),
-            deciding | {"weights": weights_checksum(network)},
+            deciding | {"weights": checksum},
         )
-        for name, network in networks.items()
+        for name, checksum in checksums.items()
     }
-    weights_before = weights_checksum(backbone)
     crops = ProbeCrop(size), CentreCrop(resize, size)
     start_weights = start_backbone(trained) if args.compare == "on" else None
     starts = {} if start_weights is None else {f"the start, {trained['init']}": start_weights}
     setup = Setup(backbone, random_backbone, starts, *splits, bad_images, *crops, device, loading, settings, progress)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
-    result = {"checkpoint": str(path), "dataset": dataset, "data_path": data_path, **settings}
-    result |= {
-        "weights": weights_before,
+    result = {
+        "checkpoint": str(path),
+        "dataset": dataset,
+        "data_path": data_path,
+        **settings,
+        "weights": checksums["checkpoint"],
         "images": dict(zip(bad_images, map(len, splits), strict=True)),
-    }
-    result |= {
         "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
         **outcomes,
         "seconds": round(time.perf_counter() - start, 1),
