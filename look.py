@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import Dataset, Subset
 
 import checkpoint
@@ -26,6 +25,7 @@ import sections
 from backbones import choose_sizes, load_backbone
 from data import LEFT_OUT, CentreCrop, ordered_loader
 from decode import shown
+from exchange import load_head
 from features import bf16_on_gpus, class_of, some_images, to_uint8
 from images import GIVEN, check_data_path, fingerprint, has_validation_split, open_images, typical_side
 from launch import OptionParser, UserError, log, number, positive_int, track, workers_or_auto
@@ -131,28 +131,15 @@ def labels_mean_something(dataset: str, data_path: str | None) -> bool:
 # Look at the images
 
 
-def new_head(weights: dict[str, torch.Tensor]) -> nn.Module:
-    """The projection head of a checkpoint's state_dict: features [B, F] -> [B, D]."""
-    head = {name.removeprefix("projection_head."): w for name, w in weights.items() if "projection_head." in name}
-    if "weight" in head:  # --hidden_mlp 0
-        module = nn.Linear(*head["weight"].shape[::-1])
-    else:
-        hidden, inputs = head["0.weight"].shape
-        outputs = head["3.weight"].shape[0]
-        module = nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-    module.load_state_dict(head)
-    return module.eval()
-
-
 @torch.no_grad()
 def look_at_images(
     run: Run, images: Dataset, device: torch.device, *, most: int, batch_size: int, workers: int | str, labelled: bool
 ) -> Seen:
     """Pass at most `most` images through the network. Images that cannot be read are left out. Raises UserError."""
-    weights, options = run.contents["state_dict"], run.options
-    backbone, head = load_backbone(run.path, None)[0], new_head(weights)
+    options = run.options
+    (head, prototypes), backbone = load_head(run.contents, run.path), load_backbone(run.path, None)[0]
     backbone, head = (module.to(device).eval() for module in (backbone, head))
-    prototypes = F.normalize(weights["prototypes.weight"].float(), dim=1)
+    prototypes = prototypes.weight.detach()  # [K, D]
     size, resize = choose_sizes(options, typical_side(images), is_folder=options["dataset"] == "folder")
     workers = workers_that_fit(set_threads_and_workers(workers, device), 12 * batch_size * size**2)
     chosen = some_images(len(images), most)
