@@ -355,6 +355,12 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Undo `normalize`: pixels uint8 of normalised images [..., 3, H, W]."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+
+
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """Blur all images, in place, with one Gaussian of sigma pixels, cut off at 3 sigma, reflected at the borders."""
     radius, size = math.ceil(3 * sigma), images.shape[3]

@@ -53,6 +53,22 @@ class ChosenImages(Dataset):
         return b"%s %s %s" % (self.images.contents(), self.indices.tobytes(), self.labels.tobytes())
 
 
+def class_of(images: Dataset, index: int) -> str | None:
+    """The class of an image by name: its label, or the folder that it lies in below the set's; None if it has none.
+
+    images: a Dataset with labels, or one with paths below a root.
+    """
+    images = getattr(images, "images", images)  # below a cache
+    labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
+    if labels is not None:
+        label = int(labels[index])
+        return None if label < 0 else str(classes[label] if classes else label)
+    if not hasattr(images, "paths"):
+        return None
+    folder, _, below = os.path.relpath(images.paths[index], images.root).partition(os.sep)
+    return folder if below else None
+
+
 def stratified(labels: Sequence[int], share: float, seed: int, *, leave_one: bool = False) -> np.ndarray:
     """Draw a share of the images of each class, at least one: sorted indices, for labels [N].
 

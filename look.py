@@ -23,11 +23,12 @@ import checkpoint
 import page
 import sections
 from backbones import choose_sizes, load_backbone
-from data import LEFT_OUT, CentreCrop, ordered_loader
+from data import LEFT_OUT, CentreCrop, ordered_loader, to_uint8
 from decode import shown
 from exchange import load_head
-from features import bf16_on_gpus, class_of, some_images, to_uint8
+from features import bf16_on_gpus, some_images
 from images import GIVEN, check_data_path, fingerprint, has_validation_split, open_images, typical_side
+from labels import class_of
 from launch import OptionParser, UserError, log, number, positive_int, track, workers_or_auto
 from machine import choose_device, set_threads_and_workers, workers_that_fit
 from processes import run_script

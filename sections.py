@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 import page
-from data import MultiCrop, UnreadableImage, augment, by_name, to_pixels
+from data import MultiCrop, UnreadableImage, augment, by_name, to_pixels, to_uint8
 from decode import shown
-from features import feature_std, some_images, to_uint8, unique_prototypes
+from features import feature_std, some_images, unique_prototypes
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
 from launch import as_command_line
 from run_folder import is_running, read_lock

@@ -48,15 +48,6 @@ from data import (
     training_loader,
 )
 from defaults import APEX_GROUP_SIZE, DERIVED
-from features import (
-    assigned_prototypes,
-    knn_images,
-    measure_knn,
-    measure_quality,
-    quality_crops,
-    quality_epochs,
-    tracked_images,
-)
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
 from images import (
     GIVEN,
@@ -69,6 +60,15 @@ from images import (
 )
 from launch import UserError, log
 from model import SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
+from monitor import (
+    assigned_prototypes,
+    knn_images,
+    measure_knn,
+    measure_quality,
+    quality_crops,
+    quality_epochs,
+    tracked_images,
+)
 from optim import LARS, warmup_cosine
 from options import (
     build_loss,

@@ -26,9 +26,9 @@ import eval_linear
 import train
 from bench.sets import dataset_options
 from checkpoint import load_run
-from features import QUALITY
 from guard import is_stuck
 from loss import means_and_std
+from monitor import QUALITY
 from optim import LARS
 
 # The smallest ResNet, so that a run takes a minute or two. Crops, batch and all else follow from the data set.

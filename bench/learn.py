@@ -16,7 +16,7 @@ import torch
 from bench.collapse import results, run_of_setting
 from bench.peers import PEERS, PeerRun, do_peer
 from bench.sets import dataset_options
-from features import QUALITY
+from monitor import QUALITY
 
 PHOTOGRAPHS = "--arch resnet18 --width 32 --blocks 1 1 1 1 --hidden_mlp 512 --device cpu --workers 0"
 OTHERS = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"

@@ -253,6 +253,7 @@ ALLOWED = {
     "images": {"data", "decode", "labels", "launch", "machine", "processes", "shapes", "sources"},
     "cache": {"data", "decode", "images", "launch", "machine", "processes"},
     "features": {"data", "launch"},
+    "monitor": {"data", "features", "labels", "launch"},
     "probes": {"checkpoint", "data", "features", "launch", "model"},
     "backbones": {"checkpoint", "data", "foreign", "launch", "model"},
     "exchange": {"checkpoint", "data", "launch", "model"},

@@ -35,11 +35,13 @@ from data import (
     by_name,
     crop_and_resize,
     crops_to_device,
+    normalize,
     ordered_loader,
     readable_image,
     sample_params,
     start_epoch,
     to_pixels,
+    to_uint8,
     training_loader,
 )
 from images import ImageArrays
@@ -729,3 +731,8 @@ def test_workers_start_where_a_system_has_no_sigusr1(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_to_uint8_undoes_normalising():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    assert torch.equal(to_uint8(normalize(pixels.float().clone())), pixels)

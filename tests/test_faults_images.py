@@ -26,7 +26,7 @@ import train
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import CroppedBatches, MultiCrop, SeededImages, UnreadableImage, start_epoch, training_loader
 from decode import image_size, read_image, shown
-from features import describe_images, quality_crops, tracked_images
+from features import describe_images
 from images import (
     BadImages,
     ImageFiles,
@@ -36,6 +36,7 @@ from images import (
     typical_side,
 )
 from launch import OptionParser, RunStopped, UserError
+from monitor import quality_crops, tracked_images
 
 CROP = MultiCrop([8], [2], [0.3], [1.0])
 

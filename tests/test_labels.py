@@ -1,5 +1,7 @@
 """labels.py, and open_splits of images.py: which images have labels, for which split."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 import images as images_module
 from images import BadImages, ImageArrays, ImageFiles, fingerprint, open_splits, typical_side
-from labels import ChosenImages, align_classes, labelled_by_list, listed_images, stratified
+from labels import ChosenImages, align_classes, class_of, labelled_by_list, listed_images, stratified
 from launch import UserError
 
 
@@ -189,3 +191,18 @@ def test_imagenets_own_ground_truth(tmp_path):
     (tmp_path / "ground_truth.txt").write_text("1\n2\n3\n1\n")
     val = labelled_by_list(images, ["n01", "n02", "n03"], tmp_path / "ground_truth.txt")
     assert val.labels.tolist() == [2, 0, 1, 2]
+
+
+# Classes by name
+
+
+def test_classes_of_files_are_their_first_folder(tmp_path):
+    for path in ("a b/deep/x.png", "a b/y.png", "c/z.png", "top.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / path)
+    images = images_module.open_images("folder", tmp_path)
+    named = {Path(images.paths[i]).name: class_of(images, i) for i in range(4)}
+    assert named == {"x.png": "a b", "y.png": "a b", "z.png": "c", "top.png": None}
+    labelled = arrays([-1, 1], ["above", "below"])
+    assert class_of(labelled, 0) is None and class_of(labelled, 1) == "below"
+    assert class_of(torch.utils.data.TensorDataset(torch.zeros(1)), 0) is None

@@ -92,8 +92,7 @@ def test_curves_name_what_is_there_and_what_is_missing(tmp_path):
 
 
 def test_crops_are_those_of_the_first_epoch(tmp_path):
-    from data import CroppedBatches, MultiCrop, augment, by_name
-    from features import to_uint8
+    from data import CroppedBatches, MultiCrop, augment, by_name, to_uint8
 
     pixels = np.random.default_rng(0).integers(256, size=(8, 30, 40, 3), dtype=np.uint8)
     images, shown = ImageArrays(pixels, np.zeros(8)), []
