@@ -191,7 +191,7 @@ def build_page(run: Run, images: Dataset | None, note: str, seen: Seen | None) -
     parts = [
         page.title(name),
         page.links(SECTIONS),
-        sections.about(run, note, len(found)),
+        sections.about(run, note, [said for said, _ in found]),
         sections.curves(run),
     ]
     if seen is None:

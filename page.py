@@ -41,7 +41,8 @@ figure { margin: 0; }
 .strip { display: flex; flex-wrap: wrap; gap: 6px 4px; align-items: flex-start; margin: 4px 0; }
 .strip figure { width: min(var(--side), (100% - 20px) / 5); }
 .strip img { width: 100%; height: auto; display: block; border-radius: 3px; }
-.strip figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
+figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
+.chart figcaption { font-size: 13px; }
 .first img { outline: 3px solid #e69f00; outline-offset: -3px; }
 .swatch { display: inline-block; width: 1em; height: 1em; vertical-align: -2px; margin-right: 6px; }
 .warning { border-left: 4px solid #d55e00; padding-left: 10px; }
@@ -112,17 +113,20 @@ def folded(title: str, *parts: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 
-def picture(content: bytes, alt: str, kind: str = "chart") -> str:
+def picture(content: bytes, alt: str, kind: str = "chart", caption: str = "") -> str:
     """A chart (PNG) or a large picture (JPEG)."""
-    return f'<figure class="{kind}">{_inline(content, alt)}</figure>'
+    return f'<figure class="{kind}">{_inline(content, alt)}{_caption(caption)}</figure>'
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{html.escape(text)}</figcaption>" if text else ""
 
 
 def thumbnail(pixels: np.ndarray, alt: str, caption: str = "", kind: str = "", most: int = 96) -> str:
     """A small image, uint8 [H, W, 3], shrunk to at most `most` pixels."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((most, most))
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="{kind}">{_inline(jpeg(image), alt, caption or alt)}{below}</figure>'
+    return f'<figure class="{kind}">{_inline(jpeg(image), alt, caption or alt)}{_caption(caption)}</figure>'
 
 
 def strip(figures: Iterable[str], side: int = 64) -> str:

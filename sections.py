@@ -77,8 +77,8 @@ class Seen(NamedTuple):
 # The run
 
 
-def about(run: Run, note: str, warnings: int) -> str:
-    """What was trained on what, with options and their reasons, machine, time, figures, and the best checkpoint."""
+def about(run: Run, note: str, warnings: Sequence[str]) -> str:
+    """What was trained on what, with options and their reasons, machine, time, figures, warnings, best checkpoint."""
     lines = [*facts_of(run), *figures_of(run)]
     reasons = run.facts.get("options", {})
     options = [
@@ -92,7 +92,8 @@ def about(run: Run, note: str, warnings: int) -> str:
     if note:
         parts.append(page.paragraph(note, "warning"))
     if warnings:
-        parts.append(page.paragraph(f"Warnings, at the end of this page: {warnings}.", "warning"))
+        parts.append(page.paragraph("Warnings; the end of this page has more on them:", "warning"))
+        parts.append(page.listed(said.partition(". ")[0] for said in warnings))
     parts.append(page.folded("All options, with reasons", page.table(options, ("option", "value", "reason"))))
     text = (
         "What was trained, on what, and how far it came. A loss near ln K means that nothing was learned; kNN, where "
@@ -115,7 +116,7 @@ def facts_of(run: Run) -> list[tuple[str, object]]:
         ("Looked at", shown(run.path)),
         ("Images", f"{source}, {count:,} images" if count else source),
         ("Network", f"{options['arch']}, {options['nmb_prototypes']:,} prototypes"),
-        ("Crops of an image", ", ".join(f"{count} of {size} pixels" for count, size in crops)),
+        ("Crops of an image", ", ".join(f"{count} of {size} x {size} pixels" for count, size in crops)),
     ]
     if facts:
         packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items())
@@ -130,12 +131,14 @@ def figures_of(run: Run) -> list[tuple[str, str]]:
     epochs = [row for row in run.rows if "epoch_loss" in row]
     if not epochs:
         return []
-    newest = {key: value for row in run.rows for key, value in row.items() if value is not None}
-    loss = f"loss {newest['epoch_loss']:.3f} ({newest['epoch_loss'] / newest['ln_k']:.0%} of ln K)"
-    measures = (("knn", "kNN {:.1f} %"), ("lidar", "LiDAR {:.1f}"), ("rankme", "RankMe {:.1f}"))
-    figures = ", ".join([loss, *(text.format(newest[key]) for key, text in measures if key in newest)])
+    last = epochs[-1]
+    figures = f"loss {last['epoch_loss']:.3f} ({last['epoch_loss'] / last['ln_k']:.0%} of ln K)"
+    for key, text in (("knn", "kNN {:.1f} %"), ("lidar", "LiDAR {:.1f}"), ("rankme", "RankMe {:.1f}")):
+        newest = next((row for row in reversed(epochs) if row.get(key) is not None), None)
+        if newest:
+            figures += f"; {text.format(newest[key])}" + f" (epoch {newest['epoch']})" * (newest is not last)
     seconds = round(sum(row.get("epoch_seconds", 0) for row in epochs))
-    speed = f", {newest['epoch_images_per_s']:.0f} images/s" if "epoch_images_per_s" in newest else ""
+    speed = f", in the last one {last['epoch_images_per_s']:.0f} images/s" if "epoch_images_per_s" in last else ""
     return [("Newest figures", figures), ("Time", f"{timedelta(seconds=seconds)} for {len(epochs)} epochs{speed}")]
 
 
@@ -146,7 +149,12 @@ def best_checkpoint(run: Run) -> str:
     if peak:
         return f"Not the last one: {peak.describe(run.folder)}."
     if len(kept) < 2 or not (has_knn or any(row.get("lidar") is not None for row in run.rows)):
-        return "Unknown: it takes two kept ones (--checkpoint_freq) whose quality was measured (--eval_every)."
+        measured = [row["epoch"] for row in run.rows if row.get("knn" if has_knn else "lidar") is not None]
+        epochs = (", ".join(map(str, epochs)) or "none" for epochs in (kept, measured))
+        return (
+            "Unknown: it takes two kept checkpoints (--checkpoint_freq) whose quality was measured (--eval_every); "
+            "kept epochs: {}; measured: {}.".format(*epochs)
+        )
     measure = "kNN" if has_knn else "LiDAR, which needs no labels and is not reliable on all images"
     return f"The last one: of the kept epochs {', '.join(map(str, kept))} none is clearly better by {measure}."
 
@@ -154,18 +162,22 @@ def best_checkpoint(run: Run) -> str:
 # Training curves. Each chart: title, y axis, {name: key of a row}, what it tells
 
 CURVES = (
-    ("Loss", "nats", {"loss": "loss"}, "at ln K, predictions know nothing"),
-    ("Learning rate", "learning rate", {"lr": "lr"}, "its schedule"),
+    ("Loss", "nats", {"loss": "loss"}, "Lower is better; at ln K predictions know nothing."),
+    ("Learning rate", "learning rate", {"lr": "lr"}, "As planned: warm-up, then a cosine."),
     ("Code entropy", "share of ln K", {"of a code": "code_entropy", "of the mean code": "mean_code_entropy"},
-     "of a code: lower is sharper; of the mean code: 1 is balanced"),
-    ("Prototypes in use", "share", {"in use": "prototypes_in_use", "distinct codes": "distinct_codes"},
-     "those with the largest entry of a code"),
-    ("Embedding spread", "std times sqrt(D)", {"std": "embedding_std"}, "0 if all embeddings are the same"),
-    ("Codes changed", "share of images", {"changed": "codes_changed"}, "images with another top prototype"),
-    ("Dimensions in use", "effective rank", {"RankMe": "rankme", "LiDAR": "lidar"}, "measured without labels"),
+     "Of a code: lower is sharper. Of the mean code: 1 is balanced."),
+    ("Prototypes in use", "share", {"of all": "prototypes_in_use", "of those possible": "distinct_codes"},
+     "Those that were the largest entry of a code since the last log line. With fewer codes than prototypes, not all "
+     "can be."),
+    ("Embedding spread", "std times sqrt(D)", {"std": "embedding_std"}, "0: all embeddings are equal; 1: isotropic."),
+    ("Codes changed", "share of images", {"changed": "codes_changed"}, "Tracked images with another top prototype than "
+     "an epoch before; should fall."),
+    ("Dimensions in use", "effective rank", {"RankMe": "rankme", "LiDAR": "lidar"}, "RankMe: of the embeddings. LiDAR: "
+     "of what tells images apart but not their crops. Higher is better, as a rule."),
     ("Quality without labels", "share", {"unique prototypes": "unique_prototypes", "neighbours agree":
-     "neighbour_agreement", "trivial R2": "trivial_r2"}, "of these, trivial R2 should be low"),
-    ("kNN", "top-1 in %", {"kNN": "knn"}, "of validation images with labels"),
+     "neighbour_agreement", "trivial R2": "trivial_r2"}, "Neighbours agree: two crops of an image have the same "
+     "nearest images. Trivial R2: what colour and brightness explain; lower is better."),
+    ("kNN", "top-1 in %", {"kNN": "knn"}, "Validation images that their nearest training images classify correctly."),
 )  # fmt: skip
 
 
@@ -201,7 +213,7 @@ def curves(run: Run) -> str:
             )
         chart = page.line_chart(title, lines, xlabel="epochs", ylabel=ylabel, **more)
         ends = ", ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items())
-        charts.append(page.picture(chart, f"{title} over the epochs ({meaning}): {ends}."))
+        charts.append(page.picture(chart, f"{title} over the epochs: {ends}.", caption=meaning))
     parts = [page.grid(charts)]
     if words:
         parts.append(page.paragraph("Numbers at dotted lines in the loss are warnings of guard.py:"))
@@ -239,13 +251,15 @@ def crops(run: Run, images: Dataset, indices: Sequence[int]) -> str:
             seen = to_uint8(augment(pixels_of_crops, torch.from_numpy(params))).permute(0, 2, 3, 1).numpy()
             for crop, param in zip(seen, params, strict=True):
                 _, _, h, w = boxes[len(figures) - 1]
-                caption = ", ".join([f"{h * w / (height * width):.0%}", *changes(param)])
+                caption = ", ".join([f"{len(figures)}: {h * w / (height * width):.0%}", *changes(param)])
                 figures.append(page.thumbnail(crop, f"crop {len(figures)} of image {index}", caption))
         rows.append(page.strip(figures, side=100))
+    colours = " (large ones orange, small ones blue)" if len(options["nmb_crops"]) > 1 else ""
     text = (
-        "Each row is an image with the boxes of its crops (large ones orange, small ones blue), and these crops as the "
-        "network sees them: it learns that they are of the same image. Below each stands its share of the image's "
-        "area, then flip, grey, hue shift in degrees and sigma of the blur in pixels, where it has them."
+        f"Each row is an image with the boxes of its crops{colours}, and these crops as the network sees them: it "
+        "learns that they are of the same image. Below each stand its number, its share of the image's area and, where "
+        "it has them, flip, grey, hue shift in degrees and the blur's sigma in pixels; brightness, contrast and "
+        "saturation change too."
     )
     return page.section("Crops", text, *rows)
 
@@ -257,7 +271,9 @@ def draw_boxes(pixels: torch.Tensor, boxes: Sequence[Sequence[int]], large: int)
     whole = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((width, height))
     for nth, (top, left, h, w) in enumerate(boxes):
         corners = [scale * left, scale * top, scale * (left + w) - 1, scale * (top + h) - 1]
-        ImageDraw.Draw(whole).rectangle(corners, outline=page.COLOURS[1 if nth < large else 5], width=3)
+        colour, draw = page.COLOURS[1 if nth < large else 5], ImageDraw.Draw(whole)
+        draw.rectangle(corners, outline=colour, width=3)
+        draw.text((corners[0] + 5, corners[1] + 3), str(nth + 1), fill=colour, stroke_fill="black", stroke_width=2)
     return np.array(whole)
 
 
@@ -312,20 +328,26 @@ def prototypes(seen: Seen) -> str:
         members = members[certainties[members].argsort(descending=True, stable=True)].tolist()
         best, label = members[:MOST_CERTAIN], ""
         if seen.has_labels:
-            name, count = Counter(seen.classes[i] for i in members).most_common(1)[0]
-            label = f", {count / len(members):.0%} labelled {shown(name or 'none')}"
-        certain = f"certainty {certainties[best[-1]]:.2f} to {certainties[best[0]]:.2f}"
-        parts.append(page.heading(f"#{prototype}: {len(members)} images{label}; {certain}"))
+            common = Counter(seen.classes[i] for i in members).most_common(2)
+            label = ": " + ", ".join(f"{count / len(members):.0%} {shown(n or 'no label')}" for n, count in common)
+        certain = f"certainty {certainties[best[0]]:.2g} to {certainties[best[-1]]:.2g}"
+        parts.append(page.heading(f"#{prototype}, {len(members)} images{label}; the {len(best)} shown: {certain}"))
         parts.append(page.strip((seen.figure(i, what=f"prototype {prototype}: ") for i in best), side=84))
     unique, total = round(unique_prototypes(seen.prototypes) * len(seen.prototypes)), len(seen.prototypes)
-    facts = [f"{unique:,} of {total:,} prototypes are unique: no two of them within a cosine distance of 0.025."]
+    facts = [f"{unique:,} of {total:,} prototypes are unique, that is not within a cosine distance of 0.025 of another "
+             "one. Unique ones may still have the same kind of images."]  # fmt: skip
+    facts.append(
+        f"Certainty is the softmax of an image's scores over all prototypes: 1 at most, {1 / total:.2g} by chance."
+    )
+    if seen.has_labels:
+        facts.append("Percentages are the labels of all images of a prototype, not only of those that are shown.")
     if purity := pair_purity(seen, top):
         facts.append(f"Label purity: two images of one prototype have the same label in {purity[0]:.0%} of pairs, "
                      f"any two images in {purity[1]:.0%}.")  # fmt: skip
     text = (
         f"The {len(used)} most used prototypes, each with the images that it is most certain of; similar prototypes "
         "follow each other. A good one's images have something in common that you can name, more than colour or "
-        "brightness; certainty is the softmax of an image's scores, over all prototypes, and 1 at most."
+        "brightness."
     )
     return page.section("Prototypes", text, page.listed(facts), *parts)
 
@@ -337,13 +359,13 @@ def balance(seen: Seen) -> str:
     effective = np.exp(-(shares * np.log(shares)).sum())
     words = (
         f"{len(shares):,} of {len(counts):,} prototypes are the first choice of some image, the most used one of "
-        f"{counts.max():,}. The use is as uneven as that of {effective:,.0f} prototypes, all used equally."
+        f"{counts.max():,} images. Effective number in use: {effective:,.0f}, the exponential of the entropy."
     )
     chart = page.use_chart(counts, len(seen.indices) / len(counts))
     text = (
-        f"How many of {len(seen.indices):,} images have each prototype as their first choice. Codes are balanced in "
-        "training, so a few prototypes with most of the images mean that predictions do not follow their codes; of "
-        "more prototypes than images, some must stay empty."
+        f"How many of {len(seen.indices):,} images have each prototype as their first choice, without the balancing "
+        "that codes get in training; so fewer are in use here than in the curve above. A few prototypes with most of "
+        "the images mean that predictions do not follow their codes."
     )
     alt = f"Images of each prototype, the most used first. {words}"
     return page.section("Balance", text, page.picture(chart, alt, "chart wide"), page.paragraph(words))
@@ -362,6 +384,7 @@ def cosines_of(features: torch.Tensor, centred: bool = False) -> torch.Tensor:
 def neighbours(seen: Seen) -> str:
     """The nearest neighbours of some images."""
     cosines, rows = cosines_of(seen.features), []
+    any_two = cosines[cosines > -2].mean().item()
     for i in range(min(QUERIES, len(cosines))):
         values, nearest = cosines[i].topk(min(NEIGHBOURS, len(cosines) - 1))
         figures = [seen.figure(i, "image", "query: ", "first")]
@@ -374,7 +397,8 @@ def neighbours(seen: Seen) -> str:
         rows.append(page.paragraph(f"The nearest neighbour has the same label for {np.mean(same):.0%} of all images."))
     text = (
         f"Each row is an image (outlined) and its nearest neighbours among {len(seen.indices):,} images, with the "
-        "cosine of their features. In a good run they show the same kind of thing, also in other colours and places."
+        f"cosine of their features; that of two images at random is {any_two:.2f}. In a good run they show the same "
+        "kind of thing, also in other colours and places."
     )
     return page.section("Nearest neighbours", text, *rows)
 
@@ -402,8 +426,9 @@ def feature_map(seen: Seen) -> str:
         chart = page.scatter_chart("The same map, by label", points, names)
         parts.append(page.picture(chart, "The same map, a point for each image, coloured by label.", "chart wide"))
     text = (
-        f"{len(centred):,} images by {how}, one in each cell of a grid: similar ones lie close together. Groups that "
-        "show one kind of thing are a good sign; a mere gradient from dark to bright, or by colour, is a poor one."
+        f"{len(centred):,} images by {how}: similar ones lie close together, and each cell shows one of the images "
+        "that lie there. Groups that show one kind of thing are a good sign; a mere gradient from dark to bright, or "
+        "by colour, is a poor one."
     )
     return page.section("Map", text, *parts)
 
@@ -414,10 +439,10 @@ def feature_map(seen: Seen) -> str:
 def evolution(run: Run, seen: Seen | None, images: int | None) -> str:
     """How the prototypes of fixed images change from epoch to epoch. images: of the set, if it is there."""
     text = (
-        f"Of the images that a run tracks, the picture shows those that end in the {BANDS} most used prototypes: each "
-        "column is an epoch, each band a prototype, as high as the number of images of which it is the first choice, "
-        "and ribbons are images that move. Ribbons that stay in their band are images that have found their place; "
-        "where many still come from others in the last epochs, codes have not settled."
+        f"The picture follows the tracked images that end in the {BANDS} prototypes with most of them: each column is "
+        "an epoch, each bar a prototype (grey: all others), each ribbon the images that go from one to another. "
+        "Ribbons that run straight are images that have found their place; where many still cross in the last epochs, "
+        "codes have not settled."
     )
     rows = [row for _, row in sorted({row["epoch"]: row for row in run.codes}.items())]
     rows = [row for row in rows if len(row["prototypes"]) == len(rows[-1]["prototypes"])]
@@ -425,26 +450,20 @@ def evolution(run: Run, seen: Seen | None, images: int | None) -> str:
         missing = "has one epoch so far" if rows else "is missing, as in runs of older versions"
         return page.section("How codes evolve", text, page.paragraph(f"This takes two epochs: codes.jsonl {missing}."))
     codes, epochs = np.array([row["prototypes"] for row in rows]), [row["epoch"] for row in rows]  # [epochs, images]
-    certainties = [float(np.mean(row["certainties"])) for row in rows]
+    largest = [float(np.mean(row["certainties"])) for row in rows]
     changed = (codes[1:] != codes[:-1]).mean(1).tolist()
     columns = sorted(set(np.linspace(0, len(rows) - 1, EPOCHS).round().astype(int).tolist()))
     bands = [prototype for prototype, _ in Counter(codes[-1].tolist()).most_common(BANDS)]
     words = (
         f"Of {codes.shape[1]} tracked images, {changed[-1]:.0%} changed their top prototype in the last epoch, "
-        f"{changed[0]:.0%} in the first one shown; the mean certainty of their codes went from {certainties[0]:.2f} "
-        f"to {certainties[-1]:.2f}."
+        f"{changed[0]:.0%} in the first one shown. The largest entry of their codes went from {largest[0]:.2g} to "
+        f"{largest[-1]:.2g} on average. A ribbon has the colour of the prototype that its images leave; from grey, of "
+        "the one that they enter."
     )
     followed = codes[columns][:, np.isin(codes[-1], bands)]
     flow = page.flow_chart(followed, [epochs[column] for column in columns], bands)
     alt = f"Where the {followed.shape[1]} images that end in {len(bands)} prototypes were before. {words}"
-    charts = [
-        page.picture(page.line_chart(title, {title: points}, xlabel="epochs", ylabel=ylabel, bottom=0), alt_text)
-        for title, ylabel, points, alt_text in (
-            ("Share changed", "share of images", (epochs[1:], changed), "Share of images whose top prototype changed."),
-            ("Certainty", "largest entry of a code", (epochs, certainties), "Mean certainty of the codes."),
-        )
-    ]
-    parts = [page.picture(flow, alt, "chart wide"), page.paragraph(words), page.grid(charts)]
+    parts = [page.picture(flow, alt, "chart wide"), page.paragraph(words)]
     if seen and images:
         places = {index: i for i, index in enumerate(seen.indices)}
         tracked = some_images(images, codes.shape[1])

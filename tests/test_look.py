@@ -63,7 +63,7 @@ def test_a_page_has_all_sections_and_needs_nothing_else(run, capsys):
     pictures = {title: text.count("<img") for title, text in sections.items()}
     assert pictures["Training curves"] == 9 and pictures["Crops"] == 8 * (1 + 3) and pictures["Balance"] == 1
     assert pictures["Prototypes"] == 10 and pictures["Nearest neighbours"] == 10 * (1 + 8) and pictures["Map"] == 2
-    assert pictures["How codes evolve"] >= 3
+    assert pictures["How codes evolve"] >= 1
     assert not re.search(r"https?://|<script|src=\"(?!data:)|@import|url\(", content)
     assert all('alt=""' not in image and " alt=" in image for image in re.findall("<img[^>]*>", content))
     assert "labelled cats" in sections["Prototypes"] and "Label purity" in sections["Prototypes"]
@@ -124,7 +124,7 @@ def test_without_images_charts_still_come(images, tmp_path):
     sections = by_section(looked_at(tmp_path / "run"))
     gone = [title for title, text in sections.items() if "The images cannot be opened" in text]
     assert gone == ["The run", "Crops", "Prototypes", "Balance", "Nearest neighbours", "Map"]
-    assert sections["Training curves"].count("<img") >= 6 and sections["How codes evolve"].count("<img") == 3
+    assert sections["Training curves"].count("<img") >= 6 and sections["How codes evolve"].count("<img") == 1
     content = looked_at(tmp_path / "run", "--data_path", tmp_path / "moved")
     assert "cannot be opened" not in content and by_section(content)["Prototypes"].count("<img") == 10
     assert "not the images of the training" not in content

@@ -49,20 +49,28 @@ def new_seen(features=None, certainties=None, classes=None, prototypes=None) -> 
 def test_the_run_is_described_and_its_options_have_reasons(tmp_path):
     rows = [epoch_row(1), epoch_row(2, knn=61.2, lidar=7.0)]
     reasons = {"epsilon": {"value": 0.3, "reason": "small & safe"}}
-    text = sections.about(new_run(tmp_path, rows, epoch=2, host="h", options=reasons), "a note", 3)
-    for part in ("stopped: 2 of 4 epochs", "/photos/&lt;b&gt;, 8 images", "2 of 16 pixels, 3 of 8 pixels", "kNN 61.2 %",
+    text = sections.about(
+        new_run(tmp_path, rows, epoch=2, host="h", options=reasons), "a note", ["Odd: 3 files. Look."]
+    )
+    for part in ("stopped: 2 of 4 epochs", "/photos/&lt;b&gt;, 8 images", "2 of 16 x 16 pixels, 3 of 8 x 8 pixels",
+                 "kNN 61.2 %; LiDAR 7.0",
                  "loss 1.000 (72% of ln K)", "0:02:00 for 2 epochs", "--epsilon", "small &amp; safe", "a note",
-                 "Warnings, at the end of this page: 3."):  # fmt: skip
+                 "<li>Odd: 3 files</li>"):  # fmt: skip
         assert part in text
-    assert "run.json is missing" not in text and "Unknown: it takes two kept ones" in text
-    without = sections.about(new_run(tmp_path), "", 0)
+    assert "run.json is missing" not in text and "kept epochs: none; measured: 2." in text
+    without = sections.about(new_run(tmp_path), "", [])
     assert "run.json is missing" in without and "finished: 4 of 4" in without and "Warnings" not in without
+
+
+def test_figures_of_earlier_epochs_name_them(tmp_path):
+    text = sections.about(new_run(tmp_path, [epoch_row(1, knn=61.2), epoch_row(2, lidar=7.0)]), "", [])
+    assert "kNN 61.2 % (epoch 1); LiDAR 7.0<" in text
 
 
 def test_a_run_that_trains_is_said_to_train(tmp_path):
     holder = {"host": socket.gethostname(), "pid": os.getppid(), "started": start_of_process(os.getppid())}
     (tmp_path / "run.lock").write_text(json.dumps(holder))
-    assert "training now: 4 of 4" in sections.about(new_run(tmp_path), "", 0)
+    assert "training now: 4 of 4" in sections.about(new_run(tmp_path), "", [])
 
 
 @pytest.mark.parametrize("key, name, values", [("knn", "kNN", [50.0, 60.0, 40.0]), ("lidar", "LiDAR", [5.0, 9.0, 4.0])])
@@ -117,12 +125,12 @@ def test_crops_are_those_of_the_first_epoch(tmp_path):
 def test_prototypes_are_shown_with_their_images_and_labels():
     classes = ["<cat>"] * 4 + ["dog"] * 4
     text = sections.prototypes(new_seen(classes=classes))
-    assert [f"#{p}: 2 images, 100% labelled" in text for p in range(5)] == [True] * 4 + [False]
+    assert [f"#{p}, 2 images: 100% " in text for p in range(5)] == [True] * 4 + [False]
     assert "&lt;cat&gt;" in text and "4 of 4 prototypes are unique" in text
     assert "same label in 100% of pairs, any two images in 43%" in text
     assert "prototype 0: a/0.png, labelled &lt;cat&gt;" in text
     unlabelled = sections.prototypes(new_seen(prototypes=torch.eye(4, 5)[[0, 0, 1, 2]]))
-    assert "3 of 4 prototypes are unique" in unlabelled and "labelled" not in unlabelled and "purity" not in unlabelled
+    assert "3 of 4 prototypes are unique" in unlabelled and "labels" not in unlabelled and "purity" not in unlabelled
 
 
 def test_purity_of_pairs_is_that_of_chance_for_random_prototypes():
@@ -140,12 +148,12 @@ def test_prototypes_are_sorted_by_similarity():
 
 def test_balance_counts_first_choices():
     text = sections.balance(new_seen())
-    assert "4 of 4 prototypes are the first choice" in text and "that of 4 prototypes" in text
+    assert "4 of 4 prototypes are the first choice" in text and "Effective number in use: 4," in text
     certainties = torch.zeros(8, 50)
     certainties[:, 7] = 1
     text = sections.balance(new_seen()._replace(certainties=certainties, prototypes=torch.eye(50)))
     assert "1 of 50 prototypes are the first choice of some image, the most used one of 8" in text
-    assert "that of 1 prototypes" in text
+    assert "in use: 1," in text
 
 
 def test_neighbours_are_the_nearest_by_cosine():
@@ -167,7 +175,7 @@ def test_a_map_is_drawn_with_and_without_scikit_learn(has_sklearn, monkeypatch):
     more = dict(features=torch.randn(40, 6, generator=generator), classes=["a", "b"] * 20, names=["x"] * 40)
     seen = new_seen()._replace(pixels=np.zeros((40, 8, 8, 3), np.uint8), **more)
     text = sections.feature_map(seen)
-    assert ("t-SNE, one in" in text) == has_sklearn and ("principal components" in text) != has_sklearn
+    assert ("images by t-SNE:" in text) == has_sklearn and ("principal components" in text) != has_sklearn
     assert text.count("<img") == 2 and sections.feature_map(seen._replace(classes=[None] * 40)).count("<img") == 1
     assert "<img" in sections.feature_map(new_seen(features=torch.ones(8, 1)))  # all alike, in one dimension
 
@@ -180,11 +188,11 @@ def test_codes_evolve(tmp_path):
     codes = [codes_row(1, [0, 0, 1, 2]), codes_row(2, [3, 3, 1, 2]), codes_row(3, [3, 3, 1, 3])]
     text = sections.evolution(new_run(tmp_path, codes=codes), new_seen(), 8)
     assert "Of 4 tracked images, 25% changed their top prototype in the last epoch, 50% in the first" in text
-    assert "from 0.10 to 0.30" in text and "#3: 3 images at the end" in text and "#1: 1 images at the end" in text
+    assert "from 0.1 to 0.3 " in text and "#3: 3 images at the end" in text and "#1: 1 images at the end" in text
     assert text.count("prototype 3: a/") >= 3
-    assert text.count("<img") == 3 + 4
+    assert text.count("<img") == 1 + 4
     gone = sections.evolution(new_run(tmp_path, codes=codes), None, None)
-    assert gone.count("<img") == 3
+    assert gone.count("<img") == 1
     assert "codes.jsonl is missing" in sections.evolution(new_run(tmp_path), None, None)
     assert "codes.jsonl has one epoch so far" in sections.evolution(new_run(tmp_path, codes=codes[:1]), None, None)
 
@@ -223,7 +231,7 @@ def test_each_section_has_two_sentences_on_how_to_read_it(tmp_path):
     images = ImageArrays(np.zeros((8, 30, 40, 3), np.uint8), np.zeros(8))
     run, seen = new_run(tmp_path), new_seen()
     made = [part(seen) for part in (sections.prototypes, sections.balance, sections.neighbours, sections.feature_map)]
-    made += [sections.about(run, "", 0), sections.curves(run), sections.crops(run, images, [0])]
+    made += [sections.about(run, "", []), sections.curves(run), sections.crops(run, images, [0])]
     made += [sections.evolution(run, seen, 8), sections.warnings([], True)]
     for text in made:
         reading = text.split("<p>")[1].split("</p>")[0]
