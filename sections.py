@@ -273,7 +273,14 @@ def draw_boxes(pixels: torch.Tensor, boxes: Sequence[Sequence[int]], large: int)
         corners = [scale * left, scale * top, scale * (left + w) - 1, scale * (top + h) - 1]
         colour, draw = page.COLOURS[1 if nth < large else 5], ImageDraw.Draw(whole)
         draw.rectangle(corners, outline=colour, width=3)
-        draw.text((corners[0] + 5, corners[1] + 3), str(nth + 1), fill=colour, stroke_fill="black", stroke_width=2)
+        draw.text(
+            (corners[0] + 5, corners[1] + 3),
+            str(nth + 1),
+            fill=colour,
+            font_size=30,
+            stroke_fill="black",
+            stroke_width=3,
+        )
     return np.array(whole)
 
 
