@@ -20,6 +20,7 @@ images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
 BY_NAME='
 imagenette   360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
 faults       300   out of memory; SIGTERM in the middle of an epoch; two processes on one GPU, resumed as one
+profile       60   time each kernel of the codes and the loss, and read the counters of the slowest one by ncu
 '
 
 usage() {
@@ -194,6 +195,53 @@ rows = map(json.loads, (Path(sys.argv[1]) / "stopped" / "metrics.jsonl").open())
 steps = [row["step"] for row in rows if "loss" in row]
 assert len(steps) == len(set(steps)), "a step was logged twice"
 END
+}
+
+part_profile() {
+  cat >"$temporary/kernels.py" <<'END'
+"""Codes of 4096 x 3000 and the loss of 8 x 256 x 3000, twenty times. With a file name: write the slowest kernel there."""
+import sys
+sys.path.insert(0, "")
+import torch
+from torch.profiler import ProfilerActivity, profile
+from bench.sinkhorn import random_scores
+from sinkhorn_ext import sinkhorn, sinkhorn_potentials, swav_loss
+
+device = torch.device(sys.argv[1])
+rows, columns = (4096, 3000) if device.type == "cuda" else (64, 30)
+scores, crops = random_scores(1, rows, columns, device)[0], random_scores(8, rows // 16, columns, device)
+crops.requires_grad_()
+out = torch.empty_like(scores)
+
+def work():
+    sinkhorn(scores, out=out)
+    potentials = sinkhorn_potentials(crops.detach()[:2])
+    swav_loss(crops, potentials).backward()
+
+work()  # the first call loads the kernels
+kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+with profile(activities=[kind]) as profiler:
+    for _ in range(20):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+events = profiler.key_averages()
+total = "device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+print(events.table(sort_by=total, row_limit=12, max_name_column_width=70), flush=True)
+if len(sys.argv) > 2:
+    ours = [event for event in events if "at::" not in event.key and "elementwise" not in event.key]
+    open(sys.argv[2], "w").write(max(ours, key=lambda event: getattr(event, total)).key)
+END
+  $PYTHON "$temporary/kernels.py" "$device" "$temporary/slowest"
+  command -v ncu >/dev/null || { echo "no counters: ncu is not installed"; return 0; }
+  # The name without its return type, template and arguments. The third launch, when caches are warm.
+  local name
+  name=$(sed 's/(anonymous namespace):://g; s/[<(].*//; s/.*[ :]//' "$temporary/slowest")
+  ncu --kernel-name "regex:$name" --launch-skip 2 --launch-count 1 --section SpeedOfLight --section Occupancy \
+    --section MemoryWorkloadAnalysis --section WarpStateStats $PYTHON "$temporary/kernels.py" "$device" \
+    >"$temporary/ncu.txt" 2>&1 || true
+  if grep -q ERR_NVGPUCTRPERM "$temporary/ncu.txt"; then echo "no counters: they cannot be read here"; return 0; fi
+  grep -v '^ *$' "$temporary/ncu.txt"
 }
 
 part_images_per_s() {
