@@ -13,16 +13,20 @@ A score of -inf masks. A prototype whose scores are all -inf takes no part, and 
 are all -inf takes no part either: its codes are 0, but its loss is NaN. One NaN score makes every result NaN.
 
 Copy this folder to use it elsewhere. It needs only torch, and runs on every device. With setup.py next to the folder,
-`pip install --no-build-isolation .` compiles faster kernels for the operators below. `python -m sinkhorn_ext` prints
-which kernels run and how they were built; put its output into a bug report.
+`pip install --no-build-isolation .` compiles faster kernels for the operators below. On GPUs without them,
+torch.compile fuses the plain torch, which takes seconds at the first call. `python -m sinkhorn_ext` prints what runs and
+how it was built; put its output into a bug report.
 """
 
+import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -55,11 +59,9 @@ def sinkhorn(
     """
     _check_scores("scores", scores, 2)
     dtype = _accumulation_dtype(scores)
-    if out is not None and (out.shape != scores.shape or out.dtype != dtype or out.requires_grad):
-        raise ValueError(
-            f"out: expected shape {tuple(scores.shape)} and {dtype} without gradient, "
-            f"got shape {tuple(out.shape)} and {out.dtype}{' with gradient' if out.requires_grad else ''}"
-        )
+    if out is not None:
+        _expect(out.shape == scores.shape and out.dtype == dtype, "out", out, dtype, scores.shape)
+        _expect(not out.requires_grad, "out", "one with gradient", "a tensor without gradient")
     scores, extra = _check_problem(scores, epsilon, iterations, extra)
     has_contiguous_rows = out is not None and (out.stride(1) == 1 or out.shape[1] == 1)
     codes = out if has_contiguous_rows else torch.empty(scores.shape, dtype=dtype, device=scores.device)
@@ -130,29 +132,21 @@ def swav_loss(
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
-    nmb_crops, batch_size, _ = scores.shape
-    crops_for_assign = list(crops_for_assign)
-    if potentials.shape != (len(crops_for_assign), scores.shape[2]):
-        raise ValueError(
-            f"potentials: expected [{len(crops_for_assign)}, {scores.shape[2]}], got {list(potentials.shape)}"
-        )
-    if nmb_crops < 2 or batch_size < 1:
-        raise ValueError(f"scores: expected at least two crops and one image, got {list(scores.shape)}")
-    are_crops = all(0 <= crop < nmb_crops for crop in crops_for_assign)
-    if not crops_for_assign or not are_crops or len(set(crops_for_assign)) < len(crops_for_assign):
-        raise ValueError(f"crops_for_assign: expected different crops in 0..{nmb_crops - 1}, got {crops_for_assign}")
-    _check_positive("temperature", temperature)
-    _check_positive("epsilon", epsilon)
+    nmb_crops, batch_size, nmb_prototypes = scores.shape
+    crops = list(crops_for_assign)
+    _expect(nmb_crops > 1 and batch_size > 0, "scores", scores, "at least two crops and one image")
+    are_crops = 0 < len(crops) == len(set(crops)) and 0 <= min(crops) and max(crops) < nmb_crops
+    _expect(are_crops, "crops_for_assign", crops, "different crops below", nmb_crops)
+    shape = (len(crops), batch_size, nmb_prototypes)
+    _expect(potentials.shape == shape[::2], "potentials", potentials, shape[::2])
+    _expect(temperature > 0, "temperature", temperature, "a number > 0")
+    _expect(epsilon > 0, "epsilon", epsilon, "a number > 0")
     potentials = potentials.detach().to(_accumulation_dtype(scores))
     if assigning is not None:
-        expected = (*potentials.shape[:1], *scores.shape[1:])
-        if assigning.shape != expected or not assigning.is_floating_point():
-            raise ValueError(
-                f"assigning: expected a floating-point tensor {list(expected)}, got {assigning.dtype} "
-                f"{list(assigning.shape)}"
-            )
+        is_right = assigning.shape == shape and assigning.is_floating_point()
+        _expect(is_right, "assigning", assigning, "a floating-point tensor", shape)
         assigning = assigning.detach().to(potentials.dtype)
-    return _swapped_loss(scores, assigning, potentials, crops_for_assign, temperature, epsilon)[0]
+    return _swapped_loss(scores, assigning, potentials, crops, temperature, epsilon)[0]
 
 
 def moments(scores: torch.Tensor) -> torch.Tensor:
@@ -388,27 +382,19 @@ def _has_peers(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number > 0, got {value}")
-
-
 def _check_problem(
     scores: torch.Tensor, epsilon: float, iterations: int, extra: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check the arguments of a problem. Return scores and extra, without gradient and with one dtype."""
-    _check_positive("epsilon", epsilon)
-    if iterations < 1:
-        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+    _expect(epsilon > 0, "epsilon", epsilon, "a number > 0")
+    _expect(iterations >= 1, "iterations", iterations, "1 or more")
     scores = scores.detach()
     if extra is None:
         return scores, None
     extra = extra.detach()
     _check_scores("extra", extra, scores.dim())
-    if extra.shape[:-2] != scores.shape[:-2] or extra.shape[-1] != scores.shape[-1]:
-        raise ValueError(
-            f"extra: expected the shape of scores {list(scores.shape)} except for B, got {list(extra.shape)}"
-        )
+    is_right = extra.shape[:-2] == scores.shape[:-2] and extra.shape[-1] == scores.shape[-1]
+    _expect(is_right, "extra", extra, "the shape of scores", scores.shape, "except for B")
     if extra.dtype != scores.dtype:
         scores, extra = scores.to(_accumulation_dtype(scores)), extra.to(_accumulation_dtype(scores))
     return scores, extra
@@ -416,12 +402,17 @@ def _check_problem(
 
 def _check_scores(name: str, scores: torch.Tensor, dimensions: int) -> None:
     expected = "[B, K]" if dimensions == 2 else "[crops, B, K]"
-    if scores.dim() != dimensions or not scores.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a floating-point tensor {expected}, got {scores.dtype} {list(scores.shape)}"
-        )
-    if scores.shape[-1] < 1:
-        raise ValueError(f"{name}: expected at least one prototype, got {list(scores.shape)}")
+    is_right = scores.dim() == dimensions and scores.is_floating_point() and scores.shape[-1] > 0
+    _expect(is_right, name, scores, "a floating-point tensor", expected, "with K > 0")
+
+
+def _expect(is_right: bool, name: str, got: object, *expected: object) -> None:
+    """Raise ValueError unless is_right. Only then it formats what it got, which takes longer than a check."""
+    if not is_right:
+        if isinstance(got, torch.Tensor):
+            got = f"{got.dtype} {list(got.shape)}"
+        words = [str(list(word)) if isinstance(word, tuple) else str(word) for word in expected]
+        raise ValueError(f"{name}: expected {' '.join(words)}, got {got}")
 
 
 def _load_kernels() -> str:
