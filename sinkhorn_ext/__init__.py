@@ -195,16 +195,19 @@ def _fused_where_possible(function):
     """
     fused = functools.cache(lambda: torch.compile(function))  # not before it is needed: to import the compiler is slow
 
+    @functools.wraps(function)
     def run(*arguments):
         if torch.compiler.is_compiling():
             return function(*arguments)
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         if tensors[0].device.type not in _fused_on or not all(tensor.numel() for tensor in tensors):
             return function(*arguments)
-        # Compiling would break a CUDA graph that is being captured.
-        is_capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        # To compile would break the capture of a CUDA graph. What is compiled already runs there too.
+        compile_nothing = (
+            torch.compiler.set_stance("eager_on_recompile") if _is_capturing(tensors[0]) else nullcontext()
+        )
         try:
-            with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile") if is_capturing else nullcontext():
+            with torch.no_grad(), compile_nothing:
                 return fused()(*arguments)
         except Exception as error:
             result = function(*arguments)  # raises too, unless the reason is torch.compile
@@ -214,8 +217,14 @@ def _fused_where_possible(function):
     return run
 
 
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _stop_fusing(error: Exception) -> None:
     global _fused_on
+    if not _fused_on:
+        return  # an operator within this one said it
     _fused_on = ()
     warnings.warn(
         "sinkhorn_ext runs in plain torch without torch.compile, which does not work here; this is slower. To compile "
