@@ -87,7 +87,7 @@ def compiled(function: Callable, call: Callable) -> dict[str, Callable]:
     try:
         call(form)
     except Exception as error:  # no C++ compiler or no Triton, for example
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).strip().splitlines()[:2])
         print(f'    no column "compiled", as torch.compile does not work here: {reason}')
         return {}
     return {"compiled": lambda: call(form)}

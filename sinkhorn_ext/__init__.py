@@ -203,12 +203,12 @@ def _fused_where_possible(function):
         if tensors[0].device.type not in _fused_on or not all(tensor.numel() for tensor in tensors):
             return function(*arguments)
         # To compile would break the capture of a CUDA graph. What is compiled already runs there too.
-        compile_nothing = (
-            torch.compiler.set_stance("eager_on_recompile") if _is_capturing(tensors[0]) else nullcontext()
-        )
+        stance = torch.compiler.set_stance("eager_on_recompile") if _is_capturing(tensors[0]) else nullcontext()
         try:
-            with torch.no_grad(), compile_nothing:
+            with torch.no_grad(), stance:
                 return fused()(*arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             result = function(*arguments)  # raises too, unless the reason is torch.compile
             _stop_fusing(error)
@@ -470,6 +470,6 @@ _choice = os.environ.get("SINKHORN_EXT", "")
 _expect(_choice in ("", "torch", "fused"), "SINKHORN_EXT", _choice, "torch, fused or nothing in the environment")
 _kernels_state = _load_kernels()
 # The devices on which torch.compile fuses plain torch. On a CPU it takes a C++ compiler, which can compile the kernels.
-_fused_on = {"": ("cuda",) if importlib.util.find_spec("triton") else (), "torch": (), "fused": ("cpu", "cuda")}[
-    _choice
-]
+_fused_on = ("cuda",) if importlib.util.find_spec("triton") and _choice != "torch" else ()
+if _choice == "fused":
+    _fused_on = ("cpu", "cuda")
