@@ -144,11 +144,11 @@ def report(
     quartiles = {name: [q * 1e3 for q in statistics.quantiles(values, n=4)] for name, values in times.items()}
     speedups = {f"{slow}/{fast}": medians[slow] / medians[fast] for slow, fast in ratios}
     if header:
-        names = [f"{name:>15}" for name in medians] + [f"{name:>{len(name) + 1}}" for name in speedups]
+        names = [f"{name:>13}" for name in medians] + [f"{name:>{len(name) + 1}}" for name in speedups]
         print(*[f"{name:>6}" for name in sizes], *names)
     cells = [f"{size:>6}" for size in sizes.values()]
     for name, (low, middle, high) in quartiles.items():
-        cells.append(f"{medians[name]:9.3f} \u00b1{(high - low) / 2 / middle:4.0%}")
+        cells.append(f"{medians[name]:8.3f} \u00b1{(high - low) / 2 / middle:3.0%}")
     cells += [f"{ratio:{len(name) + 1}.2f}" for name, ratio in speedups.items()]
     print(*cells, flush=True)
     row = {**sizes, "median_ms": medians, "quartiles_ms": quartiles, "ratios": speedups}

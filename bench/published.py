@@ -2,11 +2,12 @@
 
 Each part follows facebookresearch/swav in the order of its operations, in current torch: `sinkhorn`, `loss`, `Crops`,
 `LARS` and `Program`, a whole training step. `batched_loss` is ours: a faster form of `loss`, still in plain torch.
+`compiled` puts any of them through torch.compile, which is what somebody without our kernels would do today.
 """
 
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ LEARNING_RATE, WEIGHT_DECAY = 0.01, 1e-6
 # Codes and loss
 
 
-def sinkhorn(scores: torch.Tensor) -> torch.Tensor:
+def sinkhorn(scores: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
     """Compute codes [B, K] of scores [B, K] in the matrix form (appendix A.1): 39 passes over B x K numbers."""
-    q = torch.exp(scores / EPSILON).t()  # [K, B]
+    q = torch.exp(scores / epsilon).t()  # [K, B]
     nmb_prototypes, batch_size = q.shape
     q /= q.sum()
     for _ in range(ITERATIONS):
@@ -66,6 +67,30 @@ def batched_loss(scores: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor
         codes = torch.softmax(scores[i].detach() / EPSILON + potential, dim=1)
         loss = loss - (codes * (all_crops - log_predictions[i])).sum()
     return loss / (len(potentials) * (len(scores) - 1) * scores.shape[1])
+
+
+def relative_loss(scores: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Compute the swapped loss of scores [V, B, K] with two assigning crops; epsilon is in units of their spread."""
+    assigning = scores[:2].detach()
+    deviations = assigning - assigning.mean(dim=1, keepdim=True)
+    std = deviations.square().mean().sqrt()
+    return swapped_loss(scores, [sinkhorn(crop, epsilon) for crop in deviations / std])
+
+
+def compiled(function: Callable, call: Callable) -> dict[str, Callable]:
+    """Return the candidate "compiled", which does call(function) with the function compiled for these sizes.
+
+    Where torch.compile does not work, it prints why and returns no candidate.
+    """
+    torch.compiler.reset()  # it keeps few forms of a function: those of other sizes leave room
+    form = torch.compile(function, dynamic=False, fullgraph=True)
+    try:
+        call(form)
+    except Exception as error:  # no C++ compiler or no Triton, for example
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        print(f'    no column "compiled", as torch.compile does not work here: {reason}')
+        return {}
+    return {"compiled": lambda: call(form)}
 
 
 # Images

@@ -13,24 +13,26 @@ A score of -inf masks. A prototype whose scores are all -inf takes no part, and 
 are all -inf takes no part either: its codes are 0, but its loss is NaN. One NaN score makes every result NaN.
 
 Copy this folder to use it elsewhere. It needs only torch, and runs on every device. With setup.py next to the folder,
-`pip install --no-build-isolation .` compiles faster kernels for the operators below. `python -m sinkhorn_ext` prints
-which kernels run and how they were built; put its output into a bug report.
+`pip install --no-build-isolation .` compiles faster kernels for the operators below. On GPUs without them,
+torch.compile fuses the plain torch, seconds at the first call. `python -m sinkhorn_ext` prints what runs and how
+it was built; put its output into a bug report.
 """
 
+import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 
 __all__ = ["backend", "moments", "sinkhorn", "sinkhorn_potentials", "swav_loss"]
-
-NO_FLOAT64 = ("mps",)  # devices without it
 
 
 def sinkhorn(
@@ -55,11 +57,9 @@ def sinkhorn(
     """
     _check_scores("scores", scores, 2)
     dtype = _accumulation_dtype(scores)
-    if out is not None and (out.shape != scores.shape or out.dtype != dtype or out.requires_grad):
-        raise ValueError(
-            f"out: expected shape {tuple(scores.shape)} and {dtype} without gradient, "
-            f"got shape {tuple(out.shape)} and {out.dtype}{' with gradient' if out.requires_grad else ''}"
-        )
+    if out is not None:
+        _expect(out.shape == scores.shape and out.dtype == dtype, "out", out, dtype, scores.shape)
+        _expect(not out.requires_grad, "out", "one with gradient", "a tensor without gradient")
     scores, extra = _check_problem(scores, epsilon, iterations, extra)
     has_contiguous_rows = out is not None and (out.stride(1) == 1 or out.shape[1] == 1)
     codes = out if has_contiguous_rows else torch.empty(scores.shape, dtype=dtype, device=scores.device)
@@ -130,29 +130,21 @@ def swav_loss(
     Raises ValueError for wrong shapes or values.
     """
     _check_scores("scores", scores, 3)
-    nmb_crops, batch_size, _ = scores.shape
-    crops_for_assign = list(crops_for_assign)
-    if potentials.shape != (len(crops_for_assign), scores.shape[2]):
-        raise ValueError(
-            f"potentials: expected [{len(crops_for_assign)}, {scores.shape[2]}], got {list(potentials.shape)}"
-        )
-    if nmb_crops < 2 or batch_size < 1:
-        raise ValueError(f"scores: expected at least two crops and one image, got {list(scores.shape)}")
-    are_crops = all(0 <= crop < nmb_crops for crop in crops_for_assign)
-    if not crops_for_assign or not are_crops or len(set(crops_for_assign)) < len(crops_for_assign):
-        raise ValueError(f"crops_for_assign: expected different crops in 0..{nmb_crops - 1}, got {crops_for_assign}")
-    _check_positive("temperature", temperature)
-    _check_positive("epsilon", epsilon)
+    nmb_crops, batch_size, nmb_prototypes = scores.shape
+    crops = list(crops_for_assign)
+    _expect(nmb_crops > 1 and batch_size > 0, "scores", scores, "at least two crops and one image")
+    are_crops = 0 < len(crops) == len(set(crops)) and 0 <= min(crops) and max(crops) < nmb_crops
+    _expect(are_crops, "crops_for_assign", crops, "different crops below", nmb_crops)
+    shape = (len(crops), batch_size, nmb_prototypes)
+    _expect(potentials.shape == shape[::2], "potentials", potentials, shape[::2])
+    _expect(temperature > 0, "temperature", temperature, "a number > 0")
+    _expect(epsilon > 0, "epsilon", epsilon, "a number > 0")
     potentials = potentials.detach().to(_accumulation_dtype(scores))
     if assigning is not None:
-        expected = (*potentials.shape[:1], *scores.shape[1:])
-        if assigning.shape != expected or not assigning.is_floating_point():
-            raise ValueError(
-                f"assigning: expected a floating-point tensor {list(expected)}, got {assigning.dtype} "
-                f"{list(assigning.shape)}"
-            )
+        is_right = assigning.shape == shape and assigning.is_floating_point()
+        _expect(is_right, "assigning", assigning, "a floating-point tensor", shape)
         assigning = assigning.detach().to(potentials.dtype)
-    return _swapped_loss(scores, assigning, potentials, crops_for_assign, temperature, epsilon)[0]
+    return _swapped_loss(scores, assigning, potentials, crops, temperature, epsilon)[0]
 
 
 def moments(scores: torch.Tensor) -> torch.Tensor:
@@ -168,7 +160,8 @@ def moments(scores: torch.Tensor) -> torch.Tensor:
 def backend(device: torch.device | str) -> str:
     """Name the implementation for tensors on a device: "cuda" or "cpp" (compiled kernels), or "torch" (any device).
 
-    With SINKHORN_EXT=torch in the environment it is always "torch".
+    With SINKHORN_EXT=torch in the environment it is always "torch"; with SINKHORN_EXT=fused too, where torch.compile
+    fuses it on CPUs as it otherwise does on GPUs.
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)
@@ -180,17 +173,64 @@ def backend(device: torch.device | str) -> str:
 
 
 def _operator(schema: str, mutates_args: Sequence[str] = ()):
-    """Turn a function into the operator with this schema. Its attribute `in_torch` is the function itself."""
+    """Turn a function into the operator with this schema. Its attribute `in_torch` is what runs without kernels."""
     name = schema.split("(")[0]
 
     def define(function):
+        in_torch = _fused_where_possible(function)
         operator = torch.library.custom_op(
-            f"sinkhorn_ext::{name}", function, mutates_args=mutates_args, schema=schema[len(name) :]
+            f"sinkhorn_ext::{name}", in_torch, mutates_args=mutates_args, schema=schema[len(name) :]
         )
-        operator.in_torch = function
+        operator.in_torch = in_torch
         return operator
 
     return define
+
+
+def _fused_where_possible(function):
+    """Let torch.compile fuse an operator's body on the devices of `_fused_on`.
+
+    A second batch size compiles a form for all sizes. After eight forms (torch._dynamo.config.recompile_limit) and for
+    tensors without elements, the body runs as it is.
+    """
+    fused = functools.cache(lambda: torch.compile(function))  # not before it is needed: to import the compiler is slow
+
+    @functools.wraps(function)
+    def run(*arguments):
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        if tensors[0].device.type not in _fused_on or not all(tensor.numel() for tensor in tensors):
+            return function(*arguments)
+        # To compile would break the capture of a CUDA graph. What is compiled already runs there too.
+        stance = torch.compiler.set_stance("eager_on_recompile") if _is_capturing(tensors[0]) else nullcontext()
+        try:
+            with torch.no_grad(), stance:
+                return fused()(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            result = function(*arguments)  # raises too, unless the reason is torch.compile
+            _stop_fusing(error)
+            return result
+
+    return run
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _stop_fusing(error: Exception) -> None:
+    global _fused_on
+    if not _fused_on:
+        return  # an operator within this one said it
+    _fused_on = ()
+    warnings.warn(
+        "sinkhorn_ext runs in plain torch without torch.compile, which does not work here; this is slower. To compile "
+        f"its kernels instead: pip install --no-build-isolation -e . The reason: {error}",
+        stacklevel=3,
+    )
 
 
 def _without_autograd(operator, *arguments):
@@ -202,19 +242,17 @@ def _without_autograd(operator, *arguments):
 
 
 @_operator("prototype_logsumexp(Tensor scores, Tensor? extra, float epsilon) -> Tensor")
-def _prototype_logsumexp(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+def _prototype_logsumexp(scores, extra, epsilon):
     return torch.logsumexp(_logits(scores, extra, epsilon), dim=1)  # [A, K]
 
 
 @_operator("prototype_totals(Tensor scores, Tensor? extra, Tensor potentials, float epsilon) -> Tensor")
-def _prototype_totals(
-    scores: torch.Tensor, extra: torch.Tensor | None, potentials: torch.Tensor, epsilon: float
-) -> torch.Tensor:
+def _prototype_totals(scores, extra, potentials, epsilon):
     return _softmax_totals(_logits(scores, extra, epsilon).add_(potentials.unsqueeze(1)))  # [A, K]
 
 
 @_operator("potentials(Tensor scores, Tensor? extra, float epsilon, int iterations) -> Tensor")
-def _potentials(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float, iterations: int) -> torch.Tensor:
+def _potentials(scores, extra, epsilon, iterations):
     logits = _logits(scores, extra, epsilon)  # [A, N + Q, K]
     potentials = _first_potentials(torch.logsumexp(logits, dim=1))  # [A, K]
     exponentials = torch.empty_like(logits)
@@ -225,23 +263,22 @@ def _potentials(scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float
 
 
 @_operator("codes(Tensor scores, Tensor potentials, float epsilon, Tensor(a!) out) -> ()", mutates_args=["out"])
-def _codes(scores: torch.Tensor, potentials: torch.Tensor, epsilon: float, out: torch.Tensor) -> None:
+def _codes(scores, potentials, epsilon, out):
     out.copy_(_softmax(scores.to(out.dtype) / epsilon + potentials))  # [B, K]
 
 
 @_operator(
     "sinkhorn(Tensor scores, Tensor? extra, float epsilon, int iterations, Tensor(a!) out) -> ()", mutates_args=["out"]
 )
-def _sinkhorn(
-    scores: torch.Tensor, extra: torch.Tensor | None, epsilon: float, iterations: int, out: torch.Tensor
-) -> None:
+def _sinkhorn(scores, extra, epsilon, iterations, out):
     extra = None if extra is None else extra.unsqueeze(0)
-    _codes(scores, _potentials(scores.unsqueeze(0), extra, epsilon, iterations)[0], epsilon, out)
+    potentials = _potentials.in_torch(scores.unsqueeze(0), extra, epsilon, iterations)
+    _codes.in_torch(scores, potentials[0], epsilon, out)
 
 
 @_operator("moments(Tensor scores) -> Tensor")
-def _moments(scores: torch.Tensor) -> torch.Tensor:
-    scores = scores.to(torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64)
+def _moments(scores):
+    scores = scores.to(_widest_dtype(scores))
     return torch.cat([scores.sum(dim=1).flatten(), scores.square().sum().view(1)])
 
 
@@ -252,14 +289,7 @@ def _moments(scores: torch.Tensor) -> torch.Tensor:
     " float epsilon)"
     " -> (Tensor loss, Tensor logsumexps)"
 )
-def _swapped_loss(
-    scores: torch.Tensor,
-    assigning: torch.Tensor | None,
-    potentials: torch.Tensor,
-    crops_for_assign: list[int],
-    temperature: float,
-    epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _swapped_loss(scores, assigning, potentials, crops_for_assign, temperature, epsilon):
     scores = scores.to(potentials.dtype)  # [V, B, K]
     log_sums = [torch.logsumexp(crop / temperature, dim=1) for crop in scores]  # V times [B]
     log_sums = [torch.where(log_sum == -torch.inf, torch.nan, log_sum) for log_sum in log_sums]
@@ -279,16 +309,7 @@ def _swapped_loss(
     "swapped_loss_backward(Tensor grad, Tensor scores, Tensor? assigning, Tensor potentials, Tensor logsumexps,"
     " int[] crops_for_assign, float temperature, float epsilon) -> Tensor"
 )
-def _swapped_loss_backward(
-    grad: torch.Tensor,
-    scores: torch.Tensor,
-    assigning: torch.Tensor | None,
-    potentials: torch.Tensor,
-    logsumexps: torch.Tensor,
-    crops_for_assign: list[int],
-    temperature: float,
-    epsilon: float,
-) -> torch.Tensor:
+def _swapped_loss_backward(grad, scores, assigning, potentials, logsumexps, crops_for_assign, temperature, epsilon):
     nmb_crops, batch_size, _ = scores.shape
     grad = grad / (len(potentials) * (nmb_crops - 1) * batch_size * temperature)
     log_sums = logsumexps.unsqueeze(2)  # [V + A, B, 1]
@@ -312,16 +333,9 @@ def _(scores, extra, *_):
     return scores.new_empty(scores.shape[::2], dtype=_accumulation_dtype(scores))
 
 
-@_codes.register_fake
-@_sinkhorn.register_fake
-def _(*_):
-    return None
-
-
 @_moments.register_fake
 def _(scores):
-    dtype = torch.float32 if scores.device.type in NO_FLOAT64 else torch.float64
-    return scores.new_empty(scores.shape[0] * scores.shape[2] + 1, dtype=dtype)
+    return scores.new_empty(scores.shape[0] * scores.shape[2] + 1, dtype=_widest_dtype(scores))
 
 
 @_swapped_loss.register_fake
@@ -375,40 +389,40 @@ def _softmax_totals(logits: torch.Tensor) -> torch.Tensor:
     """
     largest = logits.amax(dim=2, keepdim=True)  # [A, N, 1]
     exponentials = logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
-    row_sums = exponentials.sum(dim=2, keepdim=True)
-    weights = torch.where(row_sums == 0, 0, row_sums.reciprocal())  # 0: all scores are -inf
-    return (weights.transpose(1, 2) @ exponentials).squeeze(1)
+    row_sums = exponentials.sum(dim=2)
+    weights = torch.where(row_sums == 0, 0, row_sums.reciprocal())  # [A, N]; 0: all scores are -inf
+    totals = exponentials.new_empty(exponentials.shape[::2])
+    for problem, weight, total in zip(exponentials, weights, totals, strict=True):
+        # Autocast and TF32 would round a product of matrices; they spare one with a vector that writes into out=.
+        torch.mv(problem.T, weight, out=total)
+    return totals
 
 
 def _accumulation_dtype(scores: torch.Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
+def _widest_dtype(scores: torch.Tensor) -> torch.dtype:
+    return torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no float64
+
+
 def _has_peers(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
 def _check_problem(
     scores: torch.Tensor, epsilon: float, iterations: int, extra: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check the arguments of a problem. Return scores and extra, without gradient and with one dtype."""
-    _check_positive("epsilon", epsilon)
-    if iterations < 1:
-        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+    _expect(epsilon > 0, "epsilon", epsilon, "a number > 0")
+    _expect(iterations >= 1, "iterations", iterations, "1 or more")
     scores = scores.detach()
     if extra is None:
         return scores, None
     extra = extra.detach()
     _check_scores("extra", extra, scores.dim())
-    if extra.shape[:-2] != scores.shape[:-2] or extra.shape[-1] != scores.shape[-1]:
-        raise ValueError(
-            f"extra: expected the shape of scores {list(scores.shape)} except for B, got {list(extra.shape)}"
-        )
+    is_right = extra.shape[:-2] == scores.shape[:-2] and extra.shape[-1] == scores.shape[-1]
+    _expect(is_right, "extra", extra, "the shape of scores", scores.shape, "except for B")
     if extra.dtype != scores.dtype:
         scores, extra = scores.to(_accumulation_dtype(scores)), extra.to(_accumulation_dtype(scores))
     return scores, extra
@@ -416,21 +430,23 @@ def _check_problem(
 
 def _check_scores(name: str, scores: torch.Tensor, dimensions: int) -> None:
     expected = "[B, K]" if dimensions == 2 else "[crops, B, K]"
-    if scores.dim() != dimensions or not scores.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a floating-point tensor {expected}, got {scores.dtype} {list(scores.shape)}"
-        )
-    if scores.shape[-1] < 1:
-        raise ValueError(f"{name}: expected at least one prototype, got {list(scores.shape)}")
+    is_right = scores.dim() == dimensions and scores.is_floating_point() and scores.shape[-1] > 0
+    _expect(is_right, name, scores, "a floating-point tensor", expected, "with K > 0")
+
+
+def _expect(is_right: bool, name: str, got: object, *expected: object) -> None:
+    """Raise ValueError unless is_right. Only then it formats what it got, which takes longer than a check."""
+    if not is_right:
+        if isinstance(got, torch.Tensor):
+            got = f"{got.dtype} {list(got.shape)}"
+        words = [str(list(word)) if isinstance(word, tuple) else str(word) for word in expected]
+        raise ValueError(f"{name}: expected {' '.join(words)}, got {got}")
 
 
 def _load_kernels() -> str:
     """Import _C, which registers the compiled kernels. Return "loaded", or why they are not."""
-    choice = os.environ.get("SINKHORN_EXT", "")
-    if choice not in ("", "torch"):
-        raise ValueError(f"SINKHORN_EXT: expected torch or nothing in the environment, got {choice}")
-    if choice == "torch":
-        return "not loaded, because of SINKHORN_EXT=torch in the environment"
+    if _choice:
+        return f"not loaded, because of SINKHORN_EXT={_choice} in the environment"
     this_folder = globals().get("__path__", [])
     built = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder)
     if built is None:
@@ -450,4 +466,10 @@ def _load_kernels() -> str:
     return "loaded"
 
 
+_choice = os.environ.get("SINKHORN_EXT", "")
+_expect(_choice in ("", "torch", "fused"), "SINKHORN_EXT", _choice, "torch, fused or nothing in the environment")
 _kernels_state = _load_kernels()
+# The devices on which torch.compile fuses plain torch. On a CPU it takes a C++ compiler, which can compile the kernels.
+_fused_on = ("cuda",) if importlib.util.find_spec("triton") and _choice != "torch" else ()
+if _choice == "fused":
+    _fused_on = ("cpu", "cuda")

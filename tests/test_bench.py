@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shlex
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 import bench.step
 from bench import published
 from bench.__main__ import BENCHMARKS, describe_benchmarks, main, parse_args
-from bench.loss import fallback_loss
+from bench.loss import compiled_loss, loss_candidates, relative_candidates
 from bench.pipeline import write_photos
 from bench.scaling import traffic
 from bench.sinkhorn import fallback_sinkhorn, random_scores
@@ -50,21 +51,42 @@ def check_row(row, ratios, images=None):
         assert row["images_per_s"] == {name: pytest.approx(1e3 * images / ms) for name, ms in medians.items()}
 
 
-def test_tables_and_figures_of_tiny_sizes(figures_of):
+@pytest.fixture
+def compile_quickly(monkeypatch):
+    """Let torch.compile trace functions, but generate no code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+def test_tables_and_figures_of_tiny_sizes(figures_of, compile_quickly):
     figures, out = figures_of("sinkhorn", "loss", "--batch_size", "3", "5", "--nmb_prototypes", "7")
     assert figures["machine"]["torch"] == torch.__version__ and figures["machine"]["sinkhorn_ext"] in ("cpp", "torch")
-    for name, floors in (("sinkhorn", {"read", "read+write", "read+exp+write", "new"}), ("loss", {"read+write"})):
-        rows = figures[name]
+    relative = [row["relative"] for row in figures["loss"]]
+    of_loss, of_sinkhorn = {"fallback", "batched", "read+write"}, {"fallback", "new", "read+write", "exp"}
+    for rows, others in ((figures["sinkhorn"], of_sinkhorn), (figures["loss"], of_loss), (relative, {"read+write"})):
         assert [(row["B"], row["K"]) for row in rows] == [(3, 7), (5, 7)]
         for row in rows:
-            assert row["median_ms"].keys() >= {"published", "fallback", "ours"} | floors
+            assert row["median_ms"].keys() == {"published", "compiled", "ours"} | others
             for candidate, median in row["median_ms"].items():
                 low, middle, high = row["quartiles_ms"][candidate]  # of two times: low may be below 0
                 assert low <= middle <= high and middle == pytest.approx(median) and median > 0
-            ratio = row["median_ms"]["published"] / row["median_ms"]["ours"]
-            assert row["ratios"]["published/ours"] == pytest.approx(ratio)
-            assert f"{ratio:.2f}" in out
+            for peer in ("published", "compiled"):
+                ratio = row["median_ms"][peer] / row["median_ms"]["ours"]
+                assert row["ratios"][f"{peer}/ours"] == pytest.approx(ratio)
+                assert f"{ratio:.2f}" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("all figures: ")) < 165
     assert sys.platform != "linux" or figures["loss"][0]["peak_bytes"]["scores"] == 8 * 3 * 7 * 4
+
+
+def test_without_torch_compile_a_line_says_so_and_the_column_is_left_out(figures_of, monkeypatch):
+    def broken(graph, example_inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    figures, out = figures_of("sinkhorn", "--batch_size", "3", "--nmb_prototypes", "7")
+    (row,) = figures["sinkhorn"]
+    assert "compiled" not in row["median_ms"] and row["ratios"].keys() == {"published/ours", "ours/exp"}
+    (line,) = [line for line in out.splitlines() if "no column" in line]
+    assert "torch.compile does not work here" in line and "no compiler here" in line
 
 
 # Whole training processes take as long as all else here: once, with compiled kernels, is enough.
@@ -174,7 +196,7 @@ def test_published_crops(tmp_path):
     assert not torch.equal(crops[0][0], crops[0][1])
 
 
-def test_all_candidates_compute_the_same():
+def test_all_candidates_compute_the_same(compile_quickly):
     scores = random_scores(1, 20, 30, torch.device("cpu"))[0]
     out = torch.empty_like(scores)
     fallback_sinkhorn(scores, out)
@@ -185,7 +207,12 @@ def test_all_candidates_compute_the_same():
     torch.testing.assert_close(loss, published.batched_loss(scores, potentials))
     torch.testing.assert_close(loss, swav_loss(scores, potentials))
     (grad,) = torch.autograd.grad(loss, scores)
-    torch.testing.assert_close(fallback_loss(scores.detach(), potentials), grad)
+    for name, candidate in (loss_candidates(scores.detach()) | compiled_loss(scores.detach())).items():
+        if name != "read+write":
+            torch.testing.assert_close(candidate(), grad)
+    relative = relative_candidates(scores.detach())
+    for name in ("compiled", "ours"):
+        torch.testing.assert_close(relative[name](), relative["published"]())
     codes = [published.sinkhorn(crop_scores) for crop_scores in scores[:2].detach()]
     torch.testing.assert_close(published.swapped_loss(scores, codes), loss)
 

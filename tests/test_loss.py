@@ -221,6 +221,23 @@ def test_a_gathered_queue_equals_that_of_one_process_and_scatters_to_any_number(
         assert is_restored
 
 
+def test_relative_epsilon_is_in_units_of_the_spread_over_all_processes():
+    embeddings, scores, prototypes = batch(0, images=4)
+    criterion = SwAVLoss(V, (0, 2), epsilon=0.3, relative_epsilon=True)
+    loss, code_logits = criterion.loss_and_code_logits(embeddings, scores, prototypes)
+    losses, logits = zip(*run_processes(loss_and_codes_of_shards, 2), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat(logits, dim=1).softmax(2), code_logits.softmax(2), rtol=1e-10, atol=1e-14)
+
+
+def loss_and_codes_of_shards(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and code logits of this process, which has two of the four images."""
+    own = [4 * v + 2 * rank + i for v in range(V) for i in range(2)]
+    embeddings, scores, prototypes = batch(0, images=4)
+    criterion = SwAVLoss(V, (0, 2), epsilon=0.3, relative_epsilon=True)
+    return criterion.loss_and_code_logits(embeddings[own], scores[own], prototypes)
+
+
 def gather_and_scatter(rank: int, world_size: int, of_one_process: dict) -> tuple[dict, bool]:
     """The queue gathered from two processes, and whether the queue of one process restores theirs."""
     swav_loss, restored = (SwAVLoss(V, queue_length=4, feat_dim=D).double() for _ in range(2))

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -592,11 +593,28 @@ def test_codes_and_potentials_have_no_gradient(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loss_has_no_gradient_for_potentials(device):
+def test_moments_have_no_gradient_and_the_loss_none_for_potentials_and_assigning_scores(device):
     scores = cosine_scores(5, 7, crops=3, device=device).requires_grad_()
+    assert not moments(scores).requires_grad
     potentials = sinkhorn_potentials(scores[:2]).requires_grad_()
-    swav_loss(scores, potentials).backward()
-    assert potentials.grad is None
+    assigning = cosine_scores(5, 7, crops=2, seed=1, device=device).requires_grad_()
+    swav_loss(scores, potentials, assigning=assigning).backward()
+    assert potentials.grad is None and assigning.grad is None and scores.grad.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_no_result(device):
+    scores = cosine_scores(40, 25, crops=3, device=device).requires_grad_()
+
+    def results():
+        potentials = sinkhorn_potentials(scores[:2])
+        loss = swav_loss(scores, potentials)
+        plain = sinkhorn_ext._potentials.in_torch(scores.detach(), None, 0.05, 3)
+        return sinkhorn(scores[0]), potentials, loss, torch.autograd.grad(loss, scores)[0], moments(scores), plain
+
+    expected = results()
+    with torch.autocast(device, torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
 # The operators
@@ -618,11 +636,11 @@ def test_operators_for_several_processes_match_plain_torch_in_float64(nmb_protot
         torch.testing.assert_close(result.double(), expected, rtol=5e-5, atol=1e-6)
 
 
-def operator_arguments(dtype, device):
-    scores, extra = (cosine_scores(n, 17, crops=4, dtype=dtype, device=device) for n in (5, 3))
+def operator_arguments(dtype, device, images=5):
+    scores, extra = (cosine_scores(n, 17, crops=4, dtype=dtype, device=device) for n in (images, 3))
     potentials = sinkhorn_potentials(scores[:2])
-    out = torch.empty(5, 17, dtype=potentials.dtype, device=device)
-    logsumexps = torch.randn(6, 5, device=device).to(potentials.dtype)
+    out = torch.empty(images, 17, dtype=potentials.dtype, device=device)
+    logsumexps = torch.randn(6, images, device=device).to(potentials.dtype)
     return {
         "prototype_logsumexp": (scores, extra, 0.05),
         "prototype_totals": (scores[:2], extra[:2], potentials, 0.05),
@@ -729,6 +747,112 @@ print((kib("VmHWM") - before) * 1024 / scores.nbytes)
     assert 0.9 < float(peak.stdout) < 1.4  # for the gradient and the totals of the slabs
 
 
+# Plain torch, fused by torch.compile
+
+
+@pytest.fixture
+def fuse_on_cpu(monkeypatch):
+    """Return a function that gives an operator's body as it runs on a GPU without kernels, and one that counts graphs.
+
+    The graphs run as torch traced them: no code is generated, which would take seconds for each.
+    """
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(sinkhorn_ext, "_fused_on", ("cpu",))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    torch._dynamo.reset()
+
+    def fuse(name):
+        return sinkhorn_ext._fused_where_possible(getattr(sinkhorn_ext, f"_{name}").in_torch.__wrapped__)
+
+    return fuse, lambda: len(graphs)
+
+
+def run_body(body, arguments):
+    """Call an operator's body. Return its tensors, those that it writes included."""
+    arguments = [argument.detach().clone() if torch.is_tensor(argument) else argument for argument in arguments]
+    result = body(*arguments)
+    return arguments[-1] if result is None else result
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_fused_body_gives_the_same_for_every_batch_size_and_compiles_twice(name, fuse_on_cpu, monkeypatch):
+    fuse, count_graphs = fuse_on_cpu
+    fused = fuse(name)
+    for images in (5, 9, 13):
+        arguments = operator_arguments(torch.float64, "cpu", images=images)[name]
+        result = run_body(fused, arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(sinkhorn_ext, "_fused_on", ())
+            expected = run_body(fused, arguments)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-15)
+    assert count_graphs() == 2
+
+
+def test_during_the_capture_of_a_cuda_graph_nothing_is_compiled(fuse_on_cpu, monkeypatch):
+    fuse, count_graphs = fuse_on_cpu
+    fused, scores = fuse("moments"), cosine_scores(5, 7, crops=2)
+    for is_capturing, graphs in ((True, 0), (False, 1), (True, 1)):
+        monkeypatch.setattr(sinkhorn_ext, "_is_capturing", lambda tensor, value=is_capturing: value)
+        torch.testing.assert_close(fused(scores), moments(scores))
+        assert count_graphs() == graphs
+
+
+def test_within_torch_compile_and_without_rows_nothing_is_compiled(fuse_on_cpu):
+    fuse, count_graphs = fuse_on_cpu
+    fused, scores = fuse("moments"), cosine_scores(5, 7, crops=2)
+    assert torch.equal(fused(scores[:, :0]), torch.zeros(15, dtype=torch.float64)) and count_graphs() == 0
+    outer = torch.compile(lambda scores: 2 * fused(scores), fullgraph=True)
+    torch.testing.assert_close(outer(scores), 2 * moments(scores))
+    assert count_graphs() == 1  # that of the whole
+
+
+def test_where_torch_compile_does_not_work_plain_torch_runs_and_one_warning_says_so(fuse_on_cpu, monkeypatch):
+    def broken(graph, example_inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    scores = cosine_scores(5, 7, crops=2)
+    with pytest.warns(UserWarning, match="(?s)plain torch without torch.compile, .* no compiler here") as warned:
+        for name in ("moments", "prototype_logsumexp"):
+            body = fuse_on_cpu[0](name)
+            plain = body.__wrapped__
+            arguments = (scores,) if name == "moments" else (scores, None, 0.05)
+            assert torch.equal(body(*arguments), plain(*arguments))
+    assert len(warned) == 1 and sinkhorn_ext._fused_on == ()
+
+
+def test_an_error_that_is_not_of_torch_compile_is_raised(fuse_on_cpu):
+    scores = cosine_scores(5, 7, crops=2)
+    with pytest.raises(RuntimeError, match="must match"):
+        fuse_on_cpu[0]("prototype_totals")(scores, None, torch.zeros(2, 6), 0.05)
+    assert sinkhorn_ext._fused_on == ("cpu",)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_generated_code_gives_the_results_of_plain_torch():
+    """With SINKHORN_EXT=fused, which makes a CPU do what GPUs do without kernels; also within torch.compile."""
+    program = """
+import warnings
+warnings.simplefilter("error", UserWarning)
+import torch
+import sinkhorn_ext
+from torch._dynamo.utils import counters
+assert sinkhorn_ext.backend("cpu") == "torch" and "fused" in sinkhorn_ext._kernels_state
+scores = torch.randn(2, 9, 7, dtype=torch.float64)
+sums = torch.compile(lambda x: 1 * sinkhorn_ext.moments(x), backend="eager", fullgraph=True)(scores)
+assert counters["stats"]["unique_graphs"] == 2 and sinkhorn_ext._fused_on == ("cpu", "cuda")
+sinkhorn_ext._fused_on = ()
+torch.testing.assert_close(sums, sinkhorn_ext.moments(scores), rtol=1e-12, atol=1e-15)
+"""
+    result = forked("-c", program, SINKHORN_EXT="fused")
+    assert result.returncode == 0, result.stderr
+
+
 # Which implementation runs
 
 
@@ -771,6 +895,7 @@ def test_the_report_names_the_backends_and_tells_how_the_kernels_were_built():
     assert all(lines[f"backend on {device}"] == backend(device) for device in ("cpu", "cuda"))
     assert torch.__version__ in lines["torch"] and lines["Python"] == platform.python_version()
     assert (lines["compiled kernels"].startswith("_C.")) == IS_COMPILED
+    assert lines["plain torch, fused on"] == (", ".join(sinkhorn_ext._fused_on) or "no device")
     for name, value in sinkhorn_ext._C.build_info().items() if IS_COMPILED else []:
         assert lines[f"  {name}"] == str(value) or name == "threads"
 
@@ -824,4 +949,4 @@ def test_kernels_load_only_for_the_operators_that_they_were_compiled_for(run_cop
 
 
 def test_an_unknown_choice_of_implementation_is_refused(run_copy):
-    assert "ValueError: SINKHORN_EXT: expected torch or nothing" in run_copy(SINKHORN_EXT="cuda").stderr
+    assert "ValueError: SINKHORN_EXT: expected torch, fused or nothing" in run_copy(SINKHORN_EXT="cuda").stderr
