@@ -192,11 +192,13 @@ class ResNet(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] -> pooled features [B, num_features]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        recomputes = self.recomputes_blocks and torch.is_grad_enabled()
-        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+        x, recomputes = images, self.recomputes_blocks and torch.is_grad_enabled()
+        for block in chain([self._stem], self.layer1, self.layer2, self.layer3, self.layer4):
             x = checkpoint(block, x, use_reentrant=False) if recomputes else block(x)
         return self.avgpool(x).flatten(1)
+
+    def _stem(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.features(images)
@@ -307,7 +309,7 @@ class SwAV(ResNet):
 
 
 def checkpoint_activations(model: SwAV) -> None:
-    """Keep only the inputs of residual blocks for backward, which computes the rest again: less memory, more time.
+    """Keep only the inputs of stem and blocks for backward, which computes the rest again: less memory, more time.
 
     Networks of timm do it by their own set_grad_checkpointing. Call backward within `statistics_kept`. Raises
     ValueError for a network that cannot do it.

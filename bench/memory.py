@@ -20,6 +20,7 @@ from data import PARAMS, crops_to_device
 from loss import SwAVLoss
 from model import SwAV, checkpoint_activations
 
+ARCH = "resnet50"
 PARTS = (1, 2, 4, 8)
 
 
@@ -56,9 +57,7 @@ def run(
         sides = tuple(side for side, n in zip(sizes, nmb_crops or [2, 6], strict=True) for _ in range(n))
         all_parts = [parts for parts in PARTS if images % parts == 0 and images // parts > 1]
         return [
-            Setting("resnet50", sides, images, prototypes, n, checkpoints)
-            for checkpoints in (False, True)
-            for n in all_parts
+            Setting(ARCH, sides, images, prototypes, n, checkpoints) for checkpoints in (False, True) for n in all_parts
         ]
 
     counted = [row for B in batch_size or [256] for row in count(settings(B, size_crops or [224, 96]))]
@@ -101,15 +100,9 @@ class AliveBytes(TorchDispatchMode):
 def count(settings: Sequence[Setting]) -> list[dict]:
     """Count the memory of steps in bf16 and print the table. Return one row per setting."""
     images, sides = settings[0].batch_size, settings[0].sides
-    print(
-        f"\nmemory: GB of tensors alive at the peak of a step, counted, {settings[0].arch} in bf16, B={images}, crops"
-    )
-    print(
-        f"of {' '.join(map(str, sides))}; without what the libraries need: CUDA's context, workspaces of convolutions"
-    )
-    print(
-        "model: weights and momentum; augment: working memory on a stream of its own; rest: activations and gradients"
-    )
+    print(f"\nmemory: GB of tensors alive at the peak of a step, counted, {settings[0].arch} in bf16, B={images},")
+    print(f"crops of {' '.join(map(str, sides))}; CUDA's context and the workspaces of convolutions come on top")
+    print("model: weights and momentum; augment: working memory, on a stream of its own; rest: activations, gradients")
     print(f"{'':18} {'total':>8} {'crops':>8} {'model':>8} {'augment':>8} {'rest':>8}")
     rows = []
     for setting in settings:

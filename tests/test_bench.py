@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from conftest import DEVICES, FORKED, forked
 from torch import nn
 
+import bench.memory
 import bench.step
 from bench import published
 from bench.__main__ import BENCHMARKS, describe_benchmarks, main, parse_args
@@ -104,6 +105,37 @@ def test_step_of_tiny_sizes(device, figures_of, monkeypatch):
         absent = {"all-reduce"} | ({"augment", "guard"} if program == "published" else set())
         assert {part for part in PARTS if parts[part] == 0} == absent
     assert all(part in out for part in PARTS)
+
+
+@with_kernels
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_of_tiny_sizes(device, figures_of, monkeypatch):
+    monkeypatch.setattr(bench.memory, "ARCH", "resnet18")
+    monkeypatch.setattr(bench.memory, "PARTS", (1, 2))
+    words = [
+        "memory",
+        "--size_crops",
+        "32",
+        "16",
+        "--nmb_crops",
+        "2",
+        "1",
+        "--batch_size",
+        "8",
+        "--nmb_prototypes",
+        "7",
+    ]
+    figures, out = figures_of(*words, device=device)
+    names = ["N=1", "N=2", "N=1, checkpoints", "N=2, checkpoints"]
+    counted, (measured,) = figures["memory"]["counted"], figures["memory"]["measured"]
+    assert [row["setting"] for row in counted] == names and all(name in out for name in names)
+    for row in counted:
+        assert row["total"] == sum(row[part] for part in ("crops", "model", "augment", "rest"))
+        assert row["crops"] == 8 * 3 * (2 * 32**2 + 16**2) * 4
+    rest = {row["setting"]: row["rest"] for row in counted}
+    assert rest["N=1"] > rest["N=2"] and rest["N=1"] > rest["N=1, checkpoints"]
+    check_row(measured, [(name, "N=1") for name in names[1:]])
+    assert measured["peak_bytes"].keys() == set(names)
 
 
 @with_kernels
