@@ -274,11 +274,11 @@ class SwAV(ResNet):
         """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
 
         One backbone pass per resolution (section 3.2), so BatchNorm has statistics of each; one head pass over all.
-        With `parts`, so for each part.
+        With `parts`, so for each part, except under torch.no_grad().
         """
         if len({len(crop) for crop in crops}) != 1:
             raise ValueError(f"crops: expected the same number of images in each, got {[len(crop) for crop in crops]}")
-        if self.parts == 1:
+        if self.parts == 1 or not torch.is_grad_enabled():
             return self._forward(*crops)
         if len(crops[0]) % self.parts:
             raise ValueError(f"crops: expected a multiple of the {self.parts} parts of images, got {len(crops[0])}")

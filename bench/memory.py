@@ -112,11 +112,11 @@ def count(settings: Sequence[Setting]) -> list[dict]:
     return rows
 
 
-def count_step(setting: Setting) -> dict[str, int]:
-    """Count the bytes of a step's tensors, in bf16, without computing them."""
+def count_step(setting: Setting, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Count the bytes of a step's tensors, with activations of this dtype, without computing them."""
     cpu, images = torch.device("cpu"), setting.batch_size  # as large as those on a GPU
     trainer, mode = start(setting, cpu), FakeTensorMode()
-    trainer.dtype = torch.bfloat16
+    trainer.dtype = dtype
     trainer.optimizer.zero_grad = trainer.optimizer.step = lambda: None  # LARS reads values
     for module in trainer.model.modules():  # a fake tensor has a shape, but no numbers
         for name, parameter in module.named_parameters(recurse=False):
@@ -162,7 +162,7 @@ def compare(settings: Sequence[Setting], device: torch.device, repetitions: int,
     """Measure time and peak of each setting on the device and print them. Return the row."""
     first = settings[0]
     print(f"\nmemory: a step on crops on the device, {first.arch}, crops of {' '.join(map(str, first.sides))}, ms")
-    print("peak: MB beside weights, gradients, momentum and crops")
+    print("peak: MB beside weights, momentum and crops")
     peaks = {}
     for setting in settings:
         with fresh_process() as process:
@@ -181,7 +181,12 @@ def call_of(setting: Setting, device: torch.device) -> Callable[[], None]:
     trainer = start(setting, device)
     crops = [torch.randn(setting.batch_size, 3, side, side, device=device) for side in setting.sides]
     crops = [crop.to(memory_format=torch.channels_last) for crop in crops]
-    return lambda: trainer.step(crops)
+
+    def step() -> None:
+        trainer.step(crops)
+        trainer.optimizer.zero_grad()  # so that gradients are part of a peak
+
+    return step
 
 
 def step_peak(setting: Setting, device: torch.device, threads: int) -> int | None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from conftest import run_processes
+from torch._dynamo.backends.registry import lookup_backend
 
 import model as models
 from foreign import timm_network
@@ -451,6 +452,27 @@ def test_blocks_run_again_in_backward_only_with_checkpoints():
         assert len(calls) == forward + backward
         with torch.no_grad():
             swav.features(images(4, 3, 16, 16))
+
+
+def test_compiled_features_in_parts_take_one_graph_per_resolution():
+    crops = [images(4, 3, side, side, dtype=torch.float64, seed=side) for side in (16, 9)]
+    results, graphs = [], []
+
+    def compile_without_a_compiler(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    for compiles in (False, True):
+        swav = small_swav(blocks=(1, 1, 1, 1)).double()
+        swav.parts = 2
+        checkpoint_activations(swav)
+        if compiles:
+            swav.features = torch.compile(swav.features, backend=compile_without_a_compiler, fullgraph=True)
+        gradients(swav, crops)
+        results.append(gradients(swav, crops))
+    assert len(graphs) == 2
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
 def synced_checkpoints(rank: int, world_size: int) -> list:

@@ -28,7 +28,6 @@ from conftest import (
     without_times,
 )
 from PIL import Image
-from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -197,29 +196,6 @@ def test_a_compiled_run_learns_the_same(images, tmp_path, monkeypatch):
     assert compiled == ["features", "augment"]
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-3)
     assert contents["state_dict"].keys() == train.build_model(train.parse_args(TINY)).state_dict().keys()
-
-
-def test_a_compiled_run_in_parts_learns_the_same_with_one_graph_per_resolution(images, tmp_path, monkeypatch):
-    compiled, torch_compile = [], torch.compile
-
-    def compile_without_a_compiler(function, **options):
-        def count_graphs(graph, inputs):
-            compiled.append(function.__name__)
-            return lookup_backend("aot_eager")(graph, inputs)
-
-        return torch_compile(function, backend=count_graphs, **options)
-
-    words = ["--log_freq", "1", "--epochs", "1", "--accumulate", "2", "--checkpoint_activations"]
-    eager = run_training(images, tmp_path / "off", *words)
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", compile_without_a_compiler)
-    contents = run_training(images, tmp_path / "on", *words, "--compile")
-    assert sorted(compiled) == ["augment"] * 2 + ["features"] * 3  # those of 16 and 9 pixels, and of tracked images
-    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-3)
-    for name in ("bn1", "layer4.0.bn2"):
-        assert contents["state_dict"][f"{name}.num_batches_tracked"] == 8  # 2 steps, 2 parts, 2 resolutions
-        ours, expected = (run["state_dict"][f"{name}.running_mean"] for run in (contents, eager))
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_activations_that_are_computed_again_change_nothing(images, tmp_path):
