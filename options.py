@@ -207,11 +207,8 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise UserError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:
         raise UserError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
-    if args.batch_size is not None and args.accumulate not in (fitting := parts_of(args.batch_size)):
-        raise UserError(
-            f"--accumulate: expected {', '.join(map(str, fitting))}, which divide the --batch_size {args.batch_size} "
-            f"into parts of 2 images or more, got {args.accumulate}"
-        )
+    if args.batch_size is not None:
+        check_accumulate(args.accumulate, args.batch_size)
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     dump = Path(args.dump_path)
@@ -242,9 +239,14 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise UserError(f"--width, --blocks, --queue_length: expected smaller ones; torch says: {reason}") from None
 
 
-def parts_of(batch_size: int) -> list[int]:
-    """The numbers of equal parts of 2 images or more, as BatchNorm needs several, into which a batch divides."""
-    return [parts for parts in range(1, batch_size // 2 + 1) if batch_size % parts == 0]
+def check_accumulate(parts: int, batch_size: int) -> None:
+    """Raise UserError unless a batch divides into equal parts of 2 images or more, as BatchNorm needs several."""
+    if batch_size % parts or batch_size < 2 * parts:
+        fitting = [str(n) for n in range(1, min(batch_size // 2, 1024) + 1) if batch_size % n == 0]
+        raise UserError(
+            f"--accumulate: expected {', '.join(fitting)}, which divide the --batch_size {batch_size} "
+            f"into parts of 2 images or more, got {parts}"
+        )
 
 
 def resolve_options(
