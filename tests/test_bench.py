@@ -130,7 +130,7 @@ def test_parts_and_checkpoints_need_less_memory():
         bench.memory.count_step(bench.memory.Setting("resnet18", (64, 64), 128, 7, *setting))["rest"]
         for setting in settings
     )
-    assert in_parts < whole / 2 and recomputed < whole / 2
+    assert in_parts < whole / 2 and recomputed < 0.8 * whole
 
 
 @with_kernels
