@@ -225,8 +225,7 @@ class SwAV(ResNet):
 
     parts: set this attribute to N, a divisor of B, to need memory for a part of B/N images only. Forward works through
     the batch part by part and keeps no activations, only outputs, which are those of the whole batch. Backward runs
-    each part's forward again, so gradients are those of the whole batch too, for a third more time. BatchNorm has
-    statistics of each part. Call backward within `statistics_kept`.
+    each part's forward again, so gradients are those of the whole batch too. BatchNorm has statistics of each part. Call backward within `statistics_kept`.
     """
 
     parts = 1

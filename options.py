@@ -93,8 +93,8 @@ def option_parser() -> launch.OptionParser:
     parser.start_group("optimisation")
     add("epochs", 200, epoch_count, "Train for this many passes over the images.", common="N")
     add("batch_size", None, positive_int, "Take this many images per process and step.", common="N")
-    add("accumulate", 1, positive_int, "parts in which a step works through its batch_size images, for less memory and "
-        "a third more time. Codes and gradients are those of all; BatchNorm has statistics of each part")  # fmt: skip
+    add("accumulate", 1, positive_int, "parts in which a step works through its batch_size images: less memory, but "
+        "forward runs twice. Codes and gradients are those of all; BatchNorm has statistics of each part")  # fmt: skip
     add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), not rescaled for you")
     add("final_lr", None, nonnegative, "learning rate at the end of the cosine schedule")
     add("warmup_epochs", None, nonnegative_int, "epochs of linear warm-up: 10 for batches in the thousands")
@@ -123,8 +123,8 @@ def option_parser() -> launch.OptionParser:
     add("compile", "auto", str, "torch.compile for backbone and augmentation: a minute or two at the start, faster "
         "steps on a GPU. auto: in long runs of large crops on one GPU", choices=("auto", "on", "off"), nargs="?",
         const="on")  # fmt: skip
-    add("checkpoint_activations", "off", str, "on: keep only the inputs of blocks for backward, which computes the "
-        "rest again, for less memory and a third more time", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
+    add("checkpoint_activations", "off", str, "on: keep only the inputs of blocks for backward: less memory, but "
+        "forward runs twice", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("seed", 31, nonnegative_int, "Seed the weights, the order of images and the crops.", common="N",
         affects="learning")  # fmt: skip
 
