@@ -192,9 +192,12 @@ class ResNet(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] -> pooled features [B, num_features]."""
-        x, recomputes = images, self.recomputes_blocks and torch.is_grad_enabled()
-        for block in chain([self._stem], self.layer1, self.layer2, self.layer3, self.layer4):
-            x = checkpoint(block, x, use_reentrant=False) if recomputes else block(x)
+        if self.recomputes_blocks and torch.is_grad_enabled():
+            x = images
+            for block in chain([self._stem], self.layer1, self.layer2, self.layer3, self.layer4):
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images)))))
         return self.avgpool(x).flatten(1)
 
     def _stem(self, images: torch.Tensor) -> torch.Tensor:
@@ -225,7 +228,8 @@ class SwAV(ResNet):
 
     parts: set this attribute to N, a divisor of B, to need memory for a part of B/N images only. Forward works through
     the batch part by part and keeps no activations, only outputs, which are those of the whole batch. Backward runs
-    each part's forward again, so gradients are those of the whole batch too. BatchNorm has statistics of each part. Call backward within `statistics_kept`.
+    each part's forward again, so gradients are those of the whole batch too. BatchNorm has statistics of each part.
+    Call backward within `statistics_kept`.
     """
 
     parts = 1

@@ -411,7 +411,7 @@ def test_options_are_compared_by_what_they_affect():
         "global_batch_size": (8, 4)
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
-        *("max_bad_images", "device", "workers", "augment", "cache", "compile"),
+        *("max_bad_images", "device", "workers", "augment", "cache", "compile", "checkpoint_activations"),
         *("dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "eval_every", "tensorboard"),
         *("on_collapse", "resume_anyway", "replay"),
     }
