@@ -617,12 +617,13 @@ def crops_to_device(
     memory_format: torch.memory_format = torch.contiguous_format,
     stream: "torch.cuda.Stream | None" = None,
     augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = augment,
+    parts: int = 1,
 ) -> list[torch.Tensor]:
     """Copy the crops of a `training_loader` with MultiCrop to the device: V crops float32 [B, 3, S, S].
 
     Crops of a loader with crop_only are augmented there. stream: a CUDA stream for copies and augmentation, so that
     they overlap with the step before; the current stream waits for it, the host does not. augment: `augment`, or a
-    compiled one.
+    compiled one. parts: how many parts of the crops of one size it gets, one after the other, to need less memory.
     """
     crops = []
     with torch.cuda.stream(stream):  # does nothing for None
@@ -631,8 +632,9 @@ def crops_to_device(
                 crops.append(part.to(device, non_blocking=True, memory_format=memory_format))
             else:
                 pixels, params = (tensor.to(device, non_blocking=True) for tensor in part)
-                images = augment(pixels.flatten(0, 1), params.flatten(0, 1)).contiguous(memory_format=memory_format)
-                crops += images.chunk(len(pixels))
+                flat = zip(*(tensor.flatten(0, 1).chunk(parts) for tensor in (pixels, params)), strict=True)
+                images = [augment(*part).contiguous(memory_format=memory_format) for part in flat]
+                crops += (torch.cat(images) if parts > 1 else images[0]).chunk(len(pixels))
     if stream is not None:
         current = torch.cuda.current_stream(device)
         current.wait_stream(stream)

@@ -9,9 +9,11 @@ so weights load from either and back. Copy this file to use it elsewhere: it nee
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 # Without AVX-512, oneDNN's weight gradient for small maps takes up to seven times as long as one matrix product.
 SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -32,7 +35,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, fx.Proxy) and x.device.type == "cpu":  # torch.fx traces a plain convolution
-            out_pixels = math.prod((side - 1) // self.stride[0] + 1 for side in x.shape[2:])
+            out_pixels = math.prod([(side - 1) // self.stride[0] + 1 for side in x.shape[2:]])
             is_autocast = torch.is_autocast_enabled("cpu")
             if is_autocast and out_pixels == 1:
                 # on 1x1 maps some torch builds return uninitialised memory as a stride-2 weight's bf16 gradient
@@ -147,6 +150,8 @@ class ResNet(nn.Module):
     not fit the groups of a ResNeXt.
     """
 
+    recomputes_blocks = False  # of `checkpoint_activations`
+
     def __init__(
         self,
         arch: str = "resnet50",
@@ -187,9 +192,16 @@ class ResNet(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] -> pooled features [B, num_features]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if self.recomputes_blocks and torch.is_grad_enabled():
+            x = images
+            for block in chain([self._stem], self.layer1, self.layer2, self.layer3, self.layer4):
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images)))))
         return self.avgpool(x).flatten(1)
+
+    def _stem(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.features(images)
@@ -213,7 +225,14 @@ class SwAV(ResNet):
     nmb_prototypes: K. width, blocks and stem are those of `ResNet`. backbone: another network, images [B, 3, S, S] ->
     [B, num_features], in the place of a ResNet; its weights get the names backbone.*. Raises ValueError for values out
     of range.
+
+    parts: set this attribute to N, a divisor of B, to need memory for a part of B/N images only. Forward works through
+    the batch part by part and keeps no activations, only outputs, which are those of the whole batch. Backward runs
+    each part's forward again, so gradients are those of the whole batch too. BatchNorm has statistics of each part.
+    Call backward within `statistics_kept`.
     """
+
+    parts = 1
 
     def __init__(
         self,
@@ -258,9 +277,23 @@ class SwAV(ResNet):
         """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
 
         One backbone pass per resolution (section 3.2), so BatchNorm has statistics of each; one head pass over all.
+        With `parts`, so for each part, except under torch.no_grad().
         """
         if len({len(crop) for crop in crops}) != 1:
             raise ValueError(f"crops: expected the same number of images in each, got {[len(crop) for crop in crops]}")
+        if self.parts == 1 or not torch.is_grad_enabled():
+            return self._forward(*crops)
+        if len(crops[0]) % self.parts:
+            raise ValueError(f"crops: expected a multiple of the {self.parts} parts of images, got {len(crops[0])}")
+        parts = zip(*(crop.chunk(self.parts) for crop in crops), strict=True)
+        outputs = [checkpoint(self._forward, *part, use_reentrant=False) for part in parts]
+        embeddings, scores = (
+            torch.cat([output.unflatten(0, (len(crops), -1)) for output in of_parts], dim=1).flatten(0, 1)
+            for of_parts in zip(*outputs, strict=True)
+        )
+        return embeddings, scores
+
+    def _forward(self, *crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features: dict[int, torch.Tensor] = {}
         for resolution in dict.fromkeys(crop.shape[2:] for crop in crops):
             members = [i for i, crop in enumerate(crops) if crop.shape[2:] == resolution]
@@ -276,6 +309,34 @@ class SwAV(ResNet):
     def normalize_prototypes(self) -> None:
         """Normalise each prototype to length 1, in place. Call it before each forward pass in training."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+
+def checkpoint_activations(model: SwAV) -> None:
+    """Keep only the inputs of stem and blocks for backward, which computes the rest again: less memory, more time.
+
+    Networks of timm do it by their own set_grad_checkpointing. Call backward within `statistics_kept`. Raises
+    ValueError for a network that cannot do it.
+    """
+    if "backbone" in model._modules:
+        try:
+            model.backbone.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):  # timm asserts that the network can do it
+            name = type(model.backbone).__name__
+            raise ValueError(f"checkpoint_activations: expected off, as {name} has no set_grad_checkpointing") from None
+    model.recomputes_blocks = True
+
+
+@contextmanager
+def statistics_kept(model: SwAV) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as forward left them, while backward runs parts of forward again.
+
+    So each forward updates them once. Does nothing for a model that keeps its activations.
+    """
+    buffers = list(model.buffers()) if model.parts > 1 or model.recomputes_blocks else []
+    kept = [buffer.clone() for buffer in buffers]
+    yield
+    for buffer, value in zip(buffers, kept, strict=True):
+        buffer.copy_(value)
 
 
 def memory_layout(model: nn.Module, device: torch.device) -> torch.memory_format:

@@ -23,29 +23,25 @@ from features import describe_images
 from images import DATASETS, GIVEN, check_data_path, fingerprint, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
 from loss import SwAVLoss
-from model import STEMS, SwAV
+from model import STEMS, SwAV, checkpoint_activations
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
 REPLACED_BY_TORCHRUN = ("dist_url", "rank", "world_size", "local_rank")
 DEFAULT_ARCH = "resnet50"
+DESCRIPTION = """Train SwAV on images without labels. Without --data_path and --dataset it trains on built-in images.
+On 4 GPUs: torchrun --nproc_per_node=4 train.py [options]"""
+EPILOG = """The other options follow from your images; they are printed at the start, with reasons.
+--help-all shows them all. An interrupted run resumes with the same command."""
 
 
 def option_parser() -> launch.OptionParser:
     """The options of train.py. To add one, declare it here; `affects` says whether a resumed run compares it."""
-    parser = launch.OptionParser(
-        prog="train.py",
-        usage="train.py [@recipes/NAME.args] [options]",
-        description="Train SwAV on images without labels. Without --data_path and --dataset it trains on built-in "
-        "images.\nOn 4 GPUs: torchrun --nproc_per_node=4 train.py [options]",
-        epilog="The other options follow from your images; they are printed at the start, with reasons.\n"
-        "--help-all shows them all. An interrupted run resumes with the same command.",
-        fromfile_prefix_chars="@",
-    )
+    texts = dict(usage="train.py [@recipes/NAME.args] [options]", description=DESCRIPTION, epilog=EPILOG)
+    parser = launch.OptionParser(prog="train.py", fromfile_prefix_chars="@", **texts)
 
     def add(name: str, default: object, kind: Callable, help: str, **more) -> None:
-        parser.add(
-            name, default, kind, help, **{"default_text": "from the images" if name in DERIVED else None, **more}
-        )
+        text = "from the images" if name in DERIVED else None
+        parser.add(name, default, kind, help, **{"default_text": text, **more})
 
     parser.start_group("images")
     add("data_path", None, str, "Train on this folder of images or .tar files, or on a .txt list of paths.",
@@ -97,6 +93,8 @@ def option_parser() -> launch.OptionParser:
     parser.start_group("optimisation")
     add("epochs", 200, epoch_count, "Train for this many passes over the images.", common="N")
     add("batch_size", None, positive_int, "Take this many images per process and step.", common="N")
+    add("accumulate", 1, positive_int, "parts in which a step works through its batch_size images: less memory, but "
+        "forward runs twice. Codes and gradients are those of all; BatchNorm has statistics of each part")  # fmt: skip
     add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), not rescaled for you")
     add("final_lr", None, nonnegative, "learning rate at the end of the cosine schedule")
     add("warmup_epochs", None, nonnegative_int, "epochs of linear warm-up: 10 for batches in the thousands")
@@ -125,6 +123,8 @@ def option_parser() -> launch.OptionParser:
     add("compile", "auto", str, "torch.compile for backbone and augmentation: a minute or two at the start, faster "
         "steps on a GPU. auto: in long runs of large crops on one GPU", choices=("auto", "on", "off"), nargs="?",
         const="on")  # fmt: skip
+    add("checkpoint_activations", "off", str, "on: keep only the inputs of blocks for backward: less memory, but "
+        "forward runs twice", choices=("on", "off"), nargs="?", const="on")  # fmt: skip
     add("seed", 31, nonnegative_int, "Seed the weights, the order of images and the crops.", common="N",
         affects="learning")  # fmt: skip
 
@@ -207,6 +207,8 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
         raise UserError("--tensorboard: needs its package: pip install tensorboard")
     if args.batch_size is not None and args.batch_size < 2:
         raise UserError(f"--batch_size: expected 2 or more (BatchNorm needs several images), got {args.batch_size}")
+    if args.batch_size is not None:
+        check_accumulate(args.accumulate, args.batch_size)
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup_epochs: expected at most the {args.epochs} of --epochs, got {args.warmup_epochs}")
     dump = Path(args.dump_path)
@@ -235,6 +237,16 @@ def check_args(args: argparse.Namespace, world_size: int = 1) -> None:
     except RuntimeError as error:  # of torch, whose messages are long
         reason = str(error).splitlines()[0]
         raise UserError(f"--width, --blocks, --queue_length: expected smaller ones; torch says: {reason}") from None
+
+
+def check_accumulate(parts: int, batch_size: int) -> None:
+    """Raise UserError unless a batch divides into equal parts of 2 images or more, as BatchNorm needs several."""
+    if batch_size % parts or batch_size < 2 * parts:
+        fitting = [str(n) for n in range(1, min(batch_size // 2, 1024) + 1) if batch_size % n == 0]
+        raise UserError(
+            f"--accumulate: expected {', '.join(fitting)}, which divide the --batch_size {batch_size} "
+            f"into parts of 2 images or more, got {parts}"
+        )
 
 
 def resolve_options(
@@ -363,7 +375,11 @@ def build_multicrop(args: argparse.Namespace) -> MultiCrop:
 def build_model(args: argparse.Namespace) -> SwAV:
     options = dict(width=args.width, blocks=args.blocks, stem=args.stem)
     options["backbone"] = backbones.foreign_backbone(args.arch, args.size_crops)
-    return SwAV(args.arch, args.hidden_mlp, args.feat_dim, args.nmb_prototypes, **options)
+    model = SwAV(args.arch, args.hidden_mlp, args.feat_dim, args.nmb_prototypes, **options)
+    model.parts = args.accumulate
+    if args.checkpoint_activations == "on":
+        checkpoint_activations(model)
+    return model
 
 
 def build_loss(args: argparse.Namespace, world_size: int) -> SwAVLoss:

@@ -24,7 +24,8 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
     contents = checkpoint.load(path)
     if "image_indices" not in contents:
         raise UserError(f"--replay: expected a bad_step-RANK.pth of a run that stopped, got {path}")
-    args = argparse.Namespace(**contents["options"])
+    older = {"accumulate": 1, "checkpoint_activations": "off"}  # options that older files lack
+    args = argparse.Namespace(**(older | contents["options"]))
     if args.dataset == GIVEN and given is None:
         raise UserError(
             f"--replay: the run of {path} had its images from Python; run it again with them: "

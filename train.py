@@ -59,7 +59,7 @@ from images import (
     typical_side,
 )
 from launch import UserError, log
-from model import SwAV, batchnorm_group, data_parallel, memory_layout, sync_batchnorm
+from model import SwAV, batchnorm_group, data_parallel, memory_layout, statistics_kept, sync_batchnorm
 from monitor import (
     assigned_prototypes,
     knn_images,
@@ -245,7 +245,8 @@ def train(
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch advises TF32, which would change codes by up to 1 %
         model.features = torch.compile(model.features, dynamic=False)  # only the backbone; one graph per resolution
         augment_crops = torch.compile(augment, dynamic=False)
-    place_options = dict(memory_format=layout, stream=torch.cuda.Stream(device) if device.type == "cuda" else None)
+    place_options = dict(augment=augment_crops, memory_format=layout, parts=args.accumulate)
+    place_options["stream"] = torch.cuda.Stream(device) if device.type == "cuda" else None
     network = data_parallel(model, device) if world_size > 1 else model  # which averages gradients over processes
     log_options = dict(log_freq=args.log_freq, ln_k=math.log(args.nmb_prototypes), tensorboard=args.tensorboard == "on")
     log_options |= dict(images_per_step=args.batch_size * world_size, device=device)
@@ -259,6 +260,7 @@ def train(
     measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
     measures_quality = max(measured_epochs, default=0) > first_epoch
     measured_on = images_to_measure(args, images, rank, world_size) if measures_quality else None
+    part_size = args.batch_size // args.accumulate  # images that fit into memory
     print_run_summary(args, images, loader, model, device, dtype)
 
     batches = start_epoch(loader, first_epoch, first_step) if first_epoch < args.epochs else None
@@ -268,17 +270,18 @@ def train(
         first = first_step if epoch == first_epoch else 0
         for step, (batch, _) in run_log.timed_steps(epoch, batches, first):  # step: of the whole run, from 0
             launch.note_activity(f"step {step + 1}")
-            crops = crops_to_device(batch, device, augment=augment_crops, **place_options)  # V of [B, 3, S, S]
+            crops = crops_to_device(batch, device, **place_options)  # V of [B, 3, S, S]
             # 1. Prototypes to the unit sphere
             model.normalize_prototypes()
-            # 2. Forward
+            # 2. Forward, of --accumulate parts one after the other
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 embeddings, scores = network(crops)  # [V*B, D], [V*B, K]
             # 3. Codes, the softmax of code_logits, and 4. swapped prediction
             loss, code_logits = criterion.loss_and_code_logits(embeddings, scores, model.prototypes.weight)
             # 5. Backward
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            with statistics_kept(model):
+                scaler.scale(loss).backward()
             if step < args.freeze_prototypes_niters:
                 model.prototypes.weight.grad = None
             # 6. Learning rate, and LARS, which changes nothing if a gradient is inf or nan
@@ -306,8 +309,8 @@ def train(
 
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
-        codes, certainties = assigned_prototypes(model, criterion.codes, tracked, args.batch_size)
-        quality = measure(model, measured_on, device, args.batch_size) if epoch + 1 in measured_epochs else {}
+        codes, certainties = assigned_prototypes(model, criterion.codes, tracked, part_size)
+        quality = measure(model, measured_on, device, part_size) if epoch + 1 in measured_epochs else {}
         run_log.log_codes(codes, certainties)
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
         warn_if_slow(guard, quality, epoch + 1, args.epochs)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import collapse, learn, loss, pipeline, scaling, sinkhorn, soak, steady, step
+from bench import collapse, learn, loss, memory, pipeline, scaling, sinkhorn, soak, steady, step
 from bench.measure import describe_machine
 from bench.peers import PEERS
 from bench.sets import SETS, check_sets
@@ -66,6 +66,13 @@ BENCHMARKS = {
         "a training step from files to new weights, and its parts; LARS",
         "3 to 10 minutes",
         "step --repetitions 3 --batch_size 16",
+    ),
+    "memory": Benchmark(
+        memory.run,
+        ("repetitions", "threads", *SIZES, *CROPS),
+        "memory and time of a step in --accumulate parts, with checkpoints",
+        "10 minutes",
+        "memory --repetitions 3 --batch_size 16 --size_crops 64 32",
     ),
     "scaling": Benchmark(
         scaling.run,
@@ -136,7 +143,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         prog="-m bench",
         usage="python -m bench NAME [NAME ...] [options]",
         description=f"{__doc__}\n{describe_benchmarks()}",
-        epilog="--help-all shows the options of pipeline, step, scaling and collapse too.",
+        epilog="--help-all shows the options of pipeline, step, memory, scaling and collapse too.",
     )
     add = parser.add
     parser.start_group("all benchmarks")
@@ -150,7 +157,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     add("nmb_prototypes", None, int, "Prototypes, K.", common="N", **several)
     add("json", Path("runs/bench.json"), Path, "File for all figures.", common="FILE")
 
-    parser.start_group("pipeline, step and scaling")
+    parser.start_group("pipeline, step, memory and scaling")
     add("images", 32, int, "Number of files to load.")
     sizes, counts = "224 96; for a training step on a CPU 64 32", "2 6; for a training step on a CPU 2 4"
     add("size_crops", None, int, "Sides of the large and the small crops in pixels.", default_text=sizes, nargs=2)

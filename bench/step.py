@@ -27,7 +27,7 @@ from guard import CollapseGuard
 from images import ImageFiles
 from loss import SwAVLoss
 from machine import choose_precision
-from model import ResNet, SwAV
+from model import ResNet, SwAV, statistics_kept
 from optim import LARS
 
 SMALL_SIDE = 32  # pixels of an image whose maps in the last stage have 2x2
@@ -268,7 +268,8 @@ class Trainer:
         mark("codes + loss")
         self.optimizer.zero_grad()
         mark("other")
-        loss.backward()
+        with statistics_kept(self.model):
+            loss.backward()
         mark("backward")
         self.optimizer.step()
         mark("LARS")

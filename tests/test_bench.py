@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from conftest import DEVICES, FORKED, forked
 from torch import nn
 
+import bench.memory
 import bench.step
 from bench import published
 from bench.__main__ import BENCHMARKS, describe_benchmarks, main, parse_args
@@ -126,6 +127,32 @@ def test_step_of_tiny_sizes(device, figures_of, monkeypatch):
         absent = {"all-reduce"} | ({"augment", "guard"} if program == "published" else set())
         assert {part for part in PARTS if parts[part] == 0} == absent
     assert all(part in out for part in PARTS)
+
+
+@with_kernels
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_of_tiny_sizes(device, figures_of, monkeypatch):
+    monkeypatch.setattr(bench.memory, "ARCH", "resnet18")
+    monkeypatch.setattr(bench.memory, "PARTS", (2,))
+    words = "memory --size_crops 32 16 --nmb_crops 2 1 --batch_size 8 --nmb_prototypes 7".split()
+    figures, out = figures_of(*words, device=device)
+    names = ["N=2", "N=2, checkpoints"]
+    counted, (measured,) = figures["memory"]["counted"], figures["memory"]["measured"]
+    assert [row["setting"] for row in counted] == names and all(name in out for name in names)
+    for row in counted:
+        assert row["total"] == sum(row[part] for part in ("crops", "model", "augment", "rest"))
+        assert row["crops"] == 8 * 3 * (2 * 32**2 + 16**2) * 4
+    check_row(measured, [(names[1], names[0])])
+    assert measured["peak_bytes"].keys() == set(names)
+
+
+def test_parts_and_checkpoints_need_less_memory():
+    settings = (1, False), (4, False), (1, True)
+    whole, in_parts, recomputed = (
+        bench.memory.count_step(bench.memory.Setting("resnet18", (64, 64), 128, 7, *setting))["rest"]
+        for setting in settings
+    )
+    assert in_parts < whole / 2 and recomputed < 0.8 * whole
 
 
 @with_kernels

@@ -154,6 +154,18 @@ def test_two_and_two_resumed_epochs_equal_four(images, tmp_path, capsys):
     assert [row["step"] for row in kept[1]] == [row["step"] for row in kept[0]]
 
 
+def test_a_resumed_run_in_parts_equals_a_straight_one_and_refuses_other_parts(images, tmp_path):
+    words = ["--accumulate", "2", "--checkpoint_activations"]
+    straight = run_training(images, tmp_path / "straight", *words)
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "straight" / "checkpoints" / "ckp-2.pth", tmp_path / "resumed" / "checkpoint.pth")
+    with pytest.raises(UserError, match="an unfinished run with other options .accumulate 2 -> 1."):
+        run_training(images, tmp_path / "resumed")
+    resumed = run_training(images, tmp_path / "resumed", *words[:2])  # activations may be kept or not
+    for key in ("state_dict", "optimizer", "queue", "rng", "guard"):
+        assert_same(resumed[key], straight[key])
+
+
 def test_a_finished_run_is_left_alone(images, tmp_path, capsys):
     before = run_training(images, tmp_path)
     after = run_training(images, tmp_path)
@@ -399,7 +411,7 @@ def test_options_are_compared_by_what_they_affect():
         "global_batch_size": (8, 4)
     }
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
-        *("max_bad_images", "device", "workers", "augment", "cache", "compile"),
+        *("max_bad_images", "device", "workers", "augment", "cache", "compile", "checkpoint_activations"),
         *("dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "eval_every", "tensorboard"),
         *("on_collapse", "resume_anyway", "replay"),
     }

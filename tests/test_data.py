@@ -496,6 +496,8 @@ def test_crops_augmented_on_the_device_equal_those_of_workers(workers, world_siz
             augmented_there = crops_to_device(batch, torch.device(device), **options)
             augmented_before = crops_to_device(crops, torch.device(device), **options)
             assert torch.equal(labels, other_labels) and len(augmented_there) == len(augmented_before) == 5
+            in_parts = crops_to_device(batch, torch.device(device), parts=len(labels), **options)
+            torch.testing.assert_close(in_parts, augmented_there, rtol=0, atol=1e-5)
             for ours, theirs in zip(augmented_there, augmented_before, strict=True):
                 assert ours.is_contiguous(memory_format=torch.channels_last)
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)

@@ -1,13 +1,17 @@
 """model.py: backbones against torchvision's, the model against the float64 reference, BatchNorm, checkpoints."""
 
+import weakref
+
 import pytest
 import reference
 import torch
 import torch.distributed as dist
 import torchvision
 from conftest import run_processes
+from torch._dynamo.backends.registry import lookup_backend
 
 import model as models
+from foreign import timm_network
 from model import (
     ARCHS,
     STEMS,
@@ -17,7 +21,9 @@ from model import (
     architecture_of,
     backbone_weights,
     batchnorm_group,
+    checkpoint_activations,
     memory_layout,
+    statistics_kept,
     sync_batchnorm,
 )
 
@@ -365,6 +371,139 @@ def test_prototypes_are_normalised_in_place_outside_autograd():
     assert swav.prototypes.weight is weight and weight.requires_grad and weight.grad_fn is None
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(weight.norm(dim=1), torch.ones(7))
+
+
+# Batches in parts, and activations that backward computes again
+
+
+def gradients(swav, crops):
+    """Gradients and buffers of a step. Outputs have different weights, so that their order counts."""
+    embeddings, scores = swav(crops)
+    weights = torch.linspace(1, 2, scores.numel(), dtype=scores.dtype).view_as(scores)
+    with statistics_kept(swav):
+        (scores * weights).sum().backward()
+    return {name: p.grad for name, p in swav.named_parameters()}, {n: b.clone() for n, b in swav.named_buffers()}
+
+
+def test_parts_of_a_batch_follow_the_reference_and_update_statistics_once():
+    swav = small_swav().double()
+    swav.parts = 2
+    crops = [images(6, 3, side, side, dtype=torch.float64, seed=v) for v, side in enumerate([16, 9, 16])]
+    state = reference.new_state(swav.state_dict())
+    halves = [[crop[:3] for crop in crops], [crop[3:] for crop in crops]]
+    outputs = [reference.forward(state["params"], state["buffers"][0], half, True) for half in halves]
+    scores = torch.cat([of_half.view(3, 3, -1) for _, of_half in outputs], dim=1).flatten(0, 1)
+    torch.testing.assert_close(swav(crops)[1], scores, rtol=1e-9, atol=1e-9)
+    swav.load_state_dict(small_swav().state_dict())
+    _, buffers = gradients(swav, crops)
+    for name, buffer in state["buffers"][0].items():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_must_divide_the_batch():
+    swav = small_swav()
+    swav.parts = 4
+    with pytest.raises(ValueError, match="crops: expected a multiple of the 4 parts of images, got 6"):
+        swav([images(6, 3, 16, 16)])
+
+
+def test_a_part_is_freed_before_the_next():
+    """While backward runs forward again, at most one part's activations exist."""
+    swav = small_swav()
+    swav.parts = 3
+    alive, most = weakref.WeakSet(), []
+
+    def note(module, args, out):
+        alive.add(out.untyped_storage())
+        most.append(len(alive))
+
+    swav.layer4[0].conv2.register_forward_hook(note)
+    scores = swav([images(6, 3, 16, 16)])[1]
+    assert len(most) == 3 and not alive  # forward keeps none
+    scores.sum().backward()
+    assert most[3:] == [1, 1, 1] and not alive
+
+
+def checkpointed(make, crops):
+    """Gradients and buffers of a step, of a model as made by a function, and of one that keeps no activations."""
+    plain, checkpointing = make(), make()
+    checkpoint_activations(checkpointing)
+    return gradients(plain, crops), gradients(checkpointing, crops)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_activations_computed_again_give_the_same_gradients_and_statistics(arch):
+    width = 16 if "resnext" in arch else 4
+    crops = [images(4, 3, side, side, dtype=torch.float64, seed=v) for v, side in enumerate([16, 16, 9])]
+    for expected, ours in zip(*checkpointed(lambda: small_swav(arch, width=width).double(), crops), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_run_again_in_backward_only_with_checkpoints():
+    for checkpoints, (forward, backward) in {False: (5, 0), True: (5, 5)}.items():
+        swav, calls = small_swav(), []
+        if checkpoints:
+            checkpoint_activations(swav)
+        for block in (block for stage in (swav.layer1, swav.layer2, swav.layer3, swav.layer4) for block in stage):
+            block.conv1.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        scores = swav([images(4, 3, 16, 16)])[1]
+        assert len(calls) == forward
+        scores.sum().backward()
+        assert len(calls) == forward + backward
+        with torch.no_grad():
+            swav.features(images(4, 3, 16, 16))
+
+
+def test_compiled_features_of_all_parts_and_steps_take_one_graph():
+    crops = [images(4, 3, 16, 16, dtype=torch.float64)]
+    results, graphs = [], []
+
+    def compile_without_a_compiler(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    for compiles in (False, True):
+        swav = small_swav(blocks=(1, 1, 1, 1)).double()
+        swav.parts = 2
+        checkpoint_activations(swav)
+        if compiles:
+            swav.features = torch.compile(swav.features, backend=compile_without_a_compiler, fullgraph=True)
+        gradients(swav, crops)
+        results.append(gradients(swav, crops))
+    assert len(graphs) == 1
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def synced_checkpoints(rank: int, world_size: int) -> list:
+    crops = [images(4, 3, side, side, dtype=torch.float64, seed=rank) for side in (16, 9)]
+    return list(checkpointed(lambda: sync_batchnorm(small_swav().double()), crops))
+
+
+def test_activations_computed_again_with_batchnorm_over_processes():
+    for plain, ours in run_processes(synced_checkpoints, 2):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        assert {int(n) for name, n in ours[1].items() if name.endswith("tracked")} == {2, 1}  # the head has one pass
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "vit_tiny_patch16_224"])
+def test_networks_of_timm_compute_activations_again(arch):
+    pytest.importorskip("timm")
+    crops = [images(2, 3, 32, 32, dtype=torch.float64)]
+
+    def make():
+        torch.manual_seed(0)
+        backbone = timm_network(f"timm/{arch}", [32])
+        return SwAV(hidden_mlp=12, feat_dim=5, nmb_prototypes=7, backbone=backbone).double()
+
+    for expected, ours in zip(*checkpointed(make, crops), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_backbone_without_checkpoints_is_refused():
+    swav = SwAV(hidden_mlp=8, feat_dim=4, nmb_prototypes=5, backbone=Means())
+    with pytest.raises(ValueError, match="checkpoint_activations: expected off, as Means has no set_grad_checkpoint"):
+        checkpoint_activations(swav)
 
 
 # Memory format and BatchNorm over processes

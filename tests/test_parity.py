@@ -7,14 +7,13 @@ import reference
 import torch
 from conftest import run_processes
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import train
 from data import MultiCrop, start_epoch, training_loader
 from images import open_images
 from loss import SwAVLoss
-from model import SwAV, sync_batchnorm
+from model import SwAV, checkpoint_activations, data_parallel, statistics_kept, sync_batchnorm
 from optim import LARS, warmup_cosine
 
 # The last maps have several pixels and learning rates are low, so that a ReLU flipped by rounding has little effect.
@@ -55,29 +54,40 @@ def our_steps(
     freeze: int = 0,
     crops_for_assign: tuple[int, ...] = (0, 1),
     batch_norm: str = "own",
+    relative_epsilon: bool = False,
+    parts: int = 1,
+    checkpoints: bool = False,
+    order: list[int] | None = None,
 ) -> dict:
     """Train ten steps; return the losses of this process, final weights, queue and BatchNorm statistics.
 
-    batch_norm: statistics "own" (of each process), "eval" (running ones), or "synced" over processes.
+    batch_norm: statistics "own" (of each process), "eval" (running ones), or "synced" over processes. parts: of the
+    batch, see SwAV. checkpoints: of activations. order: of the images of a step, None as they come.
     """
     model = new_model(dtype)
+    model.parts = parts
+    if checkpoints:
+        checkpoint_activations(model)
     if batch_norm == "eval":
         model.eval()
     if batch_norm == "synced" and world_size > 1:
         model = sync_batchnorm(model)
-    network = DistributedDataParallel(model) if world_size > 1 else model
-    swav_loss = SwAVLoss(len(SIZES), crops_for_assign, queue_length=queue_length // world_size, feat_dim=8).to(dtype)
+    network = data_parallel(model, torch.device("cpu")) if world_size > 1 else model
+    options = dict(epsilon=0.3, relative_epsilon=True) if relative_epsilon else {}
+    options["queue_length"] = queue_length // world_size
+    swav_loss = SwAVLoss(len(SIZES), crops_for_assign, feat_dim=8, **options).to(dtype)
     optimizer = LARS(model.parameters(), lr=1.0, weight_decay=1e-6)
     losses = []
     for step in range(STEPS):
         if step >= queue_starts:
             swav_loss.start_queue()
         own = slice(rank * batch_size, (rank + 1) * batch_size)
-        crops = [crop[own].to(dtype) for crop in crops_of_step(step, batch_size * world_size)]
+        crops = [crop[order or slice(None)][own].to(dtype) for crop in crops_of_step(step, batch_size * world_size)]
         model.normalize_prototypes()
         loss = swav_loss(*network(crops), model.prototypes.weight)
         optimizer.zero_grad()
-        loss.backward()
+        with statistics_kept(model):
+            loss.backward()
         if step < freeze:
             model.prototypes.weight.grad = None
         optimizer.param_groups[0]["lr"] = LEARNING_RATES[dtype][step]
@@ -169,6 +179,43 @@ def test_two_processes_equal_one_with_twice_the_batch(batch_norm):
         assert process["statistics"].keys() == alone["statistics"].keys()
         for name, statistic in alone["statistics"].items():
             torch.testing.assert_close(process["statistics"][name], statistic, rtol=1e-9, atol=1e-12)
+
+
+def assert_equal_runs(ours: dict, expected: dict) -> None:
+    assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-9)
+    assert_weights_close(ours["weights"], expected["weights"], 1e-9)
+    for tensors in ("queue", "statistics"):
+        torch.testing.assert_close(ours[tensors], expected[tensors], rtol=1e-9, atol=1e-9)
+
+
+WITH_ALL = {"queue_length": 24, "queue_starts": 1, "freeze": 3, "batch_norm": "eval", "relative_epsilon": True}
+
+
+@pytest.mark.parametrize("parts, checkpoints", [(2, False), (3, True), (1, True)])
+@pytest.mark.parametrize("options", [{"batch_norm": "eval"}, WITH_ALL], ids=["plain", "all"])
+def test_a_batch_in_parts_equals_the_undivided_batch(options, parts, checkpoints):
+    """Without BatchNorm's statistics of the batch, which each part has of its own."""
+    whole = our_steps(0, 1, torch.float64, BATCH, **options)
+    assert_equal_runs(our_steps(0, 1, torch.float64, BATCH, parts=parts, checkpoints=checkpoints, **options), whole)
+
+
+def steps_in_parts(rank: int, world_size: int) -> list[dict]:
+    settings = {}, {"parts": 3}, {"parts": 3, "batch_norm": "synced", "checkpoints": True}
+    return [our_steps(rank, world_size, torch.float64, BATCH, **(WITH_ALL | options)) for options in settings]
+
+
+def test_batches_of_two_processes_in_parts():
+    """They equal undivided ones; with BatchNorm over processes, those of one process whose parts have their images."""
+    processes = run_processes(steps_in_parts, 2)
+    images = torch.arange(2 * BATCH).view(2, 3, -1).transpose(0, 1).flatten().tolist()
+    expected = our_steps(0, 1, torch.float64, 2 * BATCH, parts=3, order=images, **{**WITH_ALL, "batch_norm": "own"})
+    means = [[sum(pair) / 2 for pair in zip(*losses, strict=True)] for losses in zip(
+        *([of_setting["losses"] for of_setting in process] for process in processes), strict=True)]  # fmt: skip
+    assert means[2] == pytest.approx(expected["losses"], rel=1e-9)
+    for whole, in_parts, synced in processes:
+        assert_equal_runs(in_parts, whole)
+        assert_weights_close(synced["weights"], expected["weights"], 1e-9)
+        torch.testing.assert_close(synced["statistics"], expected["statistics"], rtol=1e-9, atol=1e-9)
 
 
 def double_precision_loader(*args, **options) -> DataLoader:

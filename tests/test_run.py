@@ -198,6 +198,15 @@ def test_a_compiled_run_learns_the_same(images, tmp_path, monkeypatch):
     assert contents["state_dict"].keys() == train.build_model(train.parse_args(TINY)).state_dict().keys()
 
 
+def test_activations_that_are_computed_again_change_nothing(images, tmp_path):
+    kept = run_training(images, tmp_path / "kept", "--epochs", "2", "--precision", "bf16")
+    again = run_training(
+        images, tmp_path / "again", "--epochs", "2", "--precision", "bf16", "--checkpoint_activations", "on"
+    )
+    for key in ("state_dict", "optimizer", "queue", "rng"):
+        assert_same(again[key], kept[key])
+
+
 @pytest.mark.parametrize("cache", ["auto", "ram"])
 def test_cached_images_are_the_same(cache, images, tmp_path, capsys, monkeypatch):
     files, mkstemp = [], tempfile.mkstemp  # others may be made by tests that run at the same time
@@ -253,7 +262,15 @@ def test_a_run_reads_no_more_values_of_tensors_for_more_steps(unit, images, tmp_
 
 
 @needs_gpu
-@pytest.mark.parametrize("options", ["", "--relative_epsilon on --epsilon 0.3", "--epoch_queue_starts 0"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--relative_epsilon on --epsilon 0.3",
+        "--epoch_queue_starts 0",
+        "--accumulate 2 --checkpoint_activations",
+    ],
+)
 def test_no_step_waits_for_the_gpu(options, images, tmp_path, monkeypatch):
     """Waiting for the GPU raises, except in steps with a log line, which read losses, and at the end of an epoch."""
 
@@ -430,6 +447,9 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--epochs 2 --warmup_epochs 3", "--warmup_epochs: expected at most the 2 of --epochs, got 3"),
         ("--arch resnet19", "--arch: .*resnet19.*resnet18"),
         ("--batch_size 1", "--batch_size: expected 2 or more"),
+        ("--accumulate 0", "--accumulate: expected .* from 1, got 0"),
+        ("--accumulate 3", "--accumulate: expected 1, 2, which divide the --batch_size 4 into parts .* or more, got 3"),
+        ("--batch_size 6 --accumulate 6", "--accumulate: expected 1, 2, 3, which divide the --batch_size 6 .* got 6"),
         ("--batch_size 11", r"--batch_size: expected at most 10 \(10 images"),
         ("--workers -1", "--workers: expected .* from 0, got -1"),
         ("--dump_path {tmp}/file/run", "--dump_path: expected a folder that can be written, got .*run"),
@@ -706,6 +726,18 @@ def test_replay_names_what_is_bad_in_forward_and_backward(images, tmp_path, monk
         with pytest.warns(UserWarning) if where == "gradient" else nullcontext():
             bad = train.replay(str(tmp_path / "bad_step-0.pth"), None, torch.device("cpu"))
         assert bad.startswith(name)
+
+
+def test_a_bad_step_in_parts_is_not_applied_and_replayed(images, tmp_path, monkeypatch, capsys):
+    words = ["--accumulate", "2", "--checkpoint_activations", "--log_freq", "1", "--queue_length", "0"]
+    nan_at_step(2, "gradient", monkeypatch)
+    with pytest.raises(RunStopped, match="^gradients are inf or nan at step 2 "):
+        run_training(images, tmp_path / "bad", *words)
+    monkeypatch.undo()
+    saved = torch.load(tmp_path / "bad" / "bad_step-0.pth", weights_only=True)
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    assert train.replay(str(tmp_path / "bad" / "bad_step-0.pth"), None, torch.device("cpu")) is None
+    assert "no bad tensor" in capsys.readouterr().out
 
 
 def test_replay_of_another_file_is_refused(images, tmp_path):
