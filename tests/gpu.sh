@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 PARTS='
 build        110   compile the extension in place, strictly; the other parts need it
 cuda_tests    75   run the tests that need a GPU
-step         150   time a ResNet-50 training step, the original loop and ours (compiled)
-kernels       45   time Sinkhorn and the loss
+step         110   time a ResNet-50 training step, the original loop and ours (compiled)
+kernels       85   time Sinkhorn and the loss beside the original forms, as they are and compiled
 photos        60   train on the photographs in PHOTOS and evaluate the features
 images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
 '
@@ -20,6 +20,8 @@ images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
 BY_NAME='
 imagenette   360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
 faults       300   out of memory; SIGTERM in the middle of an epoch; two processes on one GPU, resumed as one
+fused         90   the same kernels in plain torch, fused by torch.compile, with their tests
+memory       180   memory and time of --accumulate and --checkpoint_activations; their losses, compiled or not
 profile       60   time each kernel of the codes and the loss, and read the counters of the slowest one by ncu
 '
 
@@ -54,12 +56,13 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_results}
 PYTHONUNBUFFERED=1 # so that the logs hold every line when a part is stopped
 device=${GPU_SH_DEVICE:-cuda}
-network='' run='' step='' kernels='' files=64 links=150
+network='' run='' step='' kernels='--batch_size 64 256 1024 4096 --nmb_prototypes 3000 --repetitions 5' memory='--repetitions 3' files=64 links=150
 if [ "$device" = cpu ]; then
   network='--arch resnet18 --width 8 --blocks 1 1 1 1 --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 10'
   run='--batch_size 8 --size_crops 32 16 --workers 1'
   step='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --images 4 --workers 1 --steps 2'
   kernels='--batch_size 16 --nmb_prototypes 30 --repetitions 2'
+  memory='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --nmb_prototypes 10 --repetitions 1'
   files=4 links=4
 fi
 
@@ -93,7 +96,30 @@ part_step() {
 }
 
 part_kernels() {
-  $PYTHON -m bench sinkhorn loss --device "$device" --repetitions 5 --json "$temporary/kernels.json" $kernels
+  $PYTHON -m bench sinkhorn loss --device "$device" --json "$temporary/kernels.json" $kernels
+}
+
+part_fused() {
+  # In these tables `fallback` is the fused form. It should not be slower than `published`.
+  SINKHORN_EXT=fused $PYTHON -W error::UserWarning -m bench sinkhorn loss --device "$device" $kernels
+  has_module pytest || return 0
+  SINKHORN_EXT=fused $PYTHON -m pytest -q -p no:cacheprovider tests/test_sinkhorn.py \
+    -k "$device and (any_number or gradcheck or two_calls or autocast or replaying)"
+}
+
+part_memory() {
+  $PYTHON -m bench memory --device "$device" $memory
+  local common="--dataset shapes --arch resnet18 --device $device --seed 1 --epochs 1 --log_freq 20 $network" name
+  local parts='--accumulate 4 --checkpoint_activations' batch=64
+  if [ "$device" = cpu ]; then common="${common/--dataset shapes/--data_path $temporary/noise}" batch=8; write_noise "$temporary/noise"; fi
+  $PYTHON train.py $common --batch_size $batch $parts --compile off --dump_path "$temporary/eager"
+  $PYTHON train.py $common --batch_size $batch $parts --compile on --dump_path "$temporary/compiled"
+  for name in eager compiled; do grep '"epoch_loss"' "$temporary/$name/metrics.jsonl"; done # within 2 % in bf16
+}
+
+write_noise() { # 80 images of 32 pixels into a new folder
+  $PYTHON -c "import sys; from pathlib import Path; import numpy as np; from PIL import Image; folder = Path(sys.argv[1])
+folder.mkdir(); [Image.fromarray(np.random.randint(0, 256, (32, 32, 3), np.uint8)).save(folder / f'{i}.png') for i in range(80)]" "$1"
 }
 
 part_photos() {
@@ -148,8 +174,7 @@ part_faults() {
   local data='--dataset shapes' pid code common
   if [ "$device" = cpu ]; then # 80 images of 32 pixels
     data="--data_path $temporary/noise --batch_size 8"
-    $PYTHON -c "import sys; from pathlib import Path; import numpy as np; from PIL import Image; folder = Path(sys.argv[1])
-folder.mkdir(); [Image.fromarray(np.random.randint(0, 256, (32, 32, 3), np.uint8)).save(folder / f'{i}.png') for i in range(80)]" "$temporary/noise"
+    write_noise "$temporary/noise"
   fi
   common="$data --arch resnet18 --device $device --seed 1 --log_freq 5 --epochs 3 $network"
   if [ "$device" = cuda ]; then
