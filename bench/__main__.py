@@ -110,7 +110,7 @@ BENCHMARKS = {
         "steady --repetitions 5",
     ),
 }
-MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP}  # of integer options; 1 for the others
+MINIMUM = {"nmb_small_crops": 0, "seeds": 0, "size_crops": SMALLEST_CROP, "repetitions": 2}  # 1 for other integers
 
 
 def describe_benchmarks() -> str:

@@ -62,7 +62,7 @@ if [ "$device" = cpu ]; then
   run='--batch_size 8 --size_crops 32 16 --workers 1'
   step='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --images 4 --workers 1 --steps 2'
   kernels='--batch_size 16 --nmb_prototypes 30 --repetitions 2'
-  memory='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --nmb_prototypes 10 --repetitions 1'
+  memory='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --nmb_prototypes 10 --repetitions 2'
   files=4 links=4
 fi
 

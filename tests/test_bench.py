@@ -249,7 +249,7 @@ def test_all_candidates_compute_the_same(compile_quickly):
     [
         (["speed"], "NAME: invalid choice: 'speed'"),
         ([], "the following arguments are required: NAME"),
-        (["loss", "--repetitions", "0"], "--repetitions: expected 1 or more, got 0"),
+        (["loss", "--repetitions", "1"], "--repetitions: expected 2 or more, got 1"),
         (["loss", "--batch_size", "4", "-1"], "--batch_size: expected 1 or more"),
         (["loss", "--device", "abacus"], "--device abacus: expected a device of this machine"),
         (["pipeline", "--size_crops", "16", "6"], "--size_crops: expected 7 or more, got [16, 6]"),
@@ -270,7 +270,7 @@ def test_bad_options_are_named(options, message):
 def test_a_bad_option_ends_the_command_with_one_line():
     result = forked("-m", "bench", "loss", "--repetitions", "0")
     assert result.returncode == 2
-    assert result.stderr == "error: --repetitions: expected 1 or more, got 0\n" and not result.stdout
+    assert result.stderr == "error: --repetitions: expected 2 or more, got 0\n" and not result.stdout
 
 
 def test_help_shows_each_benchmark_with_an_example_that_parses(capsys, monkeypatch):
