@@ -142,10 +142,10 @@ struct Work {
   float scale;  // of scores: logits are in powers of two
   int64_t iterations, slabs;
   int chunk_rows;          // the rows of a slab that fit into shared memory
-  float *shifts, *sums;    // [A, slabs, K]: the sum of a column of a slab is sums * 2^shifts, or sums where none is stored
-  float* potentials;       // [A, K]
-  double* log2_potentials; // [A, K]: the same in powers of two, or null if the steps need no more than one round
-  float* totals;           // [A, K]: receives the sums over all slabs, natural logarithms in round 0, unless null
+  float *shifts, *sums;     // [A, slabs, K]: the sum of a slab's column is sums * 2^shifts in round 0, later sums
+  float* potentials;        // [A, K]
+  double* log2_potentials;  // [A, K]: the same in powers of two, for the next round
+  float* totals;            // [A, K]: if not null, receives the sums over all slabs, and potentials stay; logs in round 0
   float* codes;
   int64_t codes_stride;
 };
@@ -344,16 +344,12 @@ struct Assigning {
   int count = 0;
   int16_t crops[kMaxAssigning];
 
-  Assigning(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
+  explicit Assigning(at::IntArrayRef crops_for_assign) {
     TORCH_CHECK(crops_for_assign.size() <= kMaxAssigning, "crops_for_assign: expected at most ", kMaxAssigning,
                 " crops, got ", crops_for_assign.size());
-    for (const int64_t crop : crops_for_assign) {
-      TORCH_CHECK(crop >= 0 && crop < nmb_crops && position(crop) < 0,
-                  "crops_for_assign: expected different crops in 0..", nmb_crops - 1, ", got ", crops_for_assign);
-      crops[count++] = static_cast<int16_t>(crop);
-    }
+    for (const int64_t crop : crops_for_assign) crops[count++] = static_cast<int16_t>(crop);
   }
-  C10_HOST_DEVICE int position(int64_t crop) const {  // -1: the crop does not assign
+  __device__ int position(int64_t crop) const {  // -1: the crop does not assign
     for (int i = 0; i < count; i++)
       if (crops[i] == crop) return i;
     return -1;
@@ -520,8 +516,9 @@ auto in_torch(const char* name, const Arguments&... arguments) {
 
 // Runs the code with scalar_t, the type of the scores.
 #define DISPATCH_SCORES(scores, name, ...) \
-  AT_DISPATCH_SWITCH(scores.scalar_type(), name, AT_DISPATCH_CASE(at::kFloat, [&] { __VA_ARGS__ }) \
-                     AT_DISPATCH_CASE(at::kHalf, [&] { __VA_ARGS__ }) AT_DISPATCH_CASE(at::kBFloat16, [&] { __VA_ARGS__ }))
+  AT_DISPATCH_SWITCH( \
+      scores.scalar_type(), name, AT_DISPATCH_CASE(at::kFloat, [&] { __VA_ARGS__ }) \
+      AT_DISPATCH_CASE(at::kHalf, [&] { __VA_ARGS__ }) AT_DISPATCH_CASE(at::kBFloat16, [&] { __VA_ARGS__ }))
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -555,14 +552,7 @@ struct Problem {
   int64_t blocks() const { return kBlocksPerMultiprocessor * attribute(cudaDevAttrMultiProcessorCount); }
   int64_t max_shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-  // Launches a kernel, with a launch attribute if there is one. row_bytes: of shared memory, for rows.
-  template <typename... Parameters, typename... Arguments>
-  cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int64_t row_bytes, cudaLaunchAttribute* attribute,
-                     const Arguments&... arguments) const {
-    cudaLaunchConfig_t config = configure(kernel, grid, row_bytes, attribute);
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-  }
-
+  // row_bytes: of shared memory, for rows. attribute: of the launch, or null.
   template <typename Kernel>
   cudaLaunchConfig_t configure(Kernel kernel, dim3 grid, int64_t row_bytes, cudaLaunchAttribute* attribute) const {
     cudaLaunchConfig_t config{};
@@ -575,6 +565,11 @@ struct Problem {
     if (config.dynamicSmemBytes > 48 * 1024)
       C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()));
     return config;
+  }
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int64_t row_bytes, const Arguments&... arguments) const {
+    const cudaLaunchConfig_t config = configure(kernel, grid, row_bytes, nullptr);
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 };
 
@@ -601,7 +596,8 @@ class Steps {
   void run(int64_t first, int64_t last) {
     if (last - first > 1 && (run_in_clusters(first, last) || run_cooperatively(first, last))) return;
     divide(problem_.blocks());
-    for (int64_t step = first; step < last; step++) C10_CUDA_CHECK(launch(nullptr, step, step + 1, false));
+    for (int64_t step = first; step < last; step++)
+      problem_.launch(kernel_, grid(), row_bytes(), work, step, step + 1, false);
   }
 
  private:
@@ -624,48 +620,45 @@ class Steps {
     work.sums = work.shifts + partials_.numel() / 2;
   }
 
-  cudaError_t launch(cudaLaunchAttribute* attribute, int64_t first, int64_t last, bool in_cluster) {
-    return problem_.launch(kernel_, grid(), row_bytes(), attribute, work, first, last, in_cluster);
-  }
-
-  // One cluster for each problem. Not all GPUs can run clusters of this size.
+  // One cluster for each problem. Not every GPU can run clusters of this size.
   bool run_in_clusters(int64_t first, int64_t last) {
-    if (problem_.attribute(cudaDevAttrComputeCapabilityMajor) < 9 || problem_.rows * problem_.n > kMaxInCluster ||
-        problem_.rows < kCluster)
+    if (problem_.attribute(cudaDevAttrComputeCapabilityMajor) < 9 || problem_.rows < kCluster ||
+        problem_.rows * problem_.n > kMaxInCluster)
       return false;
     divide(kCluster * problem_.problems);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = kCluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    int clusters = 0;
     const cudaLaunchConfig_t config = problem_.configure(kernel_, grid(), row_bytes(), &attribute);
-    if (cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config) != cudaSuccess || clusters < 1) {
-      (void)cudaGetLastError();
-      return false;
-    }
-    C10_CUDA_CHECK(launch(&attribute, first, last, true));
-    return true;
+    int clusters = 0;
+    return succeeded(cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) &&
+           succeeded(cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config)) && clusters > 0 &&
+           succeeded(cudaLaunchKernelEx(&config, kernel_, work, first, last, true));
   }
 
+  // All problems in one grid. It fails if there are more problems than blocks, or another program uses the GPU.
   bool run_cooperatively(int64_t first, int64_t last) {
-    if (!problem_.attribute(cudaDevAttrCooperativeLaunch)) return false;
     divide(problem_.blocks());
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = problem_.configure(kernel_, grid(), row_bytes(), &attribute);
     int resident = 0;
-    const cudaLaunchConfig_t config = problem_.configure(kernel_, grid(), row_bytes(), &attribute);
-    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel_, kThreads, config.dynamicSmemBytes));
-    if (resident < kBlocksPerMultiprocessor) divide(problem_.blocks() / kBlocksPerMultiprocessor);
-    const cudaError_t error = launch(&attribute, first, last, false);
-    if (error == cudaErrorCooperativeLaunchTooLarge) {  // more problems than blocks, or another program uses the GPU
-      (void)cudaGetLastError();
-      return false;
+    C10_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel_, kThreads, config.dynamicSmemBytes));
+    if (resident < kBlocksPerMultiprocessor) {  // long rows
+      divide(problem_.blocks() / kBlocksPerMultiprocessor);
+      config = problem_.configure(kernel_, grid(), row_bytes(), &attribute);
     }
-    C10_CUDA_CHECK(error);
-    return true;
+    return problem_.attribute(cudaDevAttrCooperativeLaunch) &&
+           succeeded(cudaLaunchKernelEx(&config, kernel_, work, first, last, false));
+  }
+
+  // Tells whether a call succeeded, and forgets its error, as there is another way. An earlier kernel's error stays.
+  static bool succeeded(cudaError_t error) {
+    if (error != cudaSuccess) (void)cudaGetLastError();
+    return error == cudaSuccess;
   }
 };
 
@@ -760,13 +753,13 @@ at::Tensor moments(const at::Tensor& scores) {
   const at::Tensor squares = problem.empty({problem.problems * tiles * slabs}, at::kDouble);
   DISPATCH_SCORES(scores, "moments", {
     if (problem.problems > 0)
-      C10_CUDA_CHECK(problem.launch(moments_of_slabs_kernel<scalar_t>, dim3(slabs, tiles, problem.problems), 0, nullptr,
-                                    rows_of<scalar_t>(problem.scores, std::nullopt), sums.mutable_data_ptr<double>(),
-                                    squares.mutable_data_ptr<double>()));
+      problem.launch(moments_of_slabs_kernel<scalar_t>, dim3(slabs, tiles, problem.problems), 0,
+                     rows_of<scalar_t>(problem.scores, std::nullopt), sums.mutable_data_ptr<double>(),
+                     squares.mutable_data_ptr<double>());
   });
-  C10_CUDA_CHECK(problem.launch(add_moments_kernel, dim3(divide_up(columns, kThreads) + 1), 0, nullptr,
-                                sums.const_data_ptr<double>(), squares.const_data_ptr<double>(), slabs, columns,
-                                problem.n, squares.numel(), result.mutable_data_ptr<double>()));
+  problem.launch(add_moments_kernel, dim3(divide_up(columns, kThreads) + 1), 0, sums.const_data_ptr<double>(),
+                 squares.const_data_ptr<double>(), slabs, columns, problem.n, squares.numel(),
+                 result.mutable_data_ptr<double>());
   return result;
 }
 
@@ -783,7 +776,7 @@ struct LossArguments {
         potentials(potentials_.contiguous()),
         loss{rows_of<scalar_t>(problem.scores, std::nullopt),
              code_scores ? code_scores->template const_data_ptr<float>() : nullptr,
-             potentials.const_data_ptr<float>(), Assigning(crops_for_assign, problem.problems),
+             potentials.const_data_ptr<float>(), Assigning(crops_for_assign),
              static_cast<float>(kLog2E / temperature), static_cast<float>(kLog2E / epsilon)} {}
 };
 
@@ -794,19 +787,20 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores, const 
   check_loss(scores, assigning, potentials, crops_for_assign);
   const Problem problem(scores, std::nullopt);
   const int64_t nmb_assigning = crops_for_assign.size();
-  const at::Tensor loss = problem.empty({}), logsumexps = problem.empty({problem.problems + nmb_assigning, problem.rows});
+  const at::Tensor loss = problem.empty({});
+  const at::Tensor logsumexps = problem.empty({problem.problems + nmb_assigning, problem.rows});
   const at::Tensor loss_per_image = problem.empty({problem.rows}, at::kDouble);
   DISPATCH_SCORES(scores, "swapped_loss", {
     const LossArguments<scalar_t> arguments(problem, assigning, potentials, crops_for_assign, temperature, epsilon);
     const int64_t bytes = problem.problems * problem.n * sizeof(scalar_t), header = sizeof(Shared);
     const bool is_staged = header + bytes <= problem.max_shared_bytes();
-    C10_CUDA_CHECK(problem.launch(is_staged ? swapped_loss_kernel<scalar_t, true> : swapped_loss_kernel<scalar_t, false>,
-                                  dim3(problem.rows), is_staged ? bytes : 0, nullptr, arguments.loss, temperature,
-                                  logsumexps.mutable_data_ptr<float>(), loss_per_image.mutable_data_ptr<double>()));
+    problem.launch(is_staged ? swapped_loss_kernel<scalar_t, true> : swapped_loss_kernel<scalar_t, false>,
+                   dim3(problem.rows), is_staged ? bytes : 0, arguments.loss, temperature,
+                   logsumexps.mutable_data_ptr<float>(), loss_per_image.mutable_data_ptr<double>());
   });
   const double terms = static_cast<double>(nmb_assigning * (problem.problems - 1) * problem.rows);
-  C10_CUDA_CHECK(problem.launch(mean_loss_kernel, dim3(1), 0, nullptr, loss_per_image.const_data_ptr<double>(),
-                                problem.rows, 1 / terms, loss.mutable_data_ptr<float>()));
+  problem.launch(mean_loss_kernel, dim3(1), 0, loss_per_image.const_data_ptr<double>(), problem.rows, 1 / terms,
+                 loss.mutable_data_ptr<float>());
   return {loss, logsumexps};
 }
 
@@ -824,10 +818,9 @@ at::Tensor swapped_loss_backward(const at::Tensor& grad, const at::Tensor& score
   const double terms = static_cast<double>(potentials.size(0) * (problem.problems - 1) * problem.rows);
   DISPATCH_SCORES(scores, "swapped_loss_backward", {
     const LossArguments<scalar_t> arguments(problem, assigning, potentials, crops_for_assign, temperature, epsilon);
-    C10_CUDA_CHECK(problem.launch(swapped_loss_backward_kernel<scalar_t>,
-                                  dim3(problem.rows, divide_up(problem.n, kThreads)), 0, nullptr, arguments.loss,
-                                  saved.const_data_ptr<float>(), grad.const_data_ptr<float>(),
-                                  1 / (terms * temperature), result.mutable_data_ptr<scalar_t>()));
+    problem.launch(swapped_loss_backward_kernel<scalar_t>, dim3(problem.rows, divide_up(problem.n, kThreads)), 0,
+                   arguments.loss, saved.const_data_ptr<float>(), grad.const_data_ptr<float>(),
+                   1 / (terms * temperature), result.mutable_data_ptr<scalar_t>());
   });
   return result;
 }
