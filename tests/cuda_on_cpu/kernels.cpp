@@ -1,6 +1,6 @@
 // The CUDA kernels as operators for CPU tensors. Load it with torch.ops.load_library.
 
-#include "../../sinkhorn_ext/csrc/rows.h"
+#include "rows.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -12,7 +12,7 @@
 using std::max;
 using std::min;
 
-#include KERNELS
+#include "sinkhorn_cuda.cu"
 
 namespace sinkhorn_ext {
 namespace {
