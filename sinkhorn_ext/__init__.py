@@ -168,7 +168,7 @@ def moments(scores: torch.Tensor) -> torch.Tensor:
 def backend(device: torch.device | str) -> str:
     """Name the implementation for tensors on a device: "cuda" or "cpp" (compiled kernels), or "torch" (any device).
 
-    With SINKHORN_EXT=torch in the environment it is always "torch".
+    With SINKHORN_EXT=torch in the environment it is always "torch". On GPUs, float64 is plain torch in any case.
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)

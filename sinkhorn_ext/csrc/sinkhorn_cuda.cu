@@ -29,8 +29,7 @@ namespace {
 constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;  // every block has kThreads threads
 constexpr int kBlocksPerMultiprocessor = 2;  // while one waits for memory or at a barrier, the other computes
 constexpr int kMaxRows = 64;                 // the most rows that a block sums at a time
-constexpr int kCluster = 16;                 // blocks
-constexpr int64_t kMaxInCluster = 1 << 19;   // scores of a problem for which waiting costs more than computing
+constexpr int kCluster = 16;                 // the blocks of a cluster
 constexpr int kMaxAssigning = 512;           // the most assigning crops
 
 // The exponentials of a row are 2^(logit - shift), and its softmax is these times inverse.
@@ -79,6 +78,22 @@ template <int kGroup, typename Body>
 __device__ void for_groups(int first, int count, const Body& body) {
   for (; first + kGroup <= count; first += kGroup) body(first, std::integral_constant<int, kGroup>{});
   if constexpr (kGroup > 1) for_groups<kGroup / 2>(first, count, body);
+}
+
+// Copies rows into shared memory.
+template <typename scalar_t, typename Row>
+__device__ void stage_rows(int count, int n, const Row& row) {
+  for_groups<4>(0, count, [&](int first, auto rows) {  // together, so that many loads are under way
+    const scalar_t* from[rows];
+    scalar_t* to = rows_in_shared_memory<scalar_t>() + first * n;
+#pragma unroll
+    for (int i = 0; i < rows; i++) from[i] = row(first + i);
+#pragma unroll 2
+    for (int k = threadIdx.x; k < n; k += kThreads) {
+#pragma unroll
+      for (int i = 0; i < rows; i++) to[i * n + k] = from[i][k];
+    }
+  });
 }
 
 // Finds the largest logit of each row, or sums 2^(logit - shift). Thread i then calls finish(result) for row i.
@@ -233,12 +248,10 @@ class Slab {
       of_lanes.sums[threadIdx.x] = sum;
       __syncthreads();
       if (lane == 0 && k < n_) {
-        double total = sum;
-        for (int i = threadIdx.x + width; i < kThreads; i += width) {
-          const float larger = fmaxf(shift, of_lanes.shifts[i]);
-          total = total * exp2f(shift - larger) + double{of_lanes.sums[i]} * exp2f(of_lanes.shifts[i] - larger);
-          shift = larger;
-        }
+        for (int i = threadIdx.x; i < kThreads; i += width) shift = fmaxf(shift, of_lanes.shifts[i]);
+        double total = 0;
+        for (int i = threadIdx.x; i < kThreads; i += width)
+          total += of_lanes.sums[i] * exp2f(of_lanes.shifts[i] - shift);
         finish(problem_ * n_ + k, is_first, is_first ? shift + log2(total) : total);
       }
       __syncthreads();
@@ -262,24 +275,11 @@ class Slab {
       const int chunk = backward_ ? chunks - 1 - turn : turn;
       begin_ = first_ + int64_t{chunk} * work_.chunk_rows;
       count_ = min(int64_t{work_.chunk_rows}, last_ - begin_);
-      if (kStaged && chunk != loaded_) load();
+      if (kStaged && chunk != loaded_)
+        stage_rows<scalar_t>(count_, n_, [&](int i) { return work_.rows.row(problem_, begin_ + i); });
       loaded_ = chunk;
       body(turn == 0);
     }
-  }
-
-  __device__ void load() const {
-    for_groups<4>(0, count_, [&](int first, auto rows) {
-      const scalar_t* from[rows];
-      scalar_t* to = rows_in_shared_memory<scalar_t>() + first * n_;
-#pragma unroll
-      for (int i = 0; i < rows; i++) from[i] = work_.rows.row(problem_, begin_ + first + i);
-#pragma unroll 2
-      for (int k = threadIdx.x; k < n_; k += kThreads) {
-#pragma unroll
-        for (int i = 0; i < rows; i++) to[i * n_ + k] = from[i][k];
-      }
-    });
   }
 
   __device__ const scalar_t* row(int i) const {
@@ -379,15 +379,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     swapped_loss_kernel(Loss<scalar_t> loss, double temperature, float* logsumexps, double* loss_per_image) {
   const int n = loss.rows.prototypes, nmb_crops = loss.rows.problems;
   const int64_t image = blockIdx.x, batch_size = loss.rows.count;
-  scalar_t* staged = rows_in_shared_memory<scalar_t>();
-  if constexpr (kStaged) {
-    for (int crop = 0; crop < nmb_crops; crop++) {
-      const scalar_t* x = loss.rows.row(crop, image);
-#pragma unroll 4
-      for (int k = threadIdx.x; k < n; k += kThreads) staged[crop * n + k] = x[k];
-    }
-  }
-  const auto scores = [&](int crop) { return kStaged ? staged + crop * n : loss.rows.row(crop, image); };
+  if (kStaged) stage_rows<scalar_t>(nmb_crops, n, [&](int crop) { return loss.rows.row(crop, image); });
+  const auto scores = [&](int crop) {
+    return kStaged ? rows_in_shared_memory<scalar_t>() + crop * n : loss.rows.row(crop, image);
+  };
   const RowScale* scales = shared_of_block().scales;
 
   // Sum over assigning crops i and other crops v of logsumexp_v minus the dot product of codes_i and scores_v.
@@ -620,10 +615,10 @@ class Steps {
     work.sums = work.shifts + partials_.numel() / 2;
   }
 
-  // One cluster for each problem. Not every GPU can run clusters of this size.
+  // One cluster for each problem that fits into its shared memory. Not every GPU can run clusters of this size.
   bool run_in_clusters(int64_t first, int64_t last) {
     if (problem_.attribute(cudaDevAttrComputeCapabilityMajor) < 9 || problem_.rows < kCluster ||
-        problem_.rows * problem_.n > kMaxInCluster)
+        problem_.rows > kCluster * max_chunk_rows_)
       return false;
     divide(kCluster * problem_.problems);
     cudaLaunchAttribute attribute{};
