@@ -7,6 +7,8 @@
 //
 // A thread owns the columns k = threadIdx.x, threadIdx.x + kThreads, ... of every row. So the sums over rows, and the
 // rows in shared memory, need no barrier. Only the sums over columns do.
+//
+// Not yet run on a GPU. tests/test_cuda_on_cpu.py runs all of it on a CPU.
 
 #include "rows.h"
 
@@ -160,7 +162,7 @@ struct Work {
   float *shifts, *sums;     // [A, slabs, K]: the sum of a slab's column is sums * 2^shifts in round 0, later sums
   float* potentials;        // [A, K]
   double* log2_potentials;  // [A, K]: the same in powers of two, for the next round
-  float* totals;            // [A, K]: if not null, receives the sums over all slabs, and potentials stay; logs in round 0
+  float* totals;            // [A, K]: if not null, receives the sums over all slabs, logs in round 0; potentials stay
   float* codes;
   int64_t codes_stride;
 };
@@ -657,84 +659,63 @@ class Steps {
   }
 };
 
-at::Tensor prototype_logsumexp(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon) {
-  FLOAT64_IN_TORCH(prototype_logsumexp, scores, scores, extra, epsilon);
-  const Problem problem(scores, extra);
+// Does the steps first, ..., last - 1. given: potentials for steps that do not compute them. Returns those computed or,
+// with totals, the sums of the prototypes. codes: receives them in the step after the rounds.
+at::Tensor do_steps(const Problem& problem, double epsilon, int64_t iterations, int64_t first, int64_t last,
+                    const at::Tensor* given, bool totals, const at::Tensor* codes) {
   const at::Tensor result = problem.empty({problem.problems, problem.n});
   if (result.numel() == 0) return result;
-  DISPATCH_SCORES(scores, "prototype_logsumexp", {
-    Steps<scalar_t> steps(problem, epsilon, 1);
-    steps.work.totals = result.mutable_data_ptr<float>();
-    steps.run(0, 2);
+  const at::Tensor log2_potentials = problem.empty({problem.problems, problem.n}, at::kDouble);
+  const at::Tensor potentials = given ? given->contiguous() : result;
+  DISPATCH_SCORES(problem.scores, "sinkhorn_ext", {
+    Steps<scalar_t> steps(problem, epsilon, iterations);
+    steps.work.potentials = static_cast<float*>(potentials.data_ptr());
+    steps.work.log2_potentials = log2_potentials.mutable_data_ptr<double>();
+    steps.work.totals = totals ? result.mutable_data_ptr<float>() : nullptr;
+    if (codes) {
+      steps.work.codes = codes->mutable_data_ptr<float>();
+      steps.work.codes_stride = codes->stride(0);
+    }
+    steps.run(first, last);
   });
   return result;
+}
+
+at::Tensor prototype_logsumexp(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon) {
+  FLOAT64_IN_TORCH(prototype_logsumexp, scores, scores, extra, epsilon);
+  return do_steps(Problem(scores, extra), epsilon, 1, 0, 2, nullptr, true, nullptr);
 }
 
 at::Tensor prototype_totals(const at::Tensor& scores, const std::optional<at::Tensor>& extra,
                             const at::Tensor& potentials, double epsilon) {
   FLOAT64_IN_TORCH(prototype_totals, scores, scores, extra, potentials, epsilon);
-  check_potentials(potentials, scores, scores.size(0));
   const Problem problem(scores, extra);
-  const at::Tensor result = problem.empty({problem.problems, problem.n});
-  if (result.numel() == 0) return result;
-  const at::Tensor contiguous = potentials.contiguous();
-  DISPATCH_SCORES(scores, "prototype_totals", {
-    Steps<scalar_t> steps(problem, epsilon, 2);
-    steps.work.potentials = const_cast<float*>(contiguous.const_data_ptr<float>());  // with totals it is not written
-    steps.work.totals = result.mutable_data_ptr<float>();
-    steps.run(2, 4);
-  });
-  return result;
-}
-
-// Computes potentials, and codes unless `codes` is null.
-at::Tensor run_rounds(const Problem& problem, double epsilon, int64_t iterations, const at::Tensor* codes) {
-  check_iterations(iterations);
-  const at::Tensor result = problem.empty({problem.problems, problem.n});
-  if (result.numel() == 0) return result;
-  const at::Tensor log2_potentials = problem.empty({problem.problems, problem.n}, at::kDouble);
-  DISPATCH_SCORES(problem.scores, "potentials", {
-    Steps<scalar_t> steps(problem, epsilon, iterations);
-    steps.work.potentials = result.mutable_data_ptr<float>();
-    steps.work.log2_potentials = log2_potentials.mutable_data_ptr<double>();
-    if (codes) {
-      steps.work.codes = codes->mutable_data_ptr<float>();
-      steps.work.codes_stride = codes->stride(0);
-    }
-    steps.run(0, 2 * iterations + (codes ? 1 : 0));
-  });
-  return result;
+  check_potentials(potentials, scores, problem.problems);
+  return do_steps(problem, epsilon, 2, 2, 4, &potentials, true, nullptr);
 }
 
 at::Tensor potentials(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon,
                       int64_t iterations) {
   FLOAT64_IN_TORCH(potentials, scores, scores, extra, epsilon, iterations);
-  return run_rounds(Problem(scores, extra), epsilon, iterations, nullptr);
+  check_iterations(iterations);
+  return do_steps(Problem(scores, extra), epsilon, iterations, 0, 2 * iterations, nullptr, false, nullptr);
 }
 
 void sinkhorn(const at::Tensor& scores, const std::optional<at::Tensor>& extra, double epsilon, int64_t iterations,
               at::Tensor out) {
   FLOAT64_IN_TORCH(sinkhorn, scores, scores, extra, epsilon, iterations, out);
-  const auto extra_problem = extra ? std::make_optional(extra->unsqueeze(0)) : std::nullopt;
-  const Problem problem(scores.unsqueeze(0), extra_problem);
+  check_iterations(iterations);
+  const Problem problem(scores.unsqueeze(0), extra ? std::make_optional(extra->unsqueeze(0)) : std::nullopt);
   check_out(out, scores);
-  run_rounds(problem, epsilon, iterations, &out);
+  do_steps(problem, epsilon, iterations, 0, 2 * iterations + 1, nullptr, false, &out);
 }
 
 void codes(const at::Tensor& scores, const at::Tensor& potentials, double epsilon, at::Tensor out) {
   FLOAT64_IN_TORCH(codes, scores, scores, potentials, epsilon, out);
+  const Problem problem(scores.unsqueeze(0), std::nullopt);
   check_out(out, scores);
   check_potentials(potentials.unsqueeze(0), scores, 1);
-  const Problem problem(scores.unsqueeze(0), std::nullopt);
-  if (out.numel() == 0) return;
-  const at::Tensor contiguous = potentials.contiguous();
-  DISPATCH_SCORES(scores, "codes", {
-    Steps<scalar_t> steps(problem, epsilon, 0);
-    steps.work.potentials = const_cast<float*>(contiguous.const_data_ptr<float>());
-    steps.work.codes = out.mutable_data_ptr<float>();
-    steps.work.codes_stride = out.stride(0);
-    steps.run(0, 1);
-  });
+  do_steps(problem, epsilon, 0, 0, 1, &potentials, false, &out);
 }
 
 at::Tensor moments(const at::Tensor& scores) {
