@@ -158,7 +158,7 @@ struct Work {
   Rows<scalar_t> rows;
   float scale;  // of scores: logits are in powers of two
   int64_t iterations, slabs;
-  int chunk_rows;          // the rows of a slab that fit into shared memory
+  int chunk_rows;           // the rows of a slab that fit into shared memory
   float *shifts, *sums;     // [A, slabs, K]: the sum of a slab's column is sums * 2^shifts in round 0, later sums
   float* potentials;        // [A, K]
   double* log2_potentials;  // [A, K]: the same in powers of two, for the next round
