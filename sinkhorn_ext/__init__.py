@@ -161,7 +161,7 @@ def backend(device: torch.device | str) -> str:
     """Name the implementation for tensors on a device: "cuda" or "cpp" (compiled kernels), or "torch" (any device).
 
     With SINKHORN_EXT=torch in the environment it is always "torch"; with SINKHORN_EXT=fused too, where torch.compile
-    fuses it on CPUs as it otherwise does on GPUs.
+    fuses it on CPUs as it otherwise does on GPUs. On GPUs, float64 is plain torch in any case.
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IS_COMPILED = backend("cpu") == "cpp"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 17, 129, 3000]
+# Both computing dtypes, with the error of results near 1. On CUDA, float64 is plain torch.
+COMPUTING = [(torch.float64, 1e-9), (torch.float32, 3e-5)]
 
 
 def cosine_scores(nmb_images, nmb_prototypes, *, crops=None, seed=0, dtype=torch.float32, device="cpu"):
@@ -146,10 +148,12 @@ def test_half_precision_scores_are_computed_with_in_float32(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_codes_match_the_reference_for_any_number_of_iterations(iterations, device):
-    scores = cosine_scores(40, 25, dtype=torch.float64, device=device)
-    torch.testing.assert_close(sinkhorn(scores, 0.1, iterations), reference.sinkhorn(scores, 0.1, iterations))
+def test_codes_match_the_reference_for_any_number_of_iterations(iterations, dtype, tolerance, device):
+    scores = cosine_scores(40, 25, dtype=dtype, device=device)
+    expected = reference.sinkhorn(scores, 0.1, iterations)
+    torch.testing.assert_close(sinkhorn(scores, 0.1, iterations).double(), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -197,10 +201,11 @@ def test_one_nan_makes_all_codes_nan(position, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
 @pytest.mark.parametrize("epsilon", [0.05, 0.01])
 @pytest.mark.parametrize("with_extra", [False, True])
-def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, device):
-    scores = cosine_scores(40, 25, dtype=torch.float64, device=device)
+def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, dtype, tolerance, device):
+    scores = cosine_scores(40, 25, dtype=dtype, device=device)
     scores[:, [3, 24]] = -torch.inf
     scores[[0, 17], :] = -torch.inf
     prototypes = [k for k in range(25) if k not in (3, 24)]
@@ -211,7 +216,7 @@ def test_masked_prototypes_and_images_take_no_part(with_extra, epsilon, device):
     extra = scores[1:17][:, prototypes].repeat(2, 1)[:16] if with_extra else None
     extra = torch.cat([extra, scores[18:20][:, prototypes]]) if with_extra else None
     expected = reference.sinkhorn_log(scores[images][:, prototypes], epsilon, extra=extra)
-    torch.testing.assert_close(codes[images][:, prototypes], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(codes[images][:, prototypes].double(), expected, rtol=tolerance, atol=tolerance / 1000)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -257,13 +262,15 @@ def test_two_calls_give_the_same_bits(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
 @pytest.mark.parametrize("nmb_extra", [0, 1, 50])
-def test_extra_rows_take_part_in_the_balance_and_get_no_codes(nmb_extra, device):
-    scores = cosine_scores(20, 30, dtype=torch.float64, device=device)
-    extra = cosine_scores(nmb_extra, 30, seed=1, dtype=torch.float64, device=device)
+def test_extra_rows_take_part_in_the_balance_and_get_no_codes(nmb_extra, dtype, tolerance, device):
+    scores = cosine_scores(20, 30, dtype=dtype, device=device)
+    extra = cosine_scores(nmb_extra, 30, seed=1, dtype=dtype, device=device)
     codes = sinkhorn(scores, extra=extra)
-    torch.testing.assert_close(codes, reference.sinkhorn(scores, extra=extra))
-    torch.testing.assert_close(codes, sinkhorn(torch.cat([scores, extra]))[:20])
+    expected = reference.sinkhorn(scores, extra=extra)
+    torch.testing.assert_close(codes.double(), expected, rtol=tolerance, atol=tolerance / 1000)
+    torch.testing.assert_close(codes, sinkhorn(torch.cat([scores, extra]))[:20], rtol=tolerance, atol=0)
     assert torch.allclose(codes, sinkhorn(scores)) == (nmb_extra == 0)
 
 
@@ -302,14 +309,15 @@ def test_operators_that_write_count_a_new_version(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_several_problems_at_once_are_independent(device):
-    scores = cosine_scores(12, 9, crops=3, dtype=torch.float64, device=device)
-    extra = cosine_scores(7, 9, crops=3, seed=1, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
+def test_several_problems_at_once_are_independent(dtype, tolerance, device):
+    scores = cosine_scores(12, 9, crops=3, dtype=dtype, device=device)
+    extra = cosine_scores(7, 9, crops=3, seed=1, dtype=dtype, device=device)
     potentials = sinkhorn_potentials(scores, 0.1, 2, extra=extra)
-    assert potentials.shape == (3, 9) and potentials.dtype == torch.float64
+    assert potentials.shape == (3, 9) and potentials.dtype == dtype
     for a in range(3):
         codes = torch.softmax(scores[a] / 0.1 + potentials[a], dim=1)
-        torch.testing.assert_close(codes, sinkhorn(scores[a], 0.1, 2, extra=extra[a]))
+        torch.testing.assert_close(codes, sinkhorn(scores[a], 0.1, 2, extra=extra[a]), rtol=tolerance, atol=0)
 
 
 X = torch.zeros(4, 6)
@@ -440,10 +448,13 @@ def test_loss_and_gradient_match_the_reference(nmb_crops, crops_for_assign, dtyp
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
 @pytest.mark.parametrize("temperature, epsilon", [(0.3, 0.05), (0.1, 0.02), (1.0, 1.0)])
-def test_loss_and_gradient_match_the_reference_for_any_temperature_and_epsilon(temperature, epsilon, device):
-    scores = cosine_scores(9, 20, crops=3, dtype=torch.float64, device=device)
-    assert_loss_and_gradient(scores, (0, 1), 1e-10, temperature=temperature, epsilon=epsilon)
+def test_loss_and_gradient_match_the_reference_for_any_temperature_and_epsilon(
+    temperature, epsilon, dtype, tolerance, device
+):
+    scores = cosine_scores(9, 20, crops=3, dtype=dtype, device=device)
+    assert_loss_and_gradient(scores, (0, 1), tolerance, temperature=temperature, epsilon=epsilon)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -484,8 +495,9 @@ def test_error_of_loss_and_gradient_is_at_most_twice_that_of_naive_torch(nmb_ima
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_masked_prototypes_get_no_gradient_and_do_not_change_the_loss(device):
-    scores = cosine_scores(9, 20, crops=4, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
+def test_masked_prototypes_get_no_gradient_and_do_not_change_the_loss(dtype, tolerance, device):
+    scores = cosine_scores(9, 20, crops=4, dtype=dtype, device=device)
     masked = scores.clone()
     masked[:, :, 5] = -torch.inf
     others = [k for k in range(20) if k != 5]
@@ -493,8 +505,8 @@ def test_masked_prototypes_get_no_gradient_and_do_not_change_the_loss(device):
     for leaf in (masked.requires_grad_(), scores[:, :, others].requires_grad_()):
         loss = swav_loss(leaf, sinkhorn_potentials(leaf[:2]))
         results.append((loss, torch.autograd.grad(loss, leaf)[0]))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1][:, :, others], results[1][1])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(results[0][1][:, :, others], results[1][1], rtol=tolerance, atol=tolerance / 1000)
     assert not results[0][1][:, :, 5].any()
 
 
@@ -566,9 +578,10 @@ def test_the_codes_of_assigning_scores_are_those_of_a_plain_formula(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_more_assigning_crops_than_a_batch_has_large_ones(device):
-    scores = cosine_scores(3, 20, crops=70, dtype=torch.float64, device=device)
-    assert_loss_and_gradient(scores, tuple(range(1, 60)), 1e-10)
+@pytest.mark.parametrize("dtype, tolerance", COMPUTING)
+def test_more_assigning_crops_than_a_batch_has_large_ones(dtype, tolerance, device):
+    scores = cosine_scores(3, 20, crops=80, dtype=dtype, device=device)
+    assert_loss_and_gradient(scores, tuple(range(1, 70)), tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/macros/Macros.h>
 
+#include <algorithm>
 #include <optional>
 #include <type_traits>
 
@@ -121,6 +122,10 @@ inline void check_loss(const at::Tensor& scores, const std::optional<at::Tensor>
   TORCH_CHECK(scores.size(0) >= 2 && scores.size(1) >= 1 && !crops_for_assign.empty(),
               "scores: expected at least two crops, one image and one assigning crop, got ", scores.sizes(),
               " and ", crops_for_assign.size(), " assigning crops");
+  for (const int64_t crop : crops_for_assign)
+    TORCH_CHECK(crop >= 0 && crop < scores.size(0) &&
+                    std::count(crops_for_assign.begin(), crops_for_assign.end(), crop) == 1,
+                "crops_for_assign: expected different crops in 0..", scores.size(0) - 1, ", got ", crops_for_assign);
   check_potentials(potentials, scores, crops_for_assign.size());
   TORCH_CHECK(!assigning || (assigning->dim() == 3 && assigning->size(0) == potentials.size(0) &&
                              assigning->size(1) == scores.size(1) && assigning->size(2) == scores.size(2) &&

@@ -613,11 +613,7 @@ at::Tensor moments(const at::Tensor& scores_) {
 // For each crop, its position in crops_for_assign, or -1 if it does not assign.
 std::vector<int64_t> positions(at::IntArrayRef crops_for_assign, int64_t nmb_crops) {
   std::vector<int64_t> result(nmb_crops, -1);
-  for (size_t i = 0; i < crops_for_assign.size(); i++) {
-    TORCH_CHECK(crops_for_assign[i] >= 0 && crops_for_assign[i] < nmb_crops && result[crops_for_assign[i]] < 0,
-                "crops_for_assign: expected different crops in 0..", nmb_crops - 1, ", got ", crops_for_assign);
-    result[crops_for_assign[i]] = i;
-  }
+  for (size_t i = 0; i < crops_for_assign.size(); i++) result[crops_for_assign[i]] = i;
   return result;
 }
 
@@ -645,7 +641,6 @@ std::tuple<at::Tensor, at::Tensor> swapped_loss(const at::Tensor& scores_, const
   const auto assigning = with_contiguous_rows(assigning_);
   const int64_t nmb_crops = scores_.size(0), batch_size = scores_.size(1), n = scores_.size(2);
   const int64_t nmb_assigning = crops_for_assign.size();
-  positions(crops_for_assign, nmb_crops);
   const at::Tensor scores = with_contiguous_rows(scores_);
   at::Tensor logsumexps = at::empty({nmb_crops + nmb_assigning, batch_size}, potentials.options());
   std::vector<double> loss_per_image(batch_size);
