@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,25 +88,41 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     return dtype
 
 
-def use_compile(choice: str, device: torch.device, world_size: int, *, steps: int, crop_size: int) -> bool:
-    """Whether to use torch.compile. choice: "on", "off", or "auto": if it saves time and works on this machine.
+def use_compile(
+    choice: str,
+    device: torch.device,
+    steps: int,
+    crop_size: int,
+    exchange: Callable[[str, object], list] = lambda doing, value: [value],
+) -> bool:
+    """Whether to use torch.compile. choice: "on", "off", or "auto": if it saves time and works in every process.
 
-    It saves time on one GPU, in long runs of large crops. It gains nothing on a CPU, nor for crops so small that the
-    GPU waits for the host. With several processes SyncBatchNorm breaks the graph in each layer.
+    It saves time on GPUs, in long runs of large crops. It gains nothing on a CPU, nor for crops so small that the GPU
+    waits for the host. steps: still to do. crop_size: of the largest crops, in pixels. exchange: gives the values of
+    all processes, see processes.exchange. Every process must call this.
     """
     if choice == "on" and device.type == "mps":
         raise UserError("--compile on: expected off on --device mps")
     if choice != "auto":
         return choice == "on"
-    if device.type != "cuda" or world_size > 1 or steps < COMPILE_MIN_STEPS or crop_size < COMPILE_MIN_CROP:
+    if device.type != "cuda" or steps < COMPILE_MIN_STEPS or crop_size < COMPILE_MIN_CROP:
         return False
+    # A single process without it would do other work than the others, which would wait for it.
+    reasons = exchange("trying torch.compile", why_no_compile(device))
+    failed = [rank for rank, reason in enumerate(reasons) if reason]
+    if failed:
+        where = f"on rank {failed[0]}" if len(reasons) > 1 else "here"
+        log(f"--compile off: torch.compile does not work {where} ({reasons[failed[0]]}); it would make steps faster")
+    return not failed
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """Why torch.compile fails on this device, by trying it; None if it works."""
     try:
         torch.compile(lambda x: x.square() + 1)(torch.ones(8, device=device))
     except Exception as error:  # without Triton, a C compiler or Python's headers it fails in many ways
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        log(f"--compile off: torch.compile does not work here ({reason}); it would make steps faster")
-        return False
-    return True
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 # Cores, memory, loader workers

@@ -8,7 +8,6 @@ Parameter names are torchvision's (backbone) and the published checkpoints' (`pr
 so weights load from either and back. Copy this file to use it elsewhere: it needs only torch.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,7 +34,8 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, fx.Proxy) and x.device.type == "cpu":  # torch.fx traces a plain convolution
-            out_pixels = math.prod([(side - 1) // self.stride[0] + 1 for side in x.shape[2:]])
+            height, width = [(side - 1) // self.stride[0] + 1 for side in x.shape[2:]]
+            out_pixels = height * width
             is_autocast = torch.is_autocast_enabled("cpu")
             if is_autocast and out_pixels == 1:
                 # on 1x1 maps some torch builds return uninitialised memory as a stride-2 weight's bf16 gradient
@@ -369,71 +369,145 @@ def batchnorm_group(sync_bn: str, group_size: int, timeout: timedelta | None = N
 def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Replace each BatchNorm by one that computes its statistics over the processes of a group (None: all).
 
-    Every process must have as many images. On GPUs it is torch's SyncBatchNorm. With statistics of their own,
+    Parameters and buffers stay the same tensors. Every process must have as many images. With statistics of their own,
     processes differ, and embeddings can learn to encode the process instead of the image.
     """
-    if any(parameter.is_cuda for parameter in model.parameters()):
-        if any(isinstance(module, nn.BatchNorm2d) and hasattr(module, "act") for module in model.modules()):
-            from timm.layers import convert_sync_batchnorm  # keeps the activation that timm puts into its BatchNorm
-
-            return convert_sync_batchnorm(model, group)
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum, dtype=child.weight.dtype)
-            synced.load_state_dict(child.state_dict())
-            synced.group, synced.act = group, getattr(child, "act", None)
-            setattr(model, name, synced.train(child.training))
+            setattr(model, name, SyncBatchNorm(child, group))
         else:
             sync_batchnorm(child, group)
     return model
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """All-reduce of a tensor. Its gradient is an all-reduce too, as the loss of each process depends on all terms."""
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm (1d, 2d, or timm's with an activation) with the statistics of all processes of a group (None: all).
 
-    @staticmethod
-    def forward(ctx: Any, term: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        ctx.group, total = group, term.clone()
-        dist.all_reduce(total, group=group)
-        return total
+    As nn.SyncBatchNorm, but on CPUs too; torch.compile traces it without a graph break, and the host never waits for
+    the device. One all-reduce per pass in forward, and one in backward.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradient.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """The same as nn.SyncBatchNorm, which works only on GPUs, for CPUs; with the activation in timm's BatchNorm."""
+    def __init__(self, norm: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
+        for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            setattr(self, name, tensor)
+        group = dist.group.WORLD if group is None else group
+        self.group_name, self.world_size = group.group_name, group.size()
+        self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))  # of timm's
+        self.train(norm.training)
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Accept any number of dimensions after the channels."""
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._synchronised(x) if self.training else super().forward(x)
-        return out if self.act is None else self.act(out)
+        """x [B, C, ...] -> the same shape and dtype. In training it raises ValueError for one value per channel."""
+        return self.act(self.drop(self._over_processes(x) if self.training else super().forward(x)))
 
-    def _synchronised(self, x: torch.Tensor) -> torch.Tensor:
-        x, dtype = x.to(self.weight.dtype), x.dtype
-        per_channel = [1, -1] + [1] * (x.dim() - 2)
-        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
-        var, mean = var.double(), mean.double()  # the difference below would lose digits in float32
-        moments = torch.stack([mean, var + mean.square()])
-        world_size = dist.get_world_size(self.group)
-        mean, square = SumOverProcesses.apply(moments, self.group) / world_size
-        var = square - mean.square()
+    def _over_processes(self, x: torch.Tensor) -> torch.Tensor:
+        count = x.numel() // x.shape[1] * self.world_size
+        if count == 1:
+            raise ValueError(f"BatchNorm: expected more than one value per channel in training, got {list(x.shape)}")
+        if torch.compiler.is_compiling():  # plain operations, which torch.compile fuses and differentiates
+            values, per_channel = x.to(self.weight.dtype), [1, -1] + [1] * (x.dim() - 2)
+            var, mean = torch.var_mean(values, dim=[0, *range(2, x.dim())], correction=0)
+            mean, var = _moments_over_processes(mean, var, self.group_name, self.world_size)
+            scale = self.weight * (var + self.eps).rsqrt()
+            mean_, scale, bias = (vector.view(per_channel) for vector in (mean, scale, self.bias))
+            out = torch.addcmul(bias, values - mean_, scale).to(x.dtype)
+        else:
+            mean, var = _moments_over_processes(*_moments(x), self.group_name, self.world_size)
+            out = NormalizeOverProcesses.apply(x, self.weight, self.bias, mean, var, self.eps, self.group_name, count)
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).to(x.dtype), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        scale, shift = (values.to(x.dtype).view(per_channel) for values in (scale, shift))
-        return torch.addcmul(shift, x, scale).to(dtype)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return out
+
+
+@torch.no_grad()
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel, [C] each, float32 or float64."""
+    # The kernel also updates running statistics, here unused ones: those of all processes are not known yet. On CPUs
+    # their dtype is the one of the result.
+    unused = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return torch.batch_norm_update_stats(x, *unused, 0.0)
+
+
+def _moments_over_processes(
+    mean: torch.Tensor, var: torch.Tensor, group_name: str, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance [C] of all processes from those of each, which has as many images as the others.
+
+    In float64, as the difference of squares would cancel in float32. These vectors are so short that it costs nothing.
+    """
+    dtype, mean, var = mean.dtype, mean.double(), var.double()
+    moments = torch.stack([mean, torch.addcmul(var, mean, mean)])
+    mean, square = sum_over_processes(moments, group_name) / world_size
+    var = torch.addcmul(square, mean, mean, value=-1).clamp_min(0)
+    return mean.to(dtype), var.to(dtype)
+
+
+# An operator of its own, as the functional all-reduce of torch 2.6 has no gradient.
+@torch.library.custom_op("swav_model::sum_over_processes", mutates_args=())
+def sum_over_processes(term: torch.Tensor, group_name: str) -> torch.Tensor:
+    """All-reduce of a tensor. Its gradient is an all-reduce too, as the loss of each process depends on all terms."""
+    total = torch.ops._c10d_functional.all_reduce(term.contiguous(), "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)  # the device waits, the host does not
+
+
+def _keep_group_name(ctx: Any, inputs: tuple[torch.Tensor, str], output: torch.Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+sum_over_processes.register_fake(lambda term, group_name: torch.empty_like(term))
+sum_over_processes.register_autograd(
+    lambda ctx, gradient: (sum_over_processes(gradient, ctx.group_name), None), setup_context=_keep_group_name
+)
+
+
+class NormalizeOverProcesses(torch.autograd.Function):
+    """BatchNorm of x [B, C, ...] with the mean and variance [C] that x has over all processes, by torch's own kernels.
+
+    Without torch.compile these take one pass over x in forward and two in backward, and only x is kept in between.
+    count: values per channel in all processes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        eps: float,
+        group_name: str,
+        count: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.group_name, ctx.count = eps, group_name, count
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        invstd = (var + ctx.eps).rsqrt()
+        _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, invstd, True, ctx.eps, [False, True, True]
+        )
+        # x_gradient = weight / std * (gradient - mean(gradient) - y mean(gradient y)), with y = (x - mean) / std
+        sums = sum_over_processes(torch.stack([bias_gradient, weight_gradient]), ctx.group_name)
+        if x.is_cuda:  # one pass, by a kernel that torch has only for GPUs; not yet run on a GPU
+            count = torch.full((1,), ctx.count, dtype=torch.int32, device=x.device)
+            vectors = mean, invstd, weight, sums[0], sums[1] / invstd
+            x_gradient = torch.batch_norm_backward_elemt(gradient, x, *vectors, count)
+        else:
+            scale = weight * invstd
+            shift, slope = sums * (scale / -ctx.count)
+            x_gradient = torch.batch_norm(x, slope, shift, mean, var, False, 0.0, ctx.eps, False)
+            x_gradient.addcmul_(gradient, scale.view([1, -1] + [1] * (x.dim() - 2)))
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
 
 
 # Backbones by name. They take the other arguments of `ResNet`.

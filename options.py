@@ -121,7 +121,7 @@ def option_parser() -> launch.OptionParser:
     add("cache", "auto", str, "keep decoded images in memory, once per machine. auto: if they fit into a quarter of "
         "the free memory; ram: into 80 %%, else fail; off: never", choices=("auto", "off", "ram"))  # fmt: skip
     add("compile", "auto", str, "torch.compile for backbone and augmentation: a minute or two at the start, faster "
-        "steps on a GPU. auto: in long runs of large crops on one GPU", choices=("auto", "on", "off"), nargs="?",
+        "steps on GPUs. auto: on GPUs, in long runs of large crops", choices=("auto", "on", "off"), nargs="?",
         const="on")  # fmt: skip
     add("checkpoint_activations", "off", str, "on: keep only the inputs of blocks for backward: less memory, but "
         "forward runs twice", choices=("on", "off"), nargs="?", const="on")  # fmt: skip

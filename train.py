@@ -239,8 +239,8 @@ def train(
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, criterion=criterion, guard=guard)
     first_epoch, first_step, losses = checkpoint.resume(dump, settings, parts, steps_per_epoch)
     steps_done = first_epoch * steps_per_epoch + first_step
-    augment_crops, steps = augment, args.epochs * steps_per_epoch
-    if machine.use_compile(args.compile, device, world_size, steps=steps - steps_done, crop_size=max(args.size_crops)):
+    augment_crops, steps_left = augment, args.epochs * steps_per_epoch - steps_done
+    if machine.use_compile(args.compile, device, steps_left, max(args.size_crops), processes.exchange):
         log("compiling: the first steps take a minute or two")
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch advises TF32, which would change codes by up to 1 %
         model.features = torch.compile(model.features, dynamic=False)  # only the backbone; one graph per resolution

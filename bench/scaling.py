@@ -1,10 +1,10 @@
 """How the cost of our training step grows with processes, prototypes, small crops and batch, one at a time.
 
-The cost for more GPUs than this machine has is computed from the bytes that a step sends.
+The collectives of a step are timed on their own too. The cost for more GPUs than this machine has is computed from the
+bytes that they send.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -30,6 +30,7 @@ LATENCY = 20e-6  # seconds that a collective takes besides sending
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
 BACKWARD_SHARE = 2 / 3  # of a step
 Setting = dict[str, int]  # W processes, K prototypes, small crops, B images per process
+Collective = tuple[str, int, torch.dtype]  # "sum", "gather" or "broadcast", elements of a process, their dtype
 
 
 def run(
@@ -57,7 +58,8 @@ def run(
     base, settings = choose_settings(factors, [published] * on_gpu)
     print(f"\nscaling: a step of ours, {arch}, ms. W: processes; small: crops of {sizes[1]} besides two of {sizes[0]};")
     print("B: images per process, one batch that stays in memory, so without loading; base: the first row;")
-    print("all-reduce: of all gradients, on its own; in a step it overlaps with the backward pass;", end=" ")
+    print("the other columns: collectives of a step, on their own (BN: BatchNorm over processes; means: of the scores,")
+    print("with --relative_epsilon); in a step those of gradients overlap with the backward pass;", end=" ")
     print(f"{'NCCL' if on_gpu else 'gloo, a thread each'}; {places} {'GPU' if on_gpu else 'core'}(s)")
     if too_many:
         reason = "not measured" if on_gpu else "they share the cores, so their efficiency says little"
@@ -66,7 +68,7 @@ def run(
     rows = []
     for setting, values in zip(settings, times, strict=True):
         is_wider = setting == base | {"W": setting["W"]}
-        rows.append(report_setting(setting, values, times[0]["step"], arch, on_gpu, is_wider, header=not rows))
+        rows.append(report_setting(setting, values, times[0]["step"], arch, is_wider, header=not rows))
     published_ms = rows[settings.index(published)]["median_ms"]["step"] if on_gpu else None
     return {"measured": rows, "computed": compute_scaling(step_ms or published_ms)}
 
@@ -79,19 +81,19 @@ def choose_settings(factors: dict[str, Sequence[int]], others: list[Setting]) ->
 
 
 def report_setting(
-    setting: Setting, times: Times, base: list[float], arch: str, on_gpu: bool, is_wider: bool, *, header: bool
+    setting: Setting, times: Times, base: list[float], arch: str, is_wider: bool, *, header: bool
 ) -> dict:
     """Print a row of the table. is_wider: it differs from the base only in processes, so its efficiency counts."""
-    candidates = {"step": times["step"], "base": base, "all-reduce": times["all-reduce"]}
-    row = report(setting, candidates, [("step", "base")], header=header)
+    row = report(setting, {"step": times["step"], "base": base, **times}, [("step", "base")], header=header)
     with torch.device("meta"):
         model = SwAV(arch, nmb_prototypes=setting["K"])
-    sent = traffic(model, setting["W"], resolutions=1 + (setting["small"] > 0), on_gpu=on_gpu)
+    sent = traffic(collectives(model, resolutions=1 + (setting["small"] > 0)), setting["W"])
     row["bytes_sent"] = {name: size for name, (size, _) in sent.items()}
+    row["collectives"] = {name: count for name, (_, count) in sent.items()}
     row["images_per_s"] = {"step": 1e3 * setting["W"] * setting["B"] / row["median_ms"]["step"]}
     row["efficiency"] = 1 / row["ratios"]["step/base"] if is_wider else None
-    sizes = ", ".join(f"{name} {size / 1e6:.3f}" for name, size in row["bytes_sent"].items())
-    print(f"    {row['images_per_s']['step']:.1f} images/s; MB sent by a process: {sizes}", end="")
+    sizes = ", ".join(f"{name} {size / 1e6:.3f} ({count})" for name, (size, count) in sent.items())
+    print(f"    {row['images_per_s']['step']:.1f} images/s; MB sent by a process (collectives): {sizes}", end="")
     print(f"; weak-scaling efficiency {row['efficiency']:.2f}" if is_wider else "")
     return row
 
@@ -102,7 +104,7 @@ def report_setting(
 def scaling_times(
     settings: list[Setting], arch: str, sizes: list[int], steps: int, repetitions: int, device_type: str
 ) -> list[Times]:
-    """Measure the step and the all-reduce of each setting, in turns. Processes that a setting does not need wait."""
+    """Measure the step and the collectives of each setting, in turns. Processes that a setting does not need wait."""
     world_size = max(setting["W"] for setting in settings)
     with TemporaryDirectory() as folder:
         rest = world_size, Path(folder), settings, arch, sizes, steps, repetitions, device_type
@@ -152,25 +154,22 @@ def scaling_process(
 def scaling_calls(
     setting: Setting, arch: str, sizes: list[int], group: dist.ProcessGroup, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """Return a training step with the other processes of the group, on the same batch each time, and its all-reduce."""
+    """Return a training step with the other processes of the group, on the same batch each time; its collectives."""
     world_size, batch_size = setting["W"], setting["B"]
     torch.manual_seed(0)
     sides = [sizes[0]] * 2 + [sizes[1]] * setting["small"]
     crops = [torch.randn(batch_size, 3, side, side, device=device) for side in sides]
     crops = [crop.to(memory_format=torch.channels_last) for crop in crops]
     model = SwAV(arch, nmb_prototypes=setting["K"]).to(device, memory_format=torch.channels_last)
-    network = model
+    network, parts = model, collectives(model, resolutions=1 + (setting["small"] > 0))
     if world_size > 1:
         devices = [device.index] if device.type == "cuda" else None
         model = sync_batchnorm(model, group)
         options = dict(gradient_as_bucket_view=True, static_graph=True)
         network = DistributedDataParallel(model, device_ids=devices, process_group=group, **options)
     trainer = Trainer(network, model, partial(group_loss, len(crops), group), device)
-    gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
-    return {
-        "step": lambda: trainer.step(crops),
-        "all-reduce": lambda: world_size > 1 and dist.all_reduce(gradients, group=group),
-    }
+    alone = {name: partial(run_collectives, part, group, device) for name, part in parts.items()}
+    return {"step": lambda: trainer.step(crops)} | alone
 
 
 def group_loss(
@@ -182,29 +181,57 @@ def group_loss(
     return swav_loss(scores, potentials), None
 
 
+def run_collectives(part: Sequence[Collective], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Run collectives one after the other, on zeros. Does nothing in a single process, as a step."""
+    world_size = dist.get_world_size(group)
+    for kind, size, dtype in part if world_size > 1 else ():
+        values = torch.zeros(size, dtype=dtype, device=device)
+        if kind == "sum":
+            dist.all_reduce(values, group=group)
+        elif kind == "broadcast":
+            dist.broadcast(values, 0, group=group)
+        else:
+            dist.all_gather([torch.empty_like(values) for _ in range(world_size)], values, group=group)
+
+
 # Computed
 
 
-def traffic(model: SwAV, world_size: int, resolutions: int, on_gpu: bool) -> dict[str, tuple[float, int]]:
+def collectives(model: SwAV, resolutions: int) -> dict[str, list[Collective]]:
+    """List the collectives of a step, by what they are for."""
+    passes = {nn.BatchNorm2d: resolutions, nn.BatchNorm1d: 1}
+    widths = [m.num_features for m in model.modules() for _ in range(passes.get(type(m), 0))]
+    buffers = [buffer for buffer in model.buffers() if buffer.dim()]  # others count steps
+    gradients, per_bucket = sum(p.numel() for p in model.parameters()), BUCKET // 4
+    buckets = [min(per_bucket, gradients - start) for start in range(0, gradients, per_bucket)]
+    scores = 2 * model.prototypes.out_features  # a number for each assigning crop and prototype
+    # The first round of Sinkhorn gathers, the others sum.
+    codes = [("gather", scores, torch.float32)] + [("sum", scores, torch.float32)] * (ITERATIONS - 1)
+    return {
+        "gradients": [("sum", size, torch.float32) for size in buckets],
+        "BN forward": [("sum", 2 * width, torch.float64) for width in widths],
+        "BN backward": [("sum", 2 * width, torch.float32) for width in widths],
+        "codes": codes,
+        "means": [("sum", scores + 2, torch.float64)],
+        # DistributedDataParallel sends the first process's buffers before each step, those of each dtype at once.
+        "buffers": [
+            ("broadcast", sum(map(torch.numel, buffers)), torch.float32),
+            ("broadcast", len(widths), torch.int64),
+        ],
+    }
+
+
+def traffic(parts: dict[str, list[Collective]], world_size: int) -> dict[str, tuple[float, int]]:
     """Compute what one process sends in a step: (bytes, number of collectives).
 
-    In a ring of W processes each sends the bytes of a sum 2 (W - 1) / W times, and those of a gather W - 1 times.
+    In a ring of W processes each sends the bytes of a sum 2 (W - 1) / W times, those of a gather W - 1 times, and those
+    of a broadcast once.
     """
-    summed, gathered = 2 * (world_size - 1) / world_size, world_size - 1
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    codes = 2 * 4 * model.prototypes.out_features  # a float32 for each assigning crop and prototype
-    sent = {"gradients": (summed * gradients, math.ceil(gradients / BUCKET))}
-    # The first round gathers, the others sum.
-    sent["codes"] = gathered * codes + (ITERATIONS - 1) * summed * codes, ITERATIONS
-    passes = {nn.BatchNorm2d: resolutions, nn.BatchNorm1d: 1}
-    layers = [(m.num_features, passes[type(m)]) for m in model.modules() if type(m) in passes]
-    normalizations, channels = sum(count for _, count in layers), sum(width * count for width, count in layers)
-    # On GPUs the forward pass gathers mean, deviation and count, and the backward pass sums two numbers per channel.
-    # On CPUs both sum.
-    forward = 4 * gathered * (2 * channels + normalizations) if on_gpu else 8 * summed * 2 * channels
-    backward = (4 if on_gpu else 8) * summed * 2 * channels
-    sent["BatchNorm"] = forward + backward, 2 * normalizations
-    return sent
+    times = {"sum": 2 * (world_size - 1) / world_size, "gather": world_size - 1, "broadcast": world_size > 1}
+    return {
+        name: (sum(times[kind] * size * dtype.itemsize for kind, size, dtype in part), len(part))
+        for name, part in parts.items()
+    }
 
 
 def compute_scaling(step_ms: float | None) -> list[dict]:
@@ -220,7 +247,7 @@ def compute_scaling(step_ms: float | None) -> list[dict]:
         model = SwAV("resnet50")
     for gpus in (8, 64, 512):
         speed = NVLINK if gpus <= 8 else INFINIBAND
-        sent = traffic(model, gpus, resolutions=2, on_gpu=True)
+        sent = traffic(collectives(model, resolutions=2), gpus)
         row = {f"{name}_ms": 1e3 * (size / speed + LATENCY * count) for name, (size, count) in sent.items()}
         if step_ms:
             backward_ms = step_ms * BACKWARD_SHARE

@@ -19,7 +19,7 @@ from bench import published
 from bench.__main__ import BENCHMARKS, describe_benchmarks, main, parse_args
 from bench.loss import compiled_loss, loss_candidates, relative_candidates
 from bench.pipeline import write_photos
-from bench.scaling import traffic
+from bench.scaling import collectives, traffic
 from bench.sinkhorn import fallback_sinkhorn, random_scores
 from bench.step import PARTS, lars_candidates
 from data import MultiCrop
@@ -164,19 +164,21 @@ def test_scaling_of_tiny_sizes(figures_of):
     for row in rows:
         check_row(row, [("step", "base")])
         assert row["median_ms"]["base"] == rows[0]["median_ms"]["step"]
-        assert row["median_ms"]["all-reduce"] > 0.1 * (row["W"] > 1)
+        assert row["median_ms"].keys() == {"step", "base", *row["bytes_sent"]} and row["collectives"]["codes"] == 3
         assert row["efficiency"] == pytest.approx(row["median_ms"]["base"] / row["median_ms"]["step"])
         assert row["images_per_s"]["step"] == pytest.approx(1e3 * 4 * row["W"] / row["median_ms"]["step"])
     model = SwAV("resnet18", nmb_prototypes=7)
     parameters = sum(p.numel() for p in model.parameters())
     channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d))
-    assert rows[0]["bytes_sent"] == {"gradients": 0, "codes": 0, "BatchNorm": 0}
+    assert set(rows[0]["bytes_sent"].values()) == {0}
     # Each of two processes sends a half of a sum twice, and what is gathered once.
-    expected = {"gradients": 4 * parameters, "codes": 3 * 2 * 4 * 7, "BatchNorm": 2 * 8 * 2 * channels}
+    expected = {"gradients": 4 * parameters, "BN forward": 8 * 2 * channels, "BN backward": 4 * 2 * channels}
+    norms = sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
+    expected |= {"codes": 3 * 2 * 4 * 7, "means": 8 * (2 * 7 + 2), "buffers": 4 * 2 * channels + 8 * norms}
     assert rows[1]["bytes_sent"] == expected
     assert [row["GPUs"] for row in computed] == [8, 64, 512]
     for row in computed:
-        ms = [row["gradients_ms"], row["codes_ms"], row["BatchNorm_ms"]]
+        ms = [row[f"{name}_ms"] for name in ("gradients", "BN forward", "BN backward", "codes", "means", "buffers")]
         assert row["exposed_ms"] == pytest.approx(sum(ms) - min(ms[0], 120))
         assert row["efficiency"] == pytest.approx(180 / (180 + row["exposed_ms"]))
     lines = out[out.index("computed") :].splitlines()
@@ -185,15 +187,14 @@ def test_scaling_of_tiny_sizes(figures_of):
 
 def test_traffic_of_a_ring():
     model = SwAV("resnet18", hidden_mlp=16, feat_dim=8, nmb_prototypes=30, width=8, blocks=[1, 1, 1, 1])
-    sent = traffic(model, 4, resolutions=2, on_gpu=True)
+    sent = traffic(collectives(model, resolutions=2), 4)
     assert sent["gradients"] == (2 * 3 / 4 * 4 * sum(p.numel() for p in model.parameters()), 1)
     assert sent["codes"] == ((3 + 2 * 2 * 3 / 4) * 2 * 30 * 4, 3)
     # The stem and two or three layers in each of four stages, for two resolutions; one layer in the head.
     widths = 2 * (3 * [8] + 3 * [16] + 3 * [32] + 3 * [64]) + [16]
-    assert sent["BatchNorm"] == (sum(4 * (3 * (2 * w + 1) + 1.5 * 2 * w) for w in widths), 2 * len(widths))
-    summed = traffic(model, 4, resolutions=2, on_gpu=False)["BatchNorm"]
-    assert summed == (sum(2 * 8 * 1.5 * 2 * w for w in widths), 2 * len(widths))
-    assert traffic(model, 1, resolutions=2, on_gpu=True)["gradients"][0] == 0
+    assert sent["BN forward"] == (8 * 1.5 * 2 * sum(widths), len(widths))
+    assert sent["BN backward"] == (4 * 1.5 * 2 * sum(widths), len(widths))
+    assert {size for size, _ in traffic(collectives(model, resolutions=2), 1).values()} == {0}
 
 
 def test_published_lars_computes_our_weights():

@@ -80,9 +80,9 @@ def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has_bf16):
     assert machine.choose_precision("fp32", CPU) == torch.float32
 
 
-def test_compiles_on_its_own_only_on_one_gpu_in_long_runs_of_large_crops(monkeypatch, capsys):
-    def decision(error=None, device="cuda:0", world_size=1, steps=10_000, crop_size=224):
-        compiled = []
+def test_compiles_on_its_own_only_on_gpus_in_long_runs_of_large_crops(monkeypatch, capsys):
+    def decision(error=None, device="cuda:0", steps=10_000, crop_size=224, others=()):
+        compiled, exchanged = [], []
 
         def fake_compile(function):
             compiled.append(function)
@@ -90,32 +90,39 @@ def test_compiles_on_its_own_only_on_one_gpu_in_long_runs_of_large_crops(monkeyp
                 raise error
             return lambda ones: None
 
+        def exchange(doing, value):
+            exchanged.append(doing)
+            return [value, *others]
+
         monkeypatch.setattr(torch, "compile", fake_compile)
         monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
-        compiles = machine.use_compile("auto", torch.device(device), world_size, steps=steps, crop_size=crop_size)
-        assert bool(compiled) is (compiles or error is not None)
+        options = dict(steps=steps, crop_size=crop_size, exchange=exchange)
+        compiles = machine.use_compile("auto", torch.device(device), **options)
+        assert len(compiled) == len(exchanged) == (compiles or bool(error or others))  # all processes exchange, or none
         return compiles
 
-    assert decision()
-    others = dict(device="cpu"), dict(world_size=2), dict(steps=9_999), dict(crop_size=96)
-    assert not any(decision(**other) for other in others)
+    assert decision() and decision(others=[None, None])
+    assert not any(decision(**other) for other in (dict(device="cpu"), dict(steps=9_999), dict(crop_size=96)))
     assert not capsys.readouterr().out
     assert not decision(error=RuntimeError("no C compiler\nfound"))
     out = capsys.readouterr().out
     assert "--compile off: torch.compile does not work here (RuntimeError: no C compiler)" in out
+    assert not decision(others=[None, "ImportError: triton", "OSError: x"])
+    out = capsys.readouterr().out
+    assert out.startswith("--compile off: torch.compile does not work on rank 2 (ImportError: triton); ")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_compiles_as_the_user_says(device):
     for steps, crop_size in ((10_000, 224), (1, 32)):
         options = dict(steps=steps, crop_size=crop_size)
-        assert machine.use_compile("on", torch.device(device), 1, **options) is True
-        assert machine.use_compile("off", torch.device(device), 1, **options) is False
+        assert machine.use_compile("on", torch.device(device), **options) is True
+        assert machine.use_compile("off", torch.device(device), **options) is False
 
 
 @needs_gpu
 def test_compiling_works_on_this_gpu():
-    assert machine.use_compile("auto", torch.device("cuda", 0), 1, steps=10_000, crop_size=224)
+    assert machine.use_compile("auto", torch.device("cuda", 0), steps=10_000, crop_size=224)
 
 
 # Cores
@@ -247,9 +254,9 @@ def test_an_apple_gpu_is_used_if_asked_for(apple_gpu, monkeypatch):
         with pytest.raises(UserError, match=f"^--precision {name}: expected fp32 on --device mps$"):
             machine.choose_precision(name, mps)
     options = dict(steps=10**6, crop_size=224)
-    assert not machine.use_compile("auto", mps, 1, **options) and not machine.use_compile("off", mps, 1, **options)
+    assert not machine.use_compile("auto", mps, **options) and not machine.use_compile("off", mps, **options)
     with pytest.raises(UserError, match="^--compile on: expected off on --device mps$"):
-        machine.use_compile("on", mps, 1, **options)
+        machine.use_compile("on", mps, **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="^--device mps: expected a single process"):
         machine.choose_device("mps")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from conftest import (
+    DEVICES,
     ROOT,
     STUCK,
     TINY,
@@ -44,7 +45,7 @@ from defaults import derive
 from features import describe_images
 from images import ImageArrays
 from launch import RunStopped, UserError
-from model import CPUSyncBatchNorm, SwAV
+from model import SwAV, SyncBatchNorm
 from sinkhorn_ext import backend
 
 # The run
@@ -181,20 +182,38 @@ def test_the_place_of_augmentation_does_not_change_what_is_learned(images, tmp_p
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "workers"), rel=1e-3)
 
 
-def test_a_compiled_run_learns_the_same(images, tmp_path, monkeypatch):
-    compiled = []
+def count_compilations(monkeypatch) -> tuple[list[str], list[int]]:
+    """Compile without a compiler. Returns what is compiled, and how many graphs there were after each epoch."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, graphs = [], []
+    torch_compile, assigned_prototypes = torch.compile, train.assigned_prototypes
 
     def compile_without_a_compiler(function, **options):
         compiled.append(function.__name__)
         return torch_compile(function, backend="aot_eager", **options)
 
-    torch_compile = torch.compile
+    def count_after_epoch(*arguments):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return assigned_prototypes(*arguments)
+
     monkeypatch.setattr(torch, "compile", compile_without_a_compiler)
-    run_training(images, tmp_path / "off", "--log_freq", "1", "--epochs", "2")
-    assert not compiled
-    contents = run_training(images, tmp_path / "on", "--log_freq", "1", "--epochs", "2", "--compile")
+    monkeypatch.setattr(train, "assigned_prototypes", count_after_epoch)
+    return compiled, graphs
+
+
+# Two epochs of crops of two sizes, with a queue in use from the second step.
+COMPILED_RUN = ["--epochs", "2", "--log_freq", "1", "--epoch_queue_starts", "0", "--queue_length", "8"]
+
+
+def test_a_compiled_run_learns_the_same_without_graph_breaks_or_late_compilations(images, tmp_path, monkeypatch):
+    compiled, graphs = count_compilations(monkeypatch)
+    run_training(images, tmp_path / "off", *COMPILED_RUN)
+    assert not compiled and graphs == [0, 0]
+    contents = run_training(images, tmp_path / "on", *COMPILED_RUN, "--compile")
     assert compiled == ["features", "augment"]
-    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-3)
+    assert graphs[2:] == [4, 4] and not torch._dynamo.utils.counters["graph_break"]
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
     assert contents["state_dict"].keys() == train.build_model(train.parse_args(TINY)).state_dict().keys()
 
 
@@ -205,6 +224,68 @@ def test_activations_that_are_computed_again_change_nothing(images, tmp_path):
     )
     for key in ("state_dict", "optimizer", "queue", "rng"):
         assert_same(again[key], kept[key])
+
+
+class Shallow(torch.nn.Module):
+    """A backbone that compiles in seconds."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        layers = torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True)
+        self.layers = torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 8, 3), torch.nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return self.layers(x).mean((2, 3))
+
+
+def compiled_processes(rank: int, world_size: int, folder: str) -> list:
+    """Train without and with torch.compile in several processes: graphs after each epoch, and graph breaks."""
+    images = ImageArrays(np.random.default_rng(0).integers(0, 256, (24, 20, 24, 3), dtype=np.uint8), np.zeros(24))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _, graphs = count_compilations(monkeypatch)
+        sizes = dict(hidden_mlp=16, feat_dim=8, nmb_prototypes=6)
+        monkeypatch.setattr(train, "build_model", lambda args: SwAV(backbone=Shallow(), **sizes))
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}.items():
+            monkeypatch.setenv(name, str(value))
+        for choice in ("off", "on"):
+            # Augmentation takes longest to compile, and knows no processes.
+            words = ["--augment", "workers", "--compile", choice, "--data_path", folder]
+            words += ["--dump_path", f"{folder}/{choice}"]
+            Path(folder, choice).mkdir(exist_ok=True)
+            args = train.parse_args([*TINY, *COMPILED_RUN, *words])
+            settings, _ = train.resolve_options(args, images, world_size)
+            train.train(args, images, settings, rank, world_size, torch.device("cpu"), torch.float32)
+    return [graphs, list(torch._dynamo.utils.counters["graph_break"])]
+
+
+def test_compiled_processes_learn_the_same_without_graph_breaks_or_late_compilations(tmp_path):
+    for graphs, breaks in run_processes(compiled_processes, 2, str(tmp_path)):
+        assert graphs == [0, 0, 2, 2] and not breaks
+    assert len(losses(tmp_path / "on")) == 6
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_train_as_one_with_their_images(images, tmp_path, device, monkeypatch):
+    """With BatchNorm over both, a queue, and resumed as one. On a GPU they share it, over gloo."""
+    words = ["--device", device, "--log_freq", "1", "--checkpoint_freq", "2", "--queue_length", "8"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    one = run_training(images, tmp_path / "one", *words, "--batch_size", "8")
+    command = [ROOT / "train.py", *TINY, f"--data_path={images}", *words]
+    done = forked_ranks(2, *command, "--dump_path", tmp_path / "two", SWAV_BACKEND="gloo", NVIDIA_TF32_OVERRIDE="0")
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        shutil.copy(tmp_path / "two" / "checkpoints" / "ckp-2.pth", tmp_path / "resumed" / name)
+    run_training(images, tmp_path / "resumed", *words, "--batch_size", "8")
+    for name in ("two", "resumed"):
+        other = torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+        for weight in ("conv1.weight", "bn1.running_var", "layer4.0.bn2.weight", "prototypes.weight"):
+            torch.testing.assert_close(other["state_dict"][weight], one["state_dict"][weight], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other["queue"], one["queue"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("cache", ["auto", "ram"])
@@ -482,14 +563,15 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
 
 
 def batchnorm_ranks(rank: int, world_size: int, folder: str) -> list:
-    """For each way to share BatchNorm statistics, the processes of a run that share them: their ranks, None for all."""
+    """For each way to share BatchNorm statistics, the processes of a run that share them: their ranks."""
 
     class Found(Exception):
         pass
 
     def find_ranks(model: SwAV, device: torch.device) -> None:
-        if isinstance(model.bn1, CPUSyncBatchNorm):
-            raise Found(model.bn1.group and dist.get_process_group_ranks(model.bn1.group))
+        if isinstance(model.bn1, SyncBatchNorm):
+            group = dist.distributed_c10d._resolve_process_group(model.bn1.group_name)
+            raise Found(dist.get_process_group_ranks(group))
         raise Found([rank])
 
     train.data_parallel = find_ranks  # train calls it once the model is complete
@@ -505,7 +587,7 @@ def batchnorm_ranks(rank: int, world_size: int, folder: str) -> list:
 
 
 def test_batchnorm_statistics_are_shared_as_sync_bn_says(tmp_path):
-    shared = [[None, None, [rank], [rank]] for rank in (0, 1)]
+    shared = [[[0, 1], [0, 1], [rank], [rank]] for rank in (0, 1)]
     assert run_processes(batchnorm_ranks, 2, str(tmp_path)) == shared
 
 
