@@ -617,9 +617,11 @@ class Steps {
     work.sums = work.shifts + partials_.numel() / 2;
   }
 
-  // One cluster for each problem that fits into its shared memory. Not every GPU can run clusters of this size.
+  // One cluster for each problem that fits into its shared memory. Not every GPU can run clusters of this size, and code
+  // for GPUs before compute capability 9.0, which later ones may run too, has no barrier of clusters.
   bool run_in_clusters(int64_t first, int64_t last) {
-    if (problem_.attribute(cudaDevAttrComputeCapabilityMajor) < 9 || problem_.rows < kCluster ||
+    cudaFuncAttributes code{};
+    if (!succeeded(cudaFuncGetAttributes(&code, kernel_)) || code.ptxVersion < 90 || problem_.rows < kCluster ||
         problem_.rows > kCluster * max_chunk_rows_)
       return false;
     divide(kCluster * problem_.problems);

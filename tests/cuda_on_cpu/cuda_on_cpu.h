@@ -35,7 +35,6 @@ struct dim3 {
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidClusterSize, cudaErrorCooperativeLaunchTooLarge };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
-  cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrReservedSharedMemoryPerBlock,
@@ -298,13 +297,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
   const auto& device = cuda_on_cpu::device;
   const std::map<int, int> values{
       {cudaDevAttrMultiProcessorCount, device.multiprocessors},
-      {cudaDevAttrComputeCapabilityMajor, device.major},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_per_multiprocessor},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_per_block},
       {cudaDevAttrReservedSharedMemoryPerBlock, 1024},
       {cudaDevAttrCooperativeLaunch, device.cooperates},
   };
   *value = values.at(name);
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* result, Kernel) {
+  result->ptxVersion = 10 * cuda_on_cpu::device.major;
   return cudaSuccess;
 }
 
