@@ -334,9 +334,11 @@ def statistics_kept(model: SwAV) -> Iterator[None]:
     """
     buffers = list(model.buffers()) if model.parts > 1 or model.recomputes_blocks else []
     kept = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, kept, strict=True):
-        buffer.copy_(value)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
 
 
 def memory_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -384,10 +386,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm (1d, 2d, or timm's with an activation) with the statistics of all processes of a group (None: all).
 
     As nn.SyncBatchNorm, but on CPUs too; torch.compile traces it without a graph break, and the host never waits for
-    the device. One all-reduce per pass in forward, and one in backward.
+    the device. One all-reduce per pass in forward, and one in backward. Raises ValueError for a BatchNorm without
+    weights, running statistics or momentum.
     """
 
     def __init__(self, norm: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        if not (norm.affine and norm.track_running_stats) or norm.momentum is None:
+            raise ValueError(f"norm: expected a BatchNorm with weights, running statistics and momentum, got {norm}")
         super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
         for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
             setattr(self, name, tensor)
@@ -418,7 +423,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             mean, var = _moments_over_processes(*_moments(x), self.group_name, self.world_size)
             out = NormalizeOverProcesses.apply(x, self.weight, self.bias, mean, var, self.eps, self.group_name, count)
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)  # in place, which torch.compile also traces where blocks run twice
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return out
