@@ -313,7 +313,8 @@ def load_run(path: Path) -> dict:
     try:
         checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
-        options.setdefault("color_strength", 1.0)  # of versions without this option
+        for name, value in (("color_strength", 1.0), ("accumulate", 1)):  # of versions without these options
+            options.setdefault(name, value)
     except (UserError, LookupError, TypeError, AttributeError) as error:
         raise error if isinstance(error, UserError) else UserError("it is not a checkpoint of train.py") from None
     # Older versions kept these two among the options.

@@ -150,7 +150,8 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
 def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Raise UserError if processes have other options. Machines may hold the images in different folders."""
     affects = option_parser().affects
-    names = (name for name in vars(args) if affects.get(name, "nothing") != "nothing" and name != "data_path")
+    names = [name for name in vars(args) if affects.get(name, "nothing") != "nothing" and name != "data_path"]
+    names += ["compile", "checkpoint_activations"]  # these decide how often, and in which dtype, processes add up
     options = {f"--{name}": getattr(args, name) for name in names}
     processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
