@@ -27,7 +27,6 @@ from data import (
 )
 from launch import RunStopped, UserError, log, track
 
-NO_FLOAT64 = ("mps",)  # devices without it
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
 RANDOM, RANDOM_STATISTICS, PIXELS = (
     "random init, BatchNorm untouched",

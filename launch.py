@@ -73,7 +73,10 @@ REMEDIES = {  # what an error's text holds: what happened, and what to do
         "a loader worker was killed or ended by itself, most likely as memory or /dev/shm was short: lower --workers "
         "or --batch_size; --workers 0 shows its error"
     ),
-    r"^OutOfMemoryError": "the GPU is out of memory; lower --batch_size, or use fewer or smaller crops",
+    r"^OutOfMemoryError": (
+        "the GPU is out of memory; lower --batch_size, use fewer or smaller crops, or train with "
+        "--checkpoint_activations on or --accumulate 2"
+    ),
     r"MemoryError|an't allocate memory|annot allocate memory": (
         "memory is short; lower --batch_size or --workers, or choose a smaller model, queue or crops"
     ),

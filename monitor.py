@@ -30,7 +30,6 @@ from data import (
     to_uint8,
 )
 from features import (
-    NO_FLOAT64,
     accuracies,
     bf16_on_gpus,
     gather_rows,
@@ -44,6 +43,8 @@ from features import (
 )
 from labels import class_of
 from launch import track
+
+NO_FLOAT64 = ("mps",)  # devices without it
 
 # How codes change
 

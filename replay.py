@@ -52,7 +52,7 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
 
     for name, module in model.named_modules():
         module.register_forward_hook(check_output(name or "the model"))
-    crops = crops_to_device(batch, device)
+    crops = crops_to_device(batch, device, parts=args.accumulate)
     for i, crop in enumerate(crops):
         check(f"crop {i}", crop)
     for name, weight in model.named_parameters():

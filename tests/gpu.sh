@@ -110,12 +110,19 @@ part_fused() {
 
 part_memory() {
   $PYTHON -m bench memory --device "$device" $memory
-  local common="--dataset shapes --arch resnet18 --device $device --seed 1 --epochs 1 --log_freq 20 $network" name
+  local common="--dataset shapes --arch resnet18 --device $device --seed 1 --epochs 1 --log_freq 20 $network"
   local parts='--accumulate 4 --checkpoint_activations' batch=64
   if [ "$device" = cpu ]; then common="${common/--dataset shapes/--data_path $temporary/noise}" batch=8; write_noise "$temporary/noise"; fi
   $PYTHON train.py $common --batch_size $batch $parts --compile off --dump_path "$temporary/eager"
   $PYTHON train.py $common --batch_size $batch $parts --compile on --dump_path "$temporary/compiled"
-  for name in eager compiled; do grep '"epoch_loss"' "$temporary/$name/metrics.jsonl"; done # within 2 % in bf16
+  $PYTHON - "$temporary/eager" "$temporary/compiled" <<'END'
+import json, sys
+from pathlib import Path
+rows = [[json.loads(line) for line in (Path(run) / "metrics.jsonl").open()] for run in sys.argv[1:]]
+eager, compiled = ([row["epoch_loss"] for row in run if "epoch_loss" in row] for run in rows)
+print("epoch losses: eager", eager, "compiled", compiled)
+assert eager and all(abs(a - b) < 0.02 * a for a, b in zip(eager, compiled, strict=True))
+END
 }
 
 write_noise() { # 80 images of 32 pixels into a new folder
