@@ -709,6 +709,8 @@ def _start_worker(_worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # some systems have no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # Errors of the images reach the parent. Only Python's thread that sends memory calls this, when the parent is gone.
+    sys.excepthook = lambda *_: None
     reuse_freed_memory()
 
 
