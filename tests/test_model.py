@@ -484,17 +484,6 @@ def compiled_in_parts(rank: int, world_size: int) -> int:
     return len(graphs)
 
 
-def synced_checkpoints(rank: int, world_size: int) -> list:
-    crops = [images(4, 3, side, side, dtype=torch.float64, seed=rank) for side in (16, 9)]
-    return list(checkpointed(lambda: sync_batchnorm(small_swav().double()), crops))
-
-
-def test_activations_computed_again_with_batchnorm_over_processes():
-    for plain, ours in run_processes(synced_checkpoints, 2):
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-        assert {int(n) for name, n in ours[1].items() if name.endswith("tracked")} == {2, 1}  # the head has one pass
-
-
 @pytest.mark.parametrize("arch", ["resnet10t", "vit_tiny_patch16_224"])
 def test_networks_of_timm_compute_activations_again(arch):
     pytest.importorskip("timm")
