@@ -322,7 +322,9 @@ def checkpoint_activations(model: SwAV) -> None:
             model.backbone.set_grad_checkpointing(True)
         except (AttributeError, AssertionError):  # timm asserts that the network can do it
             name = type(model.backbone).__name__
-            raise ValueError(f"checkpoint_activations: expected off, as {name} has no set_grad_checkpointing") from None
+            raise ValueError(
+                f"checkpoint_activations: expected off, as {name} cannot do it (set_grad_checkpointing)"
+            ) from None
     model.recomputes_blocks = True
 
 

@@ -244,8 +244,8 @@ def check_accumulate(parts: int, batch_size: int) -> None:
     if batch_size % parts or batch_size < 2 * parts:
         fitting = [str(n) for n in range(1, min(batch_size // 2, 1024) + 1) if batch_size % n == 0]
         raise UserError(
-            f"--accumulate: expected {', '.join(fitting)}, which divide the --batch_size {batch_size} "
-            f"into parts of 2 images or more, got {parts}"
+            f"--accumulate: expected {', '.join(fitting)} (equal parts of 2 images or more of the --batch_size "
+            f"{batch_size}), got {parts}"
         )
 
 

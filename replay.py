@@ -1,6 +1,7 @@
 """A step whose loss or gradient was inf or nan, run again: python train.py --replay DUMP/bad_step-0.pth."""
 
 import argparse
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,8 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
         loss = criterion(embeddings, scores, model.prototypes.weight)
     check("the loss", loss)
     try:
-        with torch.autograd.set_detect_anomaly(True):
+        with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it too
             loss.backward()
     except RuntimeError as error:  # names the operation whose gradient is nan
         bad.append(str(error).splitlines()[0])
