@@ -20,7 +20,7 @@ from torch import nn
 import checkpoint
 from data import MEAN
 from foreign import TIMM, Found, check_sizes, close_names, find_backbone, nearest_size, takes, timm_network
-from launch import UserError, as_command_line, log, user_errors
+from launch import OptionParser, UserError, as_command_line, log, positive_int, user_errors
 from model import ARCHS, ResNet, SwAV, architecture_of
 
 LARGER = 1.4  # images of up to this many times the crops keep their size: derived crops are 3/4 of small images
@@ -282,6 +282,15 @@ def some(names: list[str]) -> str:
 
 
 # Sizes of images
+
+
+def add_size_options(parser: OptionParser) -> None:
+    """Add --size and --resize, see `choose_sizes`."""
+    add = parser.add
+    add("size", None, positive_int, "Resize images to this many pixels.", common="N",
+        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
+    add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
+        "larger images, else --size)")  # fmt: skip
 
 
 def choose_sizes(

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import checkpoint
-from backbones import arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
+from backbones import add_size_options, arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory
 from decode import shown
 from features import (
@@ -56,9 +56,8 @@ from launch import (
     number,
     positive,
     positive_int,
-    workers_or_auto,
 )
-from machine import choose_device, set_threads_and_workers, workers_that_fit
+from machine import add_machine_options, choose_device, set_threads_and_workers, workers_that_fit
 from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults, linear_probe
 from processes import check_same, leave_processes, run_script, setup_processes
 
@@ -93,10 +92,7 @@ def option_parser() -> OptionParser:
         "its meta.mat")  # fmt: skip
     add("arch", None, arch_name, "refuse a checkpoint of another architecture (default: take any); weights of a "
         "network of timm need it: timm/NAME")  # fmt: skip
-    add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
-    add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
-        "larger images, else --size)")  # fmt: skip
+    add_size_options(parser)
     add("max_bad_images", None, nonnegative_int, "unreadable images of a split up to which the evaluation goes on, "
         "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
@@ -135,9 +131,7 @@ def option_parser() -> OptionParser:
         choices=("on", "off"))  # fmt: skip
     add_flag("per_class", "print and save the accuracy of each class, and draw which are confused", is_common=False)
     parser.start_group("machine", affects="nothing")
-    add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
-    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
-        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
+    add_machine_options(parser)
     add("seed", 31, nonnegative_int, "Seed what is drawn, the probe and the random weights.", common="N")
     return parser
 

@@ -28,7 +28,7 @@ from torch import nn
 
 import checkpoint
 import exchange
-from backbones import choose_sizes, load_backbone
+from backbones import add_size_options, choose_sizes, load_backbone
 from data import LEFT_OUT, CentreCrop, expected_crop, ordered_loader, reuse_freed_memory
 from decode import UnreadableImage, read_image, shown
 from features import bf16_on_gpus
@@ -43,9 +43,8 @@ from launch import (
     positive_int,
     track,
     user_errors,
-    workers_or_auto,
 )
-from machine import choose_device, set_threads_and_workers, workers_that_fit
+from machine import add_machine_options, choose_device, set_threads_and_workers, workers_that_fit
 from processes import run_script
 
 # what: (its arguments, endings of the output, options that it takes beside size and resize)
@@ -85,17 +84,12 @@ def option_parser() -> OptionParser:
     add("k", 10, positive_int, "similar: Print this many images.", common="N")
     add("to", None, str, "weights: Use the names of torchvision, timm or swav.", common="NAMES",
         choices=exchange.NAMINGS)  # fmt: skip
-    add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
-    add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
-        "larger images, else --size)")  # fmt: skip
+    add_size_options(parser)
     add("max_bad_images", None, nonnegative_int, "unreadable images up to which the export goes on, without them "
         "(default: 1 %% of the images, at least 1)")  # fmt: skip
     parser.start_group("machine", affects="nothing")
     add("batch_size", 64, positive_int, "images at a time")
-    add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
-    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
-        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
+    add_machine_options(parser)
     return parser
 
 

@@ -29,8 +29,8 @@ from exchange import load_head
 from features import bf16_on_gpus, some_images
 from images import GIVEN, check_data_path, fingerprint, has_validation_split, open_images, typical_side
 from labels import class_of
-from launch import OptionParser, UserError, log, number, positive_int, track, workers_or_auto
-from machine import choose_device, set_threads_and_workers, workers_that_fit
+from launch import OptionParser, UserError, log, number, positive_int, track
+from machine import add_machine_options, choose_device, set_threads_and_workers, workers_that_fit
 from processes import run_script
 from run_log import kept_epochs, read_rows
 from sections import Run, Seen
@@ -60,9 +60,7 @@ def option_parser() -> OptionParser:
     add("output", None, str, "Write the page to this file.", common="FILE", default_text="RUN/look.html")
     parser.common.append(parser.group.add_argument("--open", action="store_true", help="Open the page in a browser."))
     parser.start_group("machine", affects="nothing")
-    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
-        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
-    add("workers", "auto", workers_or_auto, "load images in this many processes, or auto")
+    add_machine_options(parser)
     add("batch_size", 128, positive_int, "images at a time")
     return parser
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from launch import UserError, environment, log
+from launch import OptionParser, UserError, environment, log, workers_or_auto
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MIN_STEPS, COMPILE_MIN_CROP = 10_000, 128  # steps and pixels from which torch.compile repays its first minutes
@@ -86,6 +86,14 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     if device.type == "cpu" and dtype == torch.float16:
         raise UserError("--precision fp16: expected fp32 or bf16 on a CPU; fp16 needs a GPU")
     return dtype
+
+
+def add_machine_options(parser: OptionParser) -> None:
+    """Add --workers and --device, as the scripts that do not train take them."""
+    add = parser.add
+    add("workers", "auto", workers_or_auto, "Load images in this many processes, or auto.", common="N")
+    add("device", "auto", str, "Use cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
+        common="NAME", choices=("auto", "cuda", "cpu", "mps"))  # fmt: skip
 
 
 def use_compile(

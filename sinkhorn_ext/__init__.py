@@ -18,7 +18,6 @@ torch.compile fuses the plain torch, seconds at the first call. `python -m sinkh
 it was built; put its output into a bug report.
 """
 
-import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -26,11 +25,12 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
+
+from . import fused
 
 __all__ = ["backend", "moments", "sinkhorn", "sinkhorn_potentials", "swav_loss"]
 
@@ -177,7 +177,7 @@ def _operator(schema: str, mutates_args: Sequence[str] = ()):
     name = schema.split("(")[0]
 
     def define(function):
-        in_torch = _fused_where_possible(function)
+        in_torch = fused.where_possible(function)
         operator = torch.library.custom_op(
             f"sinkhorn_ext::{name}", in_torch, mutates_args=mutates_args, schema=schema[len(name) :]
         )
@@ -185,52 +185,6 @@ def _operator(schema: str, mutates_args: Sequence[str] = ()):
         return operator
 
     return define
-
-
-def _fused_where_possible(function):
-    """Let torch.compile fuse an operator's body on the devices of `_fused_on`.
-
-    A second batch size compiles a form for all sizes. After eight forms (torch._dynamo.config.recompile_limit) and for
-    tensors without elements, the body runs as it is.
-    """
-    fused = functools.cache(lambda: torch.compile(function))  # not before it is needed: to import the compiler is slow
-
-    @functools.wraps(function)
-    def run(*arguments):
-        if torch.compiler.is_compiling():
-            return function(*arguments)
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        if tensors[0].device.type not in _fused_on or not all(tensor.numel() for tensor in tensors):
-            return function(*arguments)
-        # To compile would break the capture of a CUDA graph. What is compiled already runs there too.
-        stance = torch.compiler.set_stance("eager_on_recompile") if _is_capturing(tensors[0]) else nullcontext()
-        try:
-            with torch.no_grad(), stance:
-                return fused()(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            result = function(*arguments)  # raises too, unless the reason is torch.compile
-            _stop_fusing(error)
-            return result
-
-    return run
-
-
-def _is_capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _stop_fusing(error: Exception) -> None:
-    global _fused_on
-    if not _fused_on:
-        return  # an operator within this one said it
-    _fused_on = ()
-    warnings.warn(
-        "sinkhorn_ext runs in plain torch without torch.compile, which does not work here; this is slower. To compile "
-        f"its kernels instead: pip install --no-build-isolation -e . The reason: {error}",
-        stacklevel=3,
-    )
 
 
 def _without_autograd(operator, *arguments):
@@ -469,7 +423,7 @@ def _load_kernels() -> str:
 _choice = os.environ.get("SINKHORN_EXT", "")
 _expect(_choice in ("", "torch", "fused"), "SINKHORN_EXT", _choice, "torch, fused or nothing in the environment")
 _kernels_state = _load_kernels()
-# The devices on which torch.compile fuses plain torch. On a CPU it takes a C++ compiler, which can compile the kernels.
-_fused_on = ("cuda",) if importlib.util.find_spec("triton") and _choice != "torch" else ()
+# On a CPU, torch.compile takes a C++ compiler, which can compile the kernels.
+fused.devices = ("cuda",) if importlib.util.find_spec("triton") and _choice != "torch" else ()
 if _choice == "fused":
-    _fused_on = ("cpu", "cuda")
+    fused.devices = ("cpu", "cuda")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import _fused_on, _kernels_state, backend
+from . import _kernels_state, backend, fused
 
 
 def report() -> dict[str, object]:
@@ -19,7 +19,7 @@ def report() -> dict[str, object]:
         lines["compiled kernels"] = Path(_C.__file__).name
         build_info = getattr(_C, "build_info", lambda: {"built by": "an older version; build it again"})
         lines |= {f"  {name}": value for name, value in build_info().items()}
-    lines["plain torch, fused on"] = ", ".join(_fused_on) or "no device"
+    lines["plain torch, fused on"] = ", ".join(fused.devices) or "no device"
     lines["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda}"
     lines["GPUs"] = gpus()
     lines["Python"] = platform.python_version()

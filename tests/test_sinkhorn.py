@@ -775,12 +775,12 @@ def fuse_on_cpu(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(sinkhorn_ext, "_fused_on", ("cpu",))
+    monkeypatch.setattr(sinkhorn_ext.fused, "devices", ("cpu",))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
     torch._dynamo.reset()
 
     def fuse(name):
-        return sinkhorn_ext._fused_where_possible(getattr(sinkhorn_ext, f"_{name}").in_torch.__wrapped__)
+        return sinkhorn_ext.fused.where_possible(getattr(sinkhorn_ext, f"_{name}").in_torch.__wrapped__)
 
     return fuse, lambda: len(graphs)
 
@@ -798,7 +798,7 @@ def test_a_fused_body_gives_the_same_for_every_batch_size_and_compiles_twice(nam
     fused = fuse(name)
     for images in (5, 9, 13):
         with monkeypatch.context() as patch:  # other operators are not fused, nor is this one
-            patch.setattr(sinkhorn_ext, "_fused_on", ())
+            patch.setattr(sinkhorn_ext.fused, "devices", ())
             arguments = operator_arguments(torch.float64, "cpu", images=images)[name]
             expected = run_body(fused, arguments)
         result = run_body(fused, arguments)
@@ -811,7 +811,7 @@ def test_during_the_capture_of_a_cuda_graph_nothing_is_compiled(fuse_on_cpu, mon
     fused, scores = fuse("moments"), cosine_scores(5, 7, crops=2)
     expected = sinkhorn_ext._moments.in_torch.__wrapped__(scores)
     for is_capturing, graphs in ((True, 0), (False, 1), (True, 1)):
-        monkeypatch.setattr(sinkhorn_ext, "_is_capturing", lambda tensor, value=is_capturing: value)
+        monkeypatch.setattr(sinkhorn_ext.fused, "_is_capturing", lambda tensor, value=is_capturing: value)
         torch.testing.assert_close(fused(scores), expected)
         assert count_graphs() == graphs
 
@@ -837,14 +837,14 @@ def test_where_torch_compile_does_not_work_plain_torch_runs_and_one_warning_says
             plain = body.__wrapped__
             arguments = (scores,) if name == "moments" else (scores, None, 0.05)
             assert torch.equal(body(*arguments), plain(*arguments))
-    assert len(warned) == 1 and sinkhorn_ext._fused_on == ()
+    assert len(warned) == 1 and sinkhorn_ext.fused.devices == ()
 
 
 def test_an_error_that_is_not_of_torch_compile_is_raised(fuse_on_cpu):
     scores = cosine_scores(5, 7, crops=2)
     with pytest.raises(RuntimeError, match="must match"):
         fuse_on_cpu[0]("prototype_totals")(scores, None, torch.zeros(2, 6), 0.05)
-    assert sinkhorn_ext._fused_on == ("cpu",)
+    assert sinkhorn_ext.fused.devices == ("cpu",)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
@@ -859,8 +859,8 @@ from torch._dynamo.utils import counters
 assert sinkhorn_ext.backend("cpu") == "torch" and "fused" in sinkhorn_ext._kernels_state
 scores = torch.randn(2, 9, 7, dtype=torch.float64)
 sums = torch.compile(lambda x: 1 * sinkhorn_ext.moments(x), backend="eager", fullgraph=True)(scores)
-assert counters["stats"]["unique_graphs"] == 2 and sinkhorn_ext._fused_on == ("cpu", "cuda")
-sinkhorn_ext._fused_on = ()
+assert counters["stats"]["unique_graphs"] == 2 and sinkhorn_ext.fused.devices == ("cpu", "cuda")
+sinkhorn_ext.fused.devices = ()
 torch.testing.assert_close(sums, sinkhorn_ext.moments(scores), rtol=1e-12, atol=1e-15)
 """
     result = forked("-c", program, SINKHORN_EXT="fused")
@@ -909,7 +909,7 @@ def test_the_report_names_the_backends_and_tells_how_the_kernels_were_built():
     assert all(lines[f"backend on {device}"] == backend(device) for device in ("cpu", "cuda"))
     assert torch.__version__ in lines["torch"] and lines["Python"] == platform.python_version()
     assert (lines["compiled kernels"].startswith("_C.")) == IS_COMPILED
-    assert lines["plain torch, fused on"] == (", ".join(sinkhorn_ext._fused_on) or "no device")
+    assert lines["plain torch, fused on"] == (", ".join(sinkhorn_ext.fused.devices) or "no device")
     for name, value in sinkhorn_ext._C.build_info().items() if IS_COMPILED else []:
         assert lines[f"  {name}"] == str(value) or name == "threads"
 
