@@ -23,7 +23,8 @@ from foreign import TIMM, Found, check_sizes, close_names, find_backbone, neares
 from launch import OptionParser, UserError, as_command_line, log, positive_int, user_errors
 from model import ARCHS, ResNet, SwAV, architecture_of
 
-LARGER = 1.4  # images of up to this many times the crops keep their size: derived crops are 3/4 of small images
+LARGER = 1.4  # images of up to this many times the crops are not cropped: derived crops are 3/4 of small images
+CLOSE_UP = 0.25  # crops from less than this share of the area show objects larger than the whole image does
 SHAPE_OPTIONS = ("arch", "width", "blocks", "stem")  # that a file's weights decide
 
 
@@ -288,7 +289,7 @@ def add_size_options(parser: OptionParser) -> None:
     """Add --size and --resize, see `choose_sizes`."""
     add = parser.add
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="their own; for larger images that of the training crops, or 224")  # fmt: skip
+        default_text="their own, or twice the crops' for photographs; of large images the crops', or 224")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
         "larger images, else --size)")  # fmt: skip
 
@@ -301,13 +302,18 @@ def choose_sizes(
     trained: options of its training, from `load_backbone`. side: the images' typical shorter side. is_folder: whether
     they are files. size, resize: what the user set.
 
-    By default images keep their own size, and none are smaller than the training's crops. Images of a folder are
-    shrunk to the training's crops (224 pixels if unknown) and cropped, as in the paper, if they are larger than LARGER
-    times these, or than 224 pixels and the crops. Networks of timm get the nearest size that they take.
+    By default images keep their own size, and none are smaller than the training's crops (224 pixels if unknown).
+    Images of a folder that are larger than LARGER times these, or than 224 pixels and the crops, are shrunk to the
+    crops' size and cropped, as in the paper. If crops came from less than CLOSE_UP of the area, as those of photographs
+    do, twice the crops' size counts, or 224 pixels if that is less: objects then look as large as training showed them
+    (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"). Networks of timm get the nearest size that
+    they take.
     """
     crop = max(trained.get("size_crops", [224 if is_folder else 0]))
     is_cropped = is_folder and side > min(LARGER * crop, max(224, crop))
-    wanted, size = size, size or (crop if is_cropped else max(side, crop))
+    is_close_up = trained.get("min_scale_crops", [1])[0] < CLOSE_UP
+    smallest = max(crop, min(2 * crop, 224)) if is_close_up else crop
+    wanted, size = size, size or (smallest if is_cropped else max(side, smallest))
     if trained.get("arch", "").startswith(TIMM):
         size = _evaluated_size(trained, size, is_fixed=wanted is not None)
     is_cropped = is_folder and side > size

@@ -331,7 +331,7 @@ def images_to_measure(args: argparse.Namespace, images: Dataset, rank: int, worl
         processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
     if val_images is None:
         return crops, None
-    size, resize = choose_sizes({"size_crops": args.size_crops}, side, is_folder=args.dataset == "folder")
+    size, resize = choose_sizes(vars(args), side, is_folder=args.dataset == "folder")
     return crops, knn_images(images, val_images, CentreCrop(resize, size), rank, world_size)
 
 

@@ -1,7 +1,8 @@
 """Memory and step time of a long run of train.py: does memory grow, and do checkpoints slow down steps?
 
 Runs of a small network on the CPU, as bench/soak.py starts them. Memory: of the training process and, together, of all
-that it started (loader workers), from /proc. Step time: runs with a checkpoint every 0.12 s and without, in turns.
+that it started (loader workers), from /proc. Step time, in turns: a checkpoint every 0.12 s, every 1.5 s, and none. The
+default of train.py is one in 15 minutes.
 """
 
 import shutil
@@ -18,28 +19,33 @@ from bench.measure import Times, fresh_process, report, run_in, setup_process
 MEMORY_STEPS, STEP_TIME_STEPS = 2000, 200
 WARM_UP = 0.1  # share of the steps that come before the measurement: buffers and caches grow to their size
 WIDER = "--width 32"
-NO_CHECKPOINTS = "--checkpoint_minutes 1e6 --checkpoint_freq 1000000"
+CHECKPOINTS = {  # name of a candidate: options
+    "every 0.12 s": soak.OFTEN,
+    "every 1.5 s": "--checkpoint_minutes 0.025 --checkpoint_freq 1000000",
+    "none": "--checkpoint_minutes 1e6 --checkpoint_freq 1000000",
+}
 
 
-def run(device: torch.device, *, repetitions: int = 15, steps: int | None = None, often: str = soak.OFTEN) -> dict:
+def run(device: torch.device, *, repetitions: int = 15, steps: int | None = None) -> dict:
     """Measure both and print them. Return the figures.
 
-    device: not used, as the runs are on the CPU. steps: of the memory's run. often: options for frequent checkpoints.
+    device: not used, as the runs are on the CPU. steps: of the memory's run.
     """
     folder = Path("runs/steady")
     shutil.rmtree(folder, ignore_errors=True)
     soak.write_images(folder / "images")
     words = f"{soak.NETWORK} {WIDER} --data_path {folder / 'images'} --seed 1"
-    print(f"\nsteady: memory in MiB over {steps or MEMORY_STEPS} steps, one loader worker, {often}", flush=True)
+    print(f"\nsteady: memory in MiB over {steps or MEMORY_STEPS} steps, one loader worker, {soak.OFTEN}", flush=True)
     with fresh_process() as process:
-        samples = run_in(process, memory_of_run, folder, f"{words} {often} --workers 1", steps or MEMORY_STEPS)
+        samples = run_in(process, memory_of_run, folder, f"{words} {soak.OFTEN} --workers 1", steps or MEMORY_STEPS)
     growth = {name: summarize_memory(samples, name) for name in ("main_pss", "main_rss", "others_pss")}
     for name, figures in growth.items():
         print(f"  {name:12} {figures['before']:9.1f} -> {figures['after']:9.1f}  {figures['growth']:+.1%}", flush=True)
     print(f"steady: mean of {STEP_TIME_STEPS} steps, ms", flush=True)
     with fresh_process() as process:
-        times = run_in(process, step_times, folder, words, often, repetitions)
-    row = report({"B": soak.GLOBAL_BATCH}, times, [("checkpoints", "none")], header=True)
+        times = run_in(process, step_times, folder, words, repetitions)
+    ratios = [(name, "none") for name in CHECKPOINTS if name != "none"]
+    row = report({"B": soak.GLOBAL_BATCH}, times, ratios, header=True)
     return {"memory": growth, "step": row}
 
 
@@ -100,13 +106,12 @@ def summarize_memory(samples: list[dict[str, float]], name: str) -> dict[str, fl
     return {"before": before, "after": after, "growth": after / before - 1 if before else 0.0}
 
 
-def step_times(folder: Path, words: str, often: str, repetitions: int) -> Times:
-    """Mean seconds of a step in runs with and without checkpoints, in turns; one value per run."""
+def step_times(folder: Path, words: str, repetitions: int) -> Times:
+    """Mean seconds of a step in runs with CHECKPOINTS, in turns; one value per run."""
     setup_process(1, torch.device("cpu"), reuse_memory=False)
-    candidates = {"checkpoints": often, "none": NO_CHECKPOINTS if often else ""}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[str, list[float]] = {name: [] for name in CHECKPOINTS}
     for _ in range(repetitions):
-        for name, more in candidates.items():
+        for name, more in CHECKPOINTS.items():
             shutil.rmtree(folder / name, ignore_errors=True)
             start = soak.Start(f"{words} {more} --epochs {epochs_of(STEP_TIME_STEPS)}", 1, folder / name, 0)
             try:

@@ -34,6 +34,16 @@ from model import ResNet
         ([96], {}, 128, (128, 128)),
         ([192], {}, 256, (192, 219)),  # large ones as published
         ([224, 96], {}, 256, (224, 256)),
+        ([48], {"scales": [0.14]}, 64, (96, 96)),  # photographs: objects as large as in training's crops
+        ([48], {"scales": [0.14], "size": 64}, 64, (64, 64)),
+        ([48], {"scales": [0.14]}, 128, (96, 110)),
+        ([160, 48], {"scales": [0.14, 0.05]}, 160, (224, 224)),
+        ([192], {"scales": [0.14]}, 256, (224, 256)),
+        ([48, 24], {"scales": [0.4, 0.1]}, 64, (64, 64)),
+        ([224, 96], {"scales": [0.14, 0.05]}, 224, (224, 224)),
+        ([224, 96], {"scales": [0.14, 0.05]}, 256, (224, 256)),
+        ([32], {"scales": [0.14], "is_folder": False}, 32, (64, 64)),
+        ([32], {"scales": [0.4], "is_folder": False}, 28, (32, 32)),
         (None, {}, 24, (224, 224)),
         (None, {}, 256, (224, 256)),
         (None, {"size": 20}, 24, (20, 23)),
@@ -45,6 +55,8 @@ from model import ResNet
 )
 def test_small_images_keep_their_border_and_the_size_of_training(crops, options, side, expected):
     trained = {"size_crops": crops} if crops else {}
+    if scales := options.pop("scales", None):
+        trained["min_scale_crops"] = scales
     assert choose_sizes(trained, side, **{"is_folder": True, **options}) == expected
 
 
