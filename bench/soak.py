@@ -7,6 +7,7 @@ torch already: so a start takes a fraction of a second. As torchrun does, the ot
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -172,11 +173,11 @@ def disturb(start: "Start", fault: str | None, steps: int, dump: Path, rng: rand
     if fault is None:
         finish(start)
         return None
-    wait_for(lambda: start.read_steps() or start.is_over(), f"{start.name}: no step")
+    wait_for_steps(start, 1)
     if start.is_over() and not start.steps:
         finish(start)  # all steps were done before; anything else is unexpected
         return None
-    wait_for(lambda: len(start.read_steps()) > steps or start.is_over(), f"{start.name}: no {steps} steps")
+    wait_for_steps(start, steps + 1)
     time.sleep(rng.uniform(0, 0.02))
     if fault == KILL_WHILE_SAVING:
         unfinished = dump / "checkpoint.pth.tmp"
@@ -221,12 +222,22 @@ def terminate(start: "Start", dump: Path, found: dict) -> str | None:
 
 
 def finish(start: "Start") -> None:
-    """Wait for the end of a run that is not to be disturbed. Raises Unexpected if it fails."""
-    wait_for(start.is_over, f"{start.name}: no end")
-    if set(start.codes()) != {0}:
+    """Wait for the end of a run that is not to be disturbed. Raises Unexpected if it fails. No process is left."""
+    try:
+        wait_for_steps(start, math.inf)
+        codes = start.codes()
+    finally:
         start.end(0)
-        raise Unexpected(f"{start.name}: exit codes {start.codes()}; {start.last_line()}")
+    if set(codes) != {0}:
+        raise Unexpected(f"{start.name}: exit codes {codes}; {start.last_line()}")
     start.read_steps()
+
+
+def wait_for_steps(start: "Start", steps: float) -> None:
+    """Wait until a start has logged this many steps, or is over. Raises Unexpected if one takes longer than TIMEOUT."""
+    while len(start.read_steps()) < steps and not start.is_over():
+        done = len(start.steps)
+        wait_for(lambda n=done: len(start.read_steps()) > n or start.is_over(), f"{start.name}: none after {done} steps")
 
 
 def wait_for(condition: Callable[[], object], what: str, pause: float = 0.005) -> None:

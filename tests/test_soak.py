@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def test_waiting_has_an_end(monkeypatch):
     soak.wait_for(lambda: True, "nothing")
     with pytest.raises(soak.Unexpected, match="no step in 0.02 s"):
         soak.wait_for(lambda: False, "no step")
+
+
+def sleep_for_a_minute(*_arguments):
+    time.sleep(60)
+
+
+def test_a_run_that_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(soak, "TIMEOUT", 0.1)
+    monkeypatch.setattr(soak, "be_rank", sleep_for_a_minute)
+    start = soak.Start("", 2, tmp_path / "dump", 0)
+    with pytest.raises(soak.Unexpected, match="none after 0 steps in 0.1 s"):
+        soak.finish(start)
+    assert start.codes() == [-9, -9]
 
 
 def test_memory_of_a_process_and_of_what_it_started():
