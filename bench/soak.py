@@ -237,7 +237,8 @@ def wait_for_steps(start: "Start", steps: float) -> None:
     """Wait until a start has logged this many steps, or is over. Raises Unexpected if one takes longer than TIMEOUT."""
     while len(start.read_steps()) < steps and not start.is_over():
         done = len(start.steps)
-        wait_for(lambda n=done: len(start.read_steps()) > n or start.is_over(), f"{start.name}: none after {done} steps")
+        what = f"{start.name}: none after {done} steps"
+        wait_for(lambda done=done: len(start.read_steps()) > done or start.is_over(), what)
 
 
 def wait_for(condition: Callable[[], object], what: str, pause: float = 0.005) -> None:
