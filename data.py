@@ -115,8 +115,7 @@ class MultiCrop:
         color_strength: float = 1.0,
         grayscale: float = 0.2,
     ) -> None:
-        lists = dict(size_crops=size_crops, nmb_crops=nmb_crops)
-        lists |= dict(min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
+        lists = dict(nmb_crops=nmb_crops, min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
         for name, values in lists.items():
             if len(values) != len(size_crops):
                 raise ValueError(
@@ -127,19 +126,18 @@ class MultiCrop:
             raise ValueError(f"size_crops: expected {SMALLEST_CROP} pixels or more each, got {list(size_crops)}")
         if min(nmb_crops) < 1:
             raise ValueError(f"nmb_crops: expected 1 or more each, got {list(nmb_crops)}")
-        for low, high in zip(min_scale_crops, max_scale_crops, strict=True):
-            if not 0 < low <= high <= 1:
-                raise ValueError(
-                    "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
-                    f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
-                )
+        scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
+        if not all(0 < low <= high <= 1 for low, high in scales):
+            raise ValueError(
+                "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
+                f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
+            )
         if not 0 <= blur_sigma <= MAX_BLUR:
             raise ValueError(f"blur_sigma: expected 0 to {MAX_BLUR:g} pixels, got {blur_sigma:g}")
         for name, value in dict(hflip=hflip, vflip=vflip, color_strength=color_strength, grayscale=grayscale).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {value:g}")
-        self.size_crops, self.nmb_crops = tuple(size_crops), tuple(nmb_crops)
-        self.scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
+        self.size_crops, self.nmb_crops, self.scales = tuple(size_crops), tuple(nmb_crops), scales
         self.blur_sigma, self.hflip, self.vflip = blur_sigma, hflip, vflip
         self.color_strength, self.grayscale = color_strength, grayscale
 
@@ -153,8 +151,8 @@ class MultiCrop:
         uniforms = np.stack([rng.random((sum(self.nmb_crops), UNIFORMS)) for rng in rngs])  # [B, V, UNIFORMS]
         scales = np.repeat(self.scales, self.nmb_crops, axis=0)  # [V, 2]
         boxes = sample_boxes(np.array(sizes)[:, None], scales, uniforms[..., :BOX_UNIFORMS])
-        strengths = dict(hflip=self.hflip, color_strength=self.color_strength, grayscale=self.grayscale)
-        params = sample_params(uniforms[..., BOX_UNIFORMS:], self.blur_sigma, **strengths)
+        uniforms = uniforms[..., BOX_UNIFORMS:]
+        params = sample_params(uniforms, self.blur_sigma, self.hflip, self.color_strength, self.grayscale)
         if self.vflip:  # drawn after the others, which are the same with and without it
             flips = np.stack([rng.random(sum(self.nmb_crops)) for rng in rngs])  # [B, V]
             by_name(params).vflip[...] = flips < self.vflip
@@ -195,7 +193,7 @@ class MultiCrop:
 def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Sample boxes (top, left, height, width): area uniform in scale, aspect log-uniform in [3/4, 4/3].
 
-    Makes ten attempts to fit a box into its image, then takes the largest centred box of an allowed aspect.
+    Of ten attempts takes the first that fits the image, else the largest centred box of an allowed aspect.
     sizes [..., 2]: widths and heights of the images. scales [..., 2]: range of the area as a share of the image.
     uniforms [..., BOX_UNIFORMS] in [0, 1): areas and aspects of the attempts, and the place. Returns int64 [..., 4].
     """
@@ -216,7 +214,7 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
 
 
 def sample_params(
-    uniforms: np.ndarray, blur_sigma: float, *, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
+    uniforms: np.ndarray, blur_sigma: float, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
 ) -> np.ndarray:
     """Sample augmentation parameters float32 [..., PARAMS], from uniforms [..., 10] in [0, 1).
 
@@ -232,18 +230,12 @@ def sample_params(
     named.grey[...] = grey < grayscale
     named.sigma[...] = (is_blurred < BLUR_PROBABILITY) * (min_sigma + (blur_sigma - min_sigma) * sigma)
     named.hue[...] = is_jittered * color_strength * HUE_JITTER * (2 * hue - 1)
-    blends = [
-        np.stack(
-            [
-                is_jittered * color_strength * strength * (1 - 2 * factor),
-                is_jittered * (name == "saturation"),
-                is_jittered * (name == "contrast"),
-            ],
-            axis=-1,
-        )
-        for (name, strength), factor in zip(JITTER.items(), factors, strict=True)
-    ]
-    np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], np.stack(blends, axis=-2), axis=-2)
+    blends = np.zeros((*order.shape, len(JITTER), 3))
+    for i, (name, strength) in enumerate(JITTER.items()):
+        blends[..., i, 0] = is_jittered * color_strength * strength * (1 - 2 * factors[i])
+        blends[..., i, 1] = is_jittered * (name == "saturation")
+        blends[..., i, 2] = is_jittered * (name == "contrast")
+    np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], blends, axis=-2)
     return params.astype(np.float32)
 
 
