@@ -258,18 +258,18 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and for the modes I and F without
     a value_range.
     """
-    if not torch.is_tensor(image):
-        if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
-            image = Image.fromarray(to_8_bits(image, value_range))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
-        elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
-        raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
-    return image
+    if torch.is_tensor(image):
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+        return image
+    if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
+        image = Image.fromarray(to_8_bits(image, value_range))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
+    elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def crop_and_resize(pixels: torch.Tensor, box: Sequence[int], size: int) -> np.ndarray:
@@ -311,16 +311,14 @@ def augment_one_by_one(pixels: torch.Tensor, params: np.ndarray) -> np.ndarray:
 # [N, 1, 1, 1] with one per image. They use lerp and no copies: on a CPU `where` costs as much as ten additions, and
 # new memory as much as one.
 
-GREY = (0.299, 0.587, 0.114)
-
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, S, S] -> luminance [N, 1, S, S]."""
     red, green, blue = images.split(1, dim=1)
-    return torch.mul(red, GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    return torch.mul(red, 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tensor:
+def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> None:
     """Shift the hue by at most 1/2 turn of the colour circle, keeping HSV's value and chroma."""
     red, green, blue = images.split(1, dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -337,7 +335,6 @@ def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tenso
     for third, channel in enumerate((red, green, blue)):
         nearness = torch.sub(hue, third / 3, out=is_largest).abs_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
         channel.copy_(value).addcmul_(chroma, nearness, value=6)
-    return images
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -353,7 +350,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
 
 
-def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+def blur(images: torch.Tensor, sigma: float) -> None:
     """Blur all images, in place, with one Gaussian of sigma pixels, cut off at 3 sigma, reflected at the borders."""
     radius, size = math.ceil(3 * sigma), images.shape[3]
     kernel = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
@@ -365,7 +362,6 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
         for offset in range(1, radius + 1):
             for start in (radius - offset, radius + offset):
                 images.add_(padded.narrow(axis, start, size), alpha=kernel[offset] / total)
-    return images
 
 
 def augment(pixels: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -378,46 +374,32 @@ def augment(pixels: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     params = by_name(params)
     hflip, grey, hue = (column.view(-1, 1, 1, 1) for column in (params.hflip, params.grey, params.hue))
     images = pixels.float()
-    images = images.lerp_(images.flip(3), hflip)
-    for slot, blend_params in enumerate(params.blends.unbind(1)):
+    images.lerp_(images.flip(3), hflip)
+    for slot, blend in enumerate(params.blends.unbind(1)):
         if slot == BLENDS // 2:
-            images = adjust_hue(images, hue)
-        images = blend(images, *(column.view(-1, 1, 1, 1) for column in blend_params.unbind(1)))
-    images = normalize(images.lerp_(to_grey(images), grey))
-    return blur_each(images, blur_weights(pixels.shape[3], params.sigma))  # blurring after normalising gives the same
+            adjust_hue(images, hue)
+        weight, of_luminance, of_mean = (column.view(-1, 1, 1, 1) for column in blend.unbind(1))
+        luminance = to_grey(images)
+        mean = luminance.mean((2, 3), keepdim=True) * of_mean
+        images.lerp_(luminance.mul_(of_luminance).add_(mean), weight).clamp_(0, 255)
+    images.lerp_(to_grey(images), grey)
+    return blur_each(normalize(images), params.sigma)  # blurring after normalising gives the same
 
 
-def blend(
-    images: torch.Tensor, weight: torch.Tensor, of_luminance: torch.Tensor, of_mean: torch.Tensor
-) -> torch.Tensor:
-    """Blend images with of_luminance * luminance + of_mean * mean luminance; the other arguments are [N, 1, 1, 1]."""
-    luminance = to_grey(images)
-    mean = luminance.mean((2, 3), keepdim=True) * of_mean
-    return images.lerp_(luminance.mul_(of_luminance).add_(mean), weight).clamp_(0, 255)
+def blur_each(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Blur each image like `blur`, with its own of sigmas [N]; 0 leaves it as it is.
 
-
-def blur_weights(size: int, sigmas: torch.Tensor) -> torch.Tensor:
-    """Weights [N, size, size] of a Gaussian blur along one axis, for sigmas [N] in pixels.
-
-    Cut off at 3 sigma, reflected at the borders; the identity for sigma 0.
+    By matrix products, in blocks of columns, as the kernel reaches at most BLUR_REACH pixels to each side.
     """
-    sigmas = sigmas.view(-1, 1, 1)
+    size, block, sigmas = images.shape[3], 64, sigmas.view(-1, 1, 1)
     offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=sigmas.device)
     kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)) ** 2)
     kernels = kernels.masked_fill_(offsets.abs() > torch.ceil(3 * sigmas), 0)
     kernels = kernels / kernels.sum(2, keepdim=True)  # [N, 1, offsets]
     rows = torch.arange(size, device=sigmas.device).unsqueeze(1)
     columns = (size - 1) - ((size - 1) - (rows + offsets).abs()).abs()  # [size, offsets]
-    weights = kernels.new_zeros(len(kernels), size, size)
-    return weights.scatter_add_(2, columns.expand(len(kernels), -1, -1), kernels.expand(-1, size, -1))
-
-
-def blur_each(images: torch.Tensor, weights: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """Blur each image with its own sigma, by the weights of `blur_weights`.
-
-    In blocks of columns, as the kernel reaches at most BLUR_REACH pixels to each side.
-    """
-    size = images.shape[3]
+    weights = kernels.new_zeros(len(kernels), size, size)  # of the blur along one axis
+    weights.scatter_add_(2, columns.expand(len(kernels), -1, -1), kernels.expand(-1, size, -1))
     for _ in range(2):  # along one axis, which becomes the other one
         lines = images.mT.flatten(1, 2)  # [N, 3 * S, S]
         blocks = []
