@@ -447,9 +447,9 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
     checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, in the place of these. Raises
     ValueError if resize is smaller than size.
     """
-    options = checkpoint.get("options")
-    known = checkpoint if isinstance(options, dict) else {}  # other programs save other things
-    crop = max(options.get("size_crops") or [224]) if known else 224
+    is_ours = isinstance(checkpoint.get("options"), dict)  # other programs save other things
+    known = checkpoint if is_ours else {"options": {}}
+    crop = max(known["options"].get("size_crops") or [224])
     known_size, known_resize = known.get("sizes") or (crop, round(crop * 8 / 7))
     size = size or known_size
     resize = resize or round(size * known_resize / known_size)
@@ -464,10 +464,9 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
 class ShuffledBatches(Sampler):
     """Batches of (epoch, index) for one process; each image comes once an epoch over all processes.
 
-    The order is a permutation of (seed, epoch). Step s takes the s-th block of it, of batch_size * world_size images,
-    and this process its own part of that block. So the images of a step depend only on the global batch size, and a
-    run may resume on another number of processes. An incomplete last batch is dropped. Set `epoch` before iterating,
-    and `first_step` to begin with a later step.
+    The order depends only on (seed, epoch). Step s takes the s-th block of batch_size * world_size images, and each
+    process its part of that block. So a run may resume on another number of processes with the same global batch. An
+    incomplete last batch is dropped. Set `epoch` before iterating, and `first_step` to begin with a later step.
     """
 
     def __init__(self, images: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -520,22 +519,20 @@ class CroppedBatches(Dataset):
     def __getitems__(
         self, keys: Sequence[tuple[int, int]]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        parts, images, rngs, labels, held_bytes = [], [], [], [], 0
+        parts, images, rngs, labels = [], [], [], []
         for epoch, index in keys:
             image, label = readable_image(self.images, self.seed, epoch, index)
             images.append(to_pixels(image))
-            held_bytes += images[-1].numel()
             rngs.append(np.random.default_rng((self.seed, epoch, index)))
             labels.append(label)
-            if len(labels) == len(keys) or held_bytes > MAX_BATCH_BYTES:
-                resolutions = self.multi_crop.crop(images, rngs)
-                parts.append([(crops.unflatten(0, (-1, len(images))), params) for crops, params in resolutions])
-                images, rngs, held_bytes = [], [], 0
+            if len(labels) == len(keys) or sum(map(torch.numel, images)) > MAX_BATCH_BYTES:
+                parts.append(self.multi_crop.crop(images, rngs))
+                images, rngs = [], []
         batch = []
-        for parts_of_resolution in zip(*parts, strict=True):
-            crops = torch.cat([crops for crops, _ in parts_of_resolution], dim=1)
-            params = [params.reshape(len(crops), -1, PARAMS) for _, params in parts_of_resolution]
-            batch.append((crops, torch.from_numpy(np.concatenate(params, axis=1))))
+        for count, of_parts in zip(self.multi_crop.nmb_crops, zip(*parts, strict=True), strict=True):
+            crops = torch.cat([crops.unflatten(0, (count, -1)) for crops, _ in of_parts], dim=1)
+            params = np.concatenate([params.reshape(count, -1, PARAMS) for _, params in of_parts], axis=1)
+            batch.append((crops, torch.from_numpy(params)))
         return batch, torch.tensor(labels)
 
 
@@ -571,10 +568,11 @@ def training_loader(
     return DataLoader(
         CroppedBatches(images, transform, seed) if crop_only else SeededImages(images, transform, seed),
         batch_sampler=ShuffledBatches(len(images), batch_size, seed=seed, rank=rank, world_size=world_size),
-        collate_fn=_identity if crop_only else None,
+        collate_fn=tuple if crop_only else None,  # tuple: CroppedBatches gives whole batches
         generator=torch.Generator(),  # a loader draws a seed for each epoch: not from the generator that runs save
         pin_memory=pin_memory,
-        **_worker_options(workers, persistent=True),
+        persistent_workers=workers > 0,
+        **_worker_options(workers),
     )
 
 
@@ -606,8 +604,8 @@ def crops_to_device(
                 crops.append(part.to(device, non_blocking=True, memory_format=memory_format))
             else:
                 pixels, params = (tensor.to(device, non_blocking=True) for tensor in part)
-                flat = zip(*(tensor.flatten(0, 1).chunk(parts) for tensor in (pixels, params)), strict=True)
-                images = [augment(*part).contiguous(memory_format=memory_format) for part in flat]
+                chunks = zip(pixels.flatten(0, 1).chunk(parts), params.flatten(0, 1).chunk(parts), strict=True)
+                images = [augment(*chunk).contiguous(memory_format=memory_format) for chunk in chunks]
                 crops += (torch.cat(images) if parts > 1 else images[0]).chunk(len(pixels))
     if stream is not None:
         current = torch.cuda.current_stream(device)
@@ -657,10 +655,6 @@ def ordered_loader(
     )
 
 
-def _identity(batch: tuple) -> tuple:
-    return batch
-
-
 def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
     """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
     per_crop = (4 * PARAMS if crop_only else 0, 3 if crop_only else 12)  # bytes, and bytes of a pixel
@@ -668,12 +662,13 @@ def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> i
     return batch_size * sum(count * (per_crop[0] + per_crop[1] * size**2) for size, count in counts)
 
 
-def _worker_options(workers: int, persistent: bool = False) -> dict:
-    options = dict(num_workers=workers, worker_init_fn=_start_worker, persistent_workers=persistent and workers > 0)
-    options["timeout"] = LOADER_TIMEOUT if workers else 0
-    if workers:  # before Python waits for its daemons, which would take forever
-        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
-    if workers and sys.platform == "linux":
+def _worker_options(workers: int) -> dict:
+    if not workers:
+        return {}
+    # Ends workers before Python waits for its daemons, which would take forever.
+    multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
+    options = dict(num_workers=workers, worker_init_fn=_start_worker, timeout=LOADER_TIMEOUT)
+    if sys.platform == "linux":
         options["multiprocessing_context"] = "fork"  # shares images in memory; not the default from Python 3.14 on
     return options
 
