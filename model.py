@@ -422,22 +422,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             mean_, scale, bias = (vector.view(per_channel) for vector in (mean, scale, self.bias))
             out = torch.addcmul(bias, values - mean_, scale).to(x.dtype)
         else:
-            mean, var = _moments_over_processes(*_moments(x), self.group_name, self.world_size)
-            out = NormalizeOverProcesses.apply(x, self.weight, self.bias, mean, var, self.eps, self.group_name, count)
+            parameters = self.weight, self.bias, self.eps, self.group_name, self.world_size
+            out, mean, var = NormalizeOverProcesses.apply(x, *parameters)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # in place, which torch.compile also traces where blocks run twice
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return out
-
-
-@torch.no_grad()
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of each channel, [C] each, float32 or float64."""
-    # The kernel also updates running statistics, here unused ones: those of all processes are not known yet. On CPUs
-    # their dtype is the one of the result.
-    unused = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return torch.batch_norm_update_stats(x, *unused, 0.0)
 
 
 def _moments_over_processes(
@@ -473,10 +464,9 @@ sum_over_processes.register_autograd(
 
 
 class NormalizeOverProcesses(torch.autograd.Function):
-    """BatchNorm of x [B, C, ...] with the mean and variance [C] that x has over all processes, by torch's own kernels.
+    """BatchNorm of x [B, C, ...] by torch's own kernels: (output, mean and variance [C] of x over all processes).
 
-    Without torch.compile these take one pass over x in forward and two in backward, and only x is kept in between.
-    count: values per channel in all processes.
+    Without torch.compile these take two passes over x in forward and two in backward, and only x is kept in between.
     """
 
     @staticmethod
@@ -485,19 +475,24 @@ class NormalizeOverProcesses(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
-        mean: torch.Tensor,
-        var: torch.Tensor,
         eps: float,
         group_name: str,
-        count: int,
-    ) -> torch.Tensor:
+        world_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The kernel also updates running statistics, here unused ones: those of all processes are not known yet. On
+        # CPUs their dtype is the one of the result.
+        unused = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
+        mean, var = _moments_over_processes(mean, var, group_name, world_size)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.group_name, ctx.count = eps, group_name, count
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+        ctx.eps, ctx.group_name, ctx.count = eps, group_name, x.numel() // x.shape[1] * world_size
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # they have none: fill no zeros for them
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         invstd = (var + ctx.eps).rsqrt()
         _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
@@ -514,7 +509,7 @@ class NormalizeOverProcesses(torch.autograd.Function):
             shift, slope = sums * (scale / -ctx.count)
             x_gradient = torch.batch_norm(x, slope, shift, mean, var, False, 0.0, ctx.eps, False)
             x_gradient.addcmul_(gradient, scale.view([1, -1] + [1] * (x.dim() - 2)))
-        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 # Backbones by name. They take the other arguments of `ResNet`.
