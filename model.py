@@ -22,12 +22,11 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-# Without AVX-512, oneDNN's weight gradient for small maps takes up to seven times as long as one matrix product.
-SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"  # see SmallMapConvolution
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution, padded by 1, without bias. Faster to train on small maps on CPUs without AVX-512."""
+    """3x3 convolution, padded by 1, without bias."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
@@ -251,13 +250,11 @@ class SwAV(ResNet):
         else:
             nn.Module.__init__(self)
             self.backbone, self.num_features = backbone, backbone.num_features
-        for name, value, least in (
-            ("hidden_mlp", hidden_mlp, 0),
-            ("feat_dim", feat_dim, 1),
-            ("nmb_prototypes", nmb_prototypes, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected {least} or more, got {value}")
+        if hidden_mlp < 0:
+            raise ValueError(f"hidden_mlp: expected 0 or more, got {hidden_mlp}")
+        for name, value in dict(feat_dim=feat_dim, nmb_prototypes=nmb_prototypes).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
         if hidden_mlp:
             self.projection_head = nn.Sequential(
                 nn.Linear(self.num_features, hidden_mlp),
@@ -287,11 +284,10 @@ class SwAV(ResNet):
             raise ValueError(f"crops: expected a multiple of the {self.parts} parts of images, got {len(crops[0])}")
         parts = zip(*(crop.chunk(self.parts) for crop in crops), strict=True)
         outputs = [checkpoint(self._forward, *part, use_reentrant=False) for part in parts]
-        embeddings, scores = (
+        return tuple(
             torch.cat([output.unflatten(0, (len(crops), -1)) for output in of_parts], dim=1).flatten(0, 1)
             for of_parts in zip(*outputs, strict=True)
         )
-        return embeddings, scores
 
     def _forward(self, *crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features: dict[int, torch.Tensor] = {}
@@ -520,17 +516,21 @@ resnet50w4 = partial(ResNet, "resnet50w4")
 resnet50w5 = partial(ResNet, "resnet50w5")
 
 
+def _weights_of(checkpoint: Mapping, beginnings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names, without a `module.` prefix, begin with one of these."""
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    entries = weights.items() if isinstance(weights, Mapping) else ()
+    named = ((str(name).removeprefix("module."), tensor) for name, tensor in entries if torch.is_tensor(tensor))
+    return {name: tensor for name, tensor in named if name.startswith(beginnings)}
+
+
 def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     """Take the backbone out of a checkpoint: one of ours, a published SwAV file or a torchvision ResNet's state dict.
 
     checkpoint: as `torch.load` gives it. Drops a `module.` prefix and everything but the backbone.
     Raises ValueError if it holds no ResNet.
     """
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    entries = weights.items() if isinstance(weights, Mapping) else ()
-    named = ((str(name), tensor) for name, tensor in entries if torch.is_tensor(tensor))
-    weights = {name.removeprefix("module."): tensor for name, tensor in named}
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("conv1.", "bn1.", "layer"))}
+    weights = _weights_of(checkpoint, ("conv1.", "bn1.", "layer"))
     stem = weights.get("conv1.weight")
     if stem is None or stem.ndim != 4 or not any(name.startswith("layer4.") for name in weights):
         raise ValueError("checkpoint: expected the weights of a ResNet (conv1.weight, layer1.0.conv1.weight, ...)")
@@ -542,10 +542,7 @@ def head_weights(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], dict[str
 
     checkpoint: of ours or a published SwAV file, as `torch.load` gives it. Raises ValueError if it lacks them.
     """
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    entries = weights.items() if isinstance(weights, Mapping) else ()
-    weights = {str(name).removeprefix("module."): tensor for name, tensor in entries if torch.is_tensor(tensor)}
-    weights = {name: w for name, w in weights.items() if name.startswith(("projection_head.", "prototypes."))}
+    weights = _weights_of(checkpoint, ("projection_head.", "prototypes."))
     hidden, prototypes = weights.get("projection_head.0.weight"), weights.get("prototypes.weight")
     if prototypes is None or prototypes.ndim != 2 or len(weights) < 3:
         raise ValueError("expected the weights of a projection head and prototypes.weight, as SwAV has them")
