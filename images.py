@@ -157,7 +157,8 @@ class GivenImages(Images):
             except ValueError as error:  # a mode of an unknown range
                 raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {error}", str(error)) from None
         kind = f"{getattr(image, 'dtype', '')} {list(image.shape)}" if hasattr(image, "shape") else ""
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (1,), (3,)):
+        is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
+        if is_array and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,)):
             image = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
             image = image.expand(3, -1, -1)
         if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
