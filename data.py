@@ -115,8 +115,7 @@ class MultiCrop:
         color_strength: float = 1.0,
         grayscale: float = 0.2,
     ) -> None:
-        lists = dict(size_crops=size_crops, nmb_crops=nmb_crops)
-        lists |= dict(min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
+        lists = dict(nmb_crops=nmb_crops, min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
         for name, values in lists.items():
             if len(values) != len(size_crops):
                 raise ValueError(
@@ -127,19 +126,18 @@ class MultiCrop:
             raise ValueError(f"size_crops: expected {SMALLEST_CROP} pixels or more each, got {list(size_crops)}")
         if min(nmb_crops) < 1:
             raise ValueError(f"nmb_crops: expected 1 or more each, got {list(nmb_crops)}")
-        for low, high in zip(min_scale_crops, max_scale_crops, strict=True):
-            if not 0 < low <= high <= 1:
-                raise ValueError(
-                    "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
-                    f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
-                )
+        scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
+        if not all(0 < low <= high <= 1 for low, high in scales):
+            raise ValueError(
+                "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
+                f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
+            )
         if not 0 <= blur_sigma <= MAX_BLUR:
             raise ValueError(f"blur_sigma: expected 0 to {MAX_BLUR:g} pixels, got {blur_sigma:g}")
         for name, value in dict(hflip=hflip, vflip=vflip, color_strength=color_strength, grayscale=grayscale).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {value:g}")
-        self.size_crops, self.nmb_crops = tuple(size_crops), tuple(nmb_crops)
-        self.scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
+        self.size_crops, self.nmb_crops, self.scales = tuple(size_crops), tuple(nmb_crops), scales
         self.blur_sigma, self.hflip, self.vflip = blur_sigma, hflip, vflip
         self.color_strength, self.grayscale = color_strength, grayscale
 
@@ -153,8 +151,8 @@ class MultiCrop:
         uniforms = np.stack([rng.random((sum(self.nmb_crops), UNIFORMS)) for rng in rngs])  # [B, V, UNIFORMS]
         scales = np.repeat(self.scales, self.nmb_crops, axis=0)  # [V, 2]
         boxes = sample_boxes(np.array(sizes)[:, None], scales, uniforms[..., :BOX_UNIFORMS])
-        strengths = dict(hflip=self.hflip, color_strength=self.color_strength, grayscale=self.grayscale)
-        params = sample_params(uniforms[..., BOX_UNIFORMS:], self.blur_sigma, **strengths)
+        uniforms = uniforms[..., BOX_UNIFORMS:]
+        params = sample_params(uniforms, self.blur_sigma, self.hflip, self.color_strength, self.grayscale)
         if self.vflip:  # drawn after the others, which are the same with and without it
             flips = np.stack([rng.random(sum(self.nmb_crops)) for rng in rngs])  # [B, V]
             by_name(params).vflip[...] = flips < self.vflip
@@ -195,7 +193,7 @@ class MultiCrop:
 def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Sample boxes (top, left, height, width): area uniform in scale, aspect log-uniform in [3/4, 4/3].
 
-    Makes ten attempts to fit a box into its image, then takes the largest centred box of an allowed aspect.
+    Of ten attempts takes the first that fits the image, else the largest centred box of an allowed aspect.
     sizes [..., 2]: widths and heights of the images. scales [..., 2]: range of the area as a share of the image.
     uniforms [..., BOX_UNIFORMS] in [0, 1): areas and aspects of the attempts, and the place. Returns int64 [..., 4].
     """
@@ -216,7 +214,7 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
 
 
 def sample_params(
-    uniforms: np.ndarray, blur_sigma: float, *, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
+    uniforms: np.ndarray, blur_sigma: float, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
 ) -> np.ndarray:
     """Sample augmentation parameters float32 [..., PARAMS], from uniforms [..., 10] in [0, 1).
 
@@ -232,18 +230,12 @@ def sample_params(
     named.grey[...] = grey < grayscale
     named.sigma[...] = (is_blurred < BLUR_PROBABILITY) * (min_sigma + (blur_sigma - min_sigma) * sigma)
     named.hue[...] = is_jittered * color_strength * HUE_JITTER * (2 * hue - 1)
-    blends = [
-        np.stack(
-            [
-                is_jittered * color_strength * strength * (1 - 2 * factor),
-                is_jittered * (name == "saturation"),
-                is_jittered * (name == "contrast"),
-            ],
-            axis=-1,
-        )
-        for (name, strength), factor in zip(JITTER.items(), factors, strict=True)
-    ]
-    np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], np.stack(blends, axis=-2), axis=-2)
+    blends = np.zeros((*order.shape, len(JITTER), 3))
+    for i, (name, strength) in enumerate(JITTER.items()):
+        blends[..., i, 0] = is_jittered * color_strength * strength * (1 - 2 * factors[i])
+        blends[..., i, 1] = is_jittered * (name == "saturation")
+        blends[..., i, 2] = is_jittered * (name == "contrast")
+    np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], blends, axis=-2)
     return params.astype(np.float32)
 
 
@@ -266,18 +258,18 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and for the modes I and F without
     a value_range.
     """
-    if not torch.is_tensor(image):
-        if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
-            image = Image.fromarray(to_8_bits(image, value_range))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
-        elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
-        raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
-    return image
+    if torch.is_tensor(image):
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise ValueError(f"image: expected PIL or uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+        return image
+    if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
+        image = Image.fromarray(to_8_bits(image, value_range))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
+    elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def crop_and_resize(pixels: torch.Tensor, box: Sequence[int], size: int) -> np.ndarray:
@@ -319,16 +311,14 @@ def augment_one_by_one(pixels: torch.Tensor, params: np.ndarray) -> np.ndarray:
 # [N, 1, 1, 1] with one per image. They use lerp and no copies: on a CPU `where` costs as much as ten additions, and
 # new memory as much as one.
 
-GREY = (0.299, 0.587, 0.114)
-
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, S, S] -> luminance [N, 1, S, S]."""
     red, green, blue = images.split(1, dim=1)
-    return torch.mul(red, GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    return torch.mul(red, 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tensor:
+def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> None:
     """Shift the hue by at most 1/2 turn of the colour circle, keeping HSV's value and chroma."""
     red, green, blue = images.split(1, dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -345,7 +335,6 @@ def adjust_hue(images: torch.Tensor, turns: float | torch.Tensor) -> torch.Tenso
     for third, channel in enumerate((red, green, blue)):
         nearness = torch.sub(hue, third / 3, out=is_largest).abs_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
         channel.copy_(value).addcmul_(chroma, nearness, value=6)
-    return images
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -361,7 +350,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
 
 
-def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+def blur(images: torch.Tensor, sigma: float) -> None:
     """Blur all images, in place, with one Gaussian of sigma pixels, cut off at 3 sigma, reflected at the borders."""
     radius, size = math.ceil(3 * sigma), images.shape[3]
     kernel = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(radius + 1)]
@@ -373,7 +362,6 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
         for offset in range(1, radius + 1):
             for start in (radius - offset, radius + offset):
                 images.add_(padded.narrow(axis, start, size), alpha=kernel[offset] / total)
-    return images
 
 
 def augment(pixels: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -386,46 +374,32 @@ def augment(pixels: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     params = by_name(params)
     hflip, grey, hue = (column.view(-1, 1, 1, 1) for column in (params.hflip, params.grey, params.hue))
     images = pixels.float()
-    images = images.lerp_(images.flip(3), hflip)
-    for slot, blend_params in enumerate(params.blends.unbind(1)):
+    images.lerp_(images.flip(3), hflip)
+    for slot, blend in enumerate(params.blends.unbind(1)):
         if slot == BLENDS // 2:
-            images = adjust_hue(images, hue)
-        images = blend(images, *(column.view(-1, 1, 1, 1) for column in blend_params.unbind(1)))
-    images = normalize(images.lerp_(to_grey(images), grey))
-    return blur_each(images, blur_weights(pixels.shape[3], params.sigma))  # blurring after normalising gives the same
+            adjust_hue(images, hue)
+        weight, of_luminance, of_mean = (column.view(-1, 1, 1, 1) for column in blend.unbind(1))
+        luminance = to_grey(images)
+        mean = luminance.mean((2, 3), keepdim=True) * of_mean
+        images.lerp_(luminance.mul_(of_luminance).add_(mean), weight).clamp_(0, 255)
+    images.lerp_(to_grey(images), grey)
+    return blur_each(normalize(images), params.sigma)  # blurring after normalising gives the same
 
 
-def blend(
-    images: torch.Tensor, weight: torch.Tensor, of_luminance: torch.Tensor, of_mean: torch.Tensor
-) -> torch.Tensor:
-    """Blend images with of_luminance * luminance + of_mean * mean luminance; the other arguments are [N, 1, 1, 1]."""
-    luminance = to_grey(images)
-    mean = luminance.mean((2, 3), keepdim=True) * of_mean
-    return images.lerp_(luminance.mul_(of_luminance).add_(mean), weight).clamp_(0, 255)
+def blur_each(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Blur each image like `blur`, with its own of sigmas [N]; 0 leaves it as it is.
 
-
-def blur_weights(size: int, sigmas: torch.Tensor) -> torch.Tensor:
-    """Weights [N, size, size] of a Gaussian blur along one axis, for sigmas [N] in pixels.
-
-    Cut off at 3 sigma, reflected at the borders; the identity for sigma 0.
+    By matrix products, in blocks of columns, as the kernel reaches at most BLUR_REACH pixels to each side.
     """
-    sigmas = sigmas.view(-1, 1, 1)
+    size, block, sigmas = images.shape[3], 64, sigmas.view(-1, 1, 1)
     offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=sigmas.device)
     kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)) ** 2)
     kernels = kernels.masked_fill_(offsets.abs() > torch.ceil(3 * sigmas), 0)
     kernels = kernels / kernels.sum(2, keepdim=True)  # [N, 1, offsets]
     rows = torch.arange(size, device=sigmas.device).unsqueeze(1)
     columns = (size - 1) - ((size - 1) - (rows + offsets).abs()).abs()  # [size, offsets]
-    weights = kernels.new_zeros(len(kernels), size, size)
-    return weights.scatter_add_(2, columns.expand(len(kernels), -1, -1), kernels.expand(-1, size, -1))
-
-
-def blur_each(images: torch.Tensor, weights: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """Blur each image with its own sigma, by the weights of `blur_weights`.
-
-    In blocks of columns, as the kernel reaches at most BLUR_REACH pixels to each side.
-    """
-    size = images.shape[3]
+    weights = kernels.new_zeros(len(kernels), size, size)  # of the blur along one axis
+    weights.scatter_add_(2, columns.expand(len(kernels), -1, -1), kernels.expand(-1, size, -1))
     for _ in range(2):  # along one axis, which becomes the other one
         lines = images.mT.flatten(1, 2)  # [N, 3 * S, S]
         blocks = []
@@ -473,9 +447,9 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
     checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, in the place of these. Raises
     ValueError if resize is smaller than size.
     """
-    options = checkpoint.get("options")
-    known = checkpoint if isinstance(options, dict) else {}  # other programs save other things
-    crop = max(options.get("size_crops") or [224]) if known else 224
+    is_ours = isinstance(checkpoint.get("options"), dict)  # other programs save other things
+    known = checkpoint if is_ours else {"options": {}}
+    crop = max(known["options"].get("size_crops") or [224])
     known_size, known_resize = known.get("sizes") or (crop, round(crop * 8 / 7))
     size = size or known_size
     resize = resize or round(size * known_resize / known_size)
@@ -490,10 +464,9 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
 class ShuffledBatches(Sampler):
     """Batches of (epoch, index) for one process; each image comes once an epoch over all processes.
 
-    The order is a permutation of (seed, epoch). Step s takes the s-th block of it, of batch_size * world_size images,
-    and this process its own part of that block. So the images of a step depend only on the global batch size, and a
-    run may resume on another number of processes. An incomplete last batch is dropped. Set `epoch` before iterating,
-    and `first_step` to begin with a later step.
+    The order depends only on (seed, epoch). Step s takes the s-th block of batch_size * world_size images, and each
+    process its part of that block. So a run may resume on another number of processes with the same global batch. An
+    incomplete last batch is dropped. Set `epoch` before iterating, and `first_step` to begin with a later step.
     """
 
     def __init__(self, images: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -546,22 +519,20 @@ class CroppedBatches(Dataset):
     def __getitems__(
         self, keys: Sequence[tuple[int, int]]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        parts, images, rngs, labels, held_bytes = [], [], [], [], 0
+        parts, images, rngs, labels = [], [], [], []
         for epoch, index in keys:
             image, label = readable_image(self.images, self.seed, epoch, index)
             images.append(to_pixels(image))
-            held_bytes += images[-1].numel()
             rngs.append(np.random.default_rng((self.seed, epoch, index)))
             labels.append(label)
-            if len(labels) == len(keys) or held_bytes > MAX_BATCH_BYTES:
-                resolutions = self.multi_crop.crop(images, rngs)
-                parts.append([(crops.unflatten(0, (-1, len(images))), params) for crops, params in resolutions])
-                images, rngs, held_bytes = [], [], 0
+            if len(labels) == len(keys) or sum(map(torch.numel, images)) > MAX_BATCH_BYTES:
+                parts.append(self.multi_crop.crop(images, rngs))
+                images, rngs = [], []
         batch = []
-        for parts_of_resolution in zip(*parts, strict=True):
-            crops = torch.cat([crops for crops, _ in parts_of_resolution], dim=1)
-            params = [params.reshape(len(crops), -1, PARAMS) for _, params in parts_of_resolution]
-            batch.append((crops, torch.from_numpy(np.concatenate(params, axis=1))))
+        for count, of_parts in zip(self.multi_crop.nmb_crops, zip(*parts, strict=True), strict=True):
+            crops = torch.cat([crops.unflatten(0, (count, -1)) for crops, _ in of_parts], dim=1)
+            params = np.concatenate([params.reshape(count, -1, PARAMS) for _, params in of_parts], axis=1)
+            batch.append((crops, torch.from_numpy(params)))
         return batch, torch.tensor(labels)
 
 
@@ -597,10 +568,11 @@ def training_loader(
     return DataLoader(
         CroppedBatches(images, transform, seed) if crop_only else SeededImages(images, transform, seed),
         batch_sampler=ShuffledBatches(len(images), batch_size, seed=seed, rank=rank, world_size=world_size),
-        collate_fn=_identity if crop_only else None,
+        collate_fn=tuple if crop_only else None,  # tuple: CroppedBatches gives whole batches
         generator=torch.Generator(),  # a loader draws a seed for each epoch: not from the generator that runs save
         pin_memory=pin_memory,
-        **_worker_options(workers, persistent=True),
+        persistent_workers=workers > 0,
+        **_worker_options(workers),
     )
 
 
@@ -632,8 +604,8 @@ def crops_to_device(
                 crops.append(part.to(device, non_blocking=True, memory_format=memory_format))
             else:
                 pixels, params = (tensor.to(device, non_blocking=True) for tensor in part)
-                flat = zip(*(tensor.flatten(0, 1).chunk(parts) for tensor in (pixels, params)), strict=True)
-                images = [augment(*part).contiguous(memory_format=memory_format) for part in flat]
+                chunks = zip(pixels.flatten(0, 1).chunk(parts), params.flatten(0, 1).chunk(parts), strict=True)
+                images = [augment(*chunk).contiguous(memory_format=memory_format) for chunk in chunks]
                 crops += (torch.cat(images) if parts > 1 else images[0]).chunk(len(pixels))
     if stream is not None:
         current = torch.cuda.current_stream(device)
@@ -683,10 +655,6 @@ def ordered_loader(
     )
 
 
-def _identity(batch: tuple) -> tuple:
-    return batch
-
-
 def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
     """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
     per_crop = (4 * PARAMS if crop_only else 0, 3 if crop_only else 12)  # bytes, and bytes of a pixel
@@ -694,12 +662,13 @@ def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> i
     return batch_size * sum(count * (per_crop[0] + per_crop[1] * size**2) for size, count in counts)
 
 
-def _worker_options(workers: int, persistent: bool = False) -> dict:
-    options = dict(num_workers=workers, worker_init_fn=_start_worker, persistent_workers=persistent and workers > 0)
-    options["timeout"] = LOADER_TIMEOUT if workers else 0
-    if workers:  # before Python waits for its daemons, which would take forever
-        multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
-    if workers and sys.platform == "linux":
+def _worker_options(workers: int) -> dict:
+    if not workers:
+        return {}
+    # Ends workers before Python waits for its daemons, which would take forever.
+    multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
+    options = dict(num_workers=workers, worker_init_fn=_start_worker, timeout=LOADER_TIMEOUT)
+    if sys.platform == "linux":
         options["multiprocessing_context"] = "fork"  # shares images in memory; not the default from Python 3.14 on
     return options
 

@@ -67,7 +67,10 @@ class Images(Dataset):
     labels = classes = value_range = None
 
     def __init__(self, count: int) -> None:
-        self.bad = torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.uint8)  # /dev/shm may be full
+        self.bad = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)  # /dev/shm may be full
+
+    def __len__(self) -> int:
+        return len(self.bad)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         try:
@@ -81,11 +84,9 @@ class Images(Dataset):
 class ImageFiles(Images):
     """Image files, in the order of their paths, without labels: of a folder, a list of paths, or tar files.
 
-    root: a folder of images at any depth, or of .tar files where there are no others; a .txt file, see
-    sources.LIST_RULE; or a .tar file. labelled: with labels; of a folder only images in and below its subfolders, which
-    are the classes. Attributes: root, the folder; source, what was given; paths, a Sequence of str (decode.Member in
-    tar files); left_out, the number of other files by ending. Raises UserError if there is no image; reading an image
-    raises UnreadableImage.
+    root, labelled: as sources.find_images takes them. Attributes: root, the folder; source, what was given; paths, a
+    Sequence of str (decode.Member in tar files); left_out, the number of other files by ending. Raises UserError if
+    there is no image; reading an image raises UnreadableImage.
     """
 
     def __init__(
@@ -96,9 +97,6 @@ class ImageFiles(Images):
         self.paths, self.labels, self.classes, self.left_out = find_images(self.source, labelled)
         super().__init__(len(self.paths))
         self.value_range = value_range or find_value_range(self)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         label = -1 if self.labels is None else int(self.labels[index])
@@ -139,9 +137,6 @@ class GivenImages(Images):
         with suppress(UnreadableImage):
             self[0]  # one of a wrong kind is found at once
 
-    def __len__(self) -> int:
-        return len(self.given)
-
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             item = self.given[index]
@@ -157,7 +152,8 @@ class GivenImages(Images):
             except ValueError as error:  # a mode of an unknown range
                 raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {error}", str(error)) from None
         kind = f"{getattr(image, 'dtype', '')} {list(image.shape)}" if hasattr(image, "shape") else ""
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (1,), (3,)):
+        is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
+        if is_array and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,)):
             image = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
             image = image.expand(3, -1, -1)
         if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
@@ -228,15 +224,14 @@ def sample_of(images: Dataset) -> range:
 
 def look_at_some(images: Dataset, what: Callable[[int], Any]) -> list:
     """what(index) of a sample, for the images that can be opened. Raises UserError if there are none."""
-    seen, first_error = [], None
+    seen, errors = [], []
     for index in sample_of(images):
         try:
             seen.append(what(index))
         except UnreadableImage as error:
-            first_error = first_error or error
+            errors.append(error)
     if not seen:
-        count = len(sample_of(images))
-        raise UserError(f"{first_error}; nor can any other of {count} images of {shown(images.source)}")
+        raise UserError(f"{errors[0]}; nor can any other of {len(errors)} images of {shown(images.source)}")
     return seen
 
 
@@ -264,12 +259,12 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
         facts = look_at_some(images, lambda index: look_at(images.paths[index], facts_of))
     except UserError:  # none can be read: who needs one says so
         return None
-    pages, lossy = (sum(column) for column in list(zip(*facts, strict=True))[:2])
-    if pages:
-        log(f"data: {pages} of {len(facts)} files looked at have several pages or frames; the first one is used")
-    if lossy:
-        log(f"data: {lossy} of {len(facts)} files looked at have {LOST_BITS}")
-    ranges = [found for *_, found in facts if found]
+    pages, lossy, limits = zip(*facts, strict=True)
+    if any(pages):
+        log(f"data: {sum(pages)} of {len(facts)} files looked at have several pages or frames; the first one is used")
+    if any(lossy):
+        log(f"data: {sum(lossy)} of {len(facts)} files looked at have {LOST_BITS}")
+    ranges = [of_file for of_file in limits if of_file]
     if not ranges:
         return None
     lows, highs, are_16_bit = zip(*ranges, strict=True)
@@ -293,17 +288,17 @@ def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
         images = images.images
     if not isinstance(images, Images):
         return []
-    is_new = images.bad.numpy() == 1
+    new, found = np.flatnonzero(images.bad.numpy() == 1), []
     if chosen is not None:
-        is_new &= np.isin(np.arange(len(is_new)), chosen)
-    new, found = np.flatnonzero(is_new).tolist(), []
+        new = np.intersect1d(new, chosen)
     images.bad[new] = 2
-    for index in new:
+    for index in new.tolist():
+        reason = "it could not be read once, but can be read now"
         try:
             images.read(index)
-            found.append((images.name_of(index), "it could not be read once, but can be read now"))
         except UnreadableImage as error:
-            found.append((images.name_of(index), error.reason))
+            reason = error.reason
+        found.append((images.name_of(index), reason))
     return found
 
 
@@ -370,12 +365,11 @@ def open_images(
     """Open a data set of (image uint8 [3, H, W], label).
 
     dataset: one of DATASETS. split: "pretrain" (all images for training without labels), "train" or "val".
-    data_path: for "folder" and "pretrain", what `ImageFiles` takes: any tree of images, a folder of .tar files, a .tar
-    file or a .txt list of paths; of a folder that holds train/ and one of NAMED_SPLITS only train/. For "folder" and
-    the other splits, such a folder: labels are the folders in them, or those of tar files. In the place of both folders
-    may stand train.txt and val.txt, or train.tar and val.tar. For the named sets, where torchvision keeps them; for
-    fashion_mnist also a folder with its four .gz files. "shapes" does not use it. value_range: of data.to_pixels, for
-    files (None: find it). Raises UserError if there are no images.
+    data_path: for "folder", a folder with train/ and one of NAMED_SPLITS (or both as .txt or .tar), whose labels are
+    the folders in them or those of lists and tar files; "pretrain" uses train/ alone, and also takes what `ImageFiles`
+    takes. For the named sets, where torchvision keeps them; for fashion_mnist also a folder with its four .gz files.
+    "shapes" does not use it. value_range: of data.to_pixels, for files (None: find it). Raises UserError if there are
+    no images.
     """
     if dataset == GIVEN:
         raise UserError("data_path: training had its images from Python; name images, by data_path or a data set")
@@ -427,8 +421,7 @@ def open_splits(
         train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
     elif val_labels is not None:
         folder = os.path.dirname(os.path.normpath(train_images.root))
-        flat = os.path.join(folder, validation_folder(folder) or NAMED_SPLITS[0])
-        images = ImageFiles(flat, train_images.value_range)
+        images = ImageFiles(os.path.join(folder, validation_folder(folder)), train_images.value_range)
         val_images = labelled_by_list(images, train_images.classes, val_labels)
     else:
         val_images = open_images(dataset, data_path, "val", download, train_images.value_range)
@@ -450,7 +443,7 @@ def _open_folder(root: str, split: str, value_range: tuple[float, float] | None)
         if not splits and name in [f"train{ending}" for ending in SPLIT_ENDINGS]:
             root = os.path.dirname(os.path.normpath(root))  # training was given train/, and val/ lies next to it
             splits = split_paths(root)
-        splits = splits or ("train", validation_folder(root) or NAMED_SPLITS[0])
+        splits = splits or ("train", validation_folder(root))
         root = os.path.join(root, splits[split == "val"])
     images = ImageFiles(root, value_range, labelled=split != "pretrain")
     if images.left_out:
@@ -470,9 +463,9 @@ def has_validation_split(data_path: str | os.PathLike) -> bool:
     return split_paths(path) is not None or (is_train and split_paths(folder) is not None)
 
 
-def validation_folder(root: str) -> str | None:
-    """The first of NAMED_SPLITS that a folder holds."""
-    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), None)
+def validation_folder(root: str) -> str:
+    """The first of NAMED_SPLITS that a folder holds, "val" if it holds none."""
+    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), NAMED_SPLITS[0])
 
 
 def _open_torchvision(dataset: str, root: str | os.PathLike, split: str, download: bool) -> ImageArrays:

@@ -1,6 +1,6 @@
 """Labels of a set of images: classes of two splits made the same, shares of the labels, lists of names and classes.
 
-    val_images, left_out = align_classes(train_images, val_images)
+    val_images = align_classes(train_images, val_images)
     few = ChosenImages(images, stratified(images.labels, 0.1, seed=1))    # a tenth of each class
 
 It works with any Dataset that has `labels` [N] and `classes`, and, where names are asked for, `paths`.

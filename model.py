@@ -22,12 +22,11 @@ from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-# Without AVX-512, oneDNN's weight gradient for small maps takes up to seven times as long as one matrix product.
-SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+SMALL_MAPS_ARE_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX2"  # see SmallMapConvolution
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution, padded by 1, without bias. Faster to train on small maps on CPUs without AVX-512."""
+    """3x3 convolution, padded by 1, without bias."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False)
@@ -251,13 +250,11 @@ class SwAV(ResNet):
         else:
             nn.Module.__init__(self)
             self.backbone, self.num_features = backbone, backbone.num_features
-        for name, value, least in (
-            ("hidden_mlp", hidden_mlp, 0),
-            ("feat_dim", feat_dim, 1),
-            ("nmb_prototypes", nmb_prototypes, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected {least} or more, got {value}")
+        if hidden_mlp < 0:
+            raise ValueError(f"hidden_mlp: expected 0 or more, got {hidden_mlp}")
+        for name, value in dict(feat_dim=feat_dim, nmb_prototypes=nmb_prototypes).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
         if hidden_mlp:
             self.projection_head = nn.Sequential(
                 nn.Linear(self.num_features, hidden_mlp),
@@ -287,11 +284,10 @@ class SwAV(ResNet):
             raise ValueError(f"crops: expected a multiple of the {self.parts} parts of images, got {len(crops[0])}")
         parts = zip(*(crop.chunk(self.parts) for crop in crops), strict=True)
         outputs = [checkpoint(self._forward, *part, use_reentrant=False) for part in parts]
-        embeddings, scores = (
+        return tuple(
             torch.cat([output.unflatten(0, (len(crops), -1)) for output in of_parts], dim=1).flatten(0, 1)
             for of_parts in zip(*outputs, strict=True)
         )
-        return embeddings, scores
 
     def _forward(self, *crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features: dict[int, torch.Tensor] = {}
@@ -422,22 +418,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             mean_, scale, bias = (vector.view(per_channel) for vector in (mean, scale, self.bias))
             out = torch.addcmul(bias, values - mean_, scale).to(x.dtype)
         else:
-            mean, var = _moments_over_processes(*_moments(x), self.group_name, self.world_size)
-            out = NormalizeOverProcesses.apply(x, self.weight, self.bias, mean, var, self.eps, self.group_name, count)
+            parameters = self.weight, self.bias, self.eps, self.group_name, self.world_size
+            out, mean, var = NormalizeOverProcesses.apply(x, *parameters)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)  # in place, which torch.compile also traces where blocks run twice
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return out
-
-
-@torch.no_grad()
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of each channel, [C] each, float32 or float64."""
-    # The kernel also updates running statistics, here unused ones: those of all processes are not known yet. On CPUs
-    # their dtype is the one of the result.
-    unused = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return torch.batch_norm_update_stats(x, *unused, 0.0)
 
 
 def _moments_over_processes(
@@ -473,10 +460,9 @@ sum_over_processes.register_autograd(
 
 
 class NormalizeOverProcesses(torch.autograd.Function):
-    """BatchNorm of x [B, C, ...] with the mean and variance [C] that x has over all processes, by torch's own kernels.
+    """BatchNorm of x [B, C, ...] by torch's own kernels: (output, mean and variance [C] of x over all processes).
 
-    Without torch.compile these take one pass over x in forward and two in backward, and only x is kept in between.
-    count: values per channel in all processes.
+    Without torch.compile these take two passes over x in forward and two in backward, and only x is kept in between.
     """
 
     @staticmethod
@@ -485,19 +471,24 @@ class NormalizeOverProcesses(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
-        mean: torch.Tensor,
-        var: torch.Tensor,
         eps: float,
         group_name: str,
-        count: int,
-    ) -> torch.Tensor:
+        world_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The kernel also updates running statistics, here unused ones: those of all processes are not known yet. On
+        # CPUs their dtype is the one of the result.
+        unused = torch.empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
+        mean, var = _moments_over_processes(mean, var, group_name, world_size)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.group_name, ctx.count = eps, group_name, count
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+        ctx.eps, ctx.group_name, ctx.count = eps, group_name, x.numel() // x.shape[1] * world_size
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # they have none: fill no zeros for them
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         invstd = (var + ctx.eps).rsqrt()
         _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
@@ -514,7 +505,7 @@ class NormalizeOverProcesses(torch.autograd.Function):
             shift, slope = sums * (scale / -ctx.count)
             x_gradient = torch.batch_norm(x, slope, shift, mean, var, False, 0.0, ctx.eps, False)
             x_gradient.addcmul_(gradient, scale.view([1, -1] + [1] * (x.dim() - 2)))
-        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 # Backbones by name. They take the other arguments of `ResNet`.
@@ -525,17 +516,21 @@ resnet50w4 = partial(ResNet, "resnet50w4")
 resnet50w5 = partial(ResNet, "resnet50w5")
 
 
+def _weights_of(checkpoint: Mapping, beginnings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names, without a `module.` prefix, begin with one of these."""
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    entries = weights.items() if isinstance(weights, Mapping) else ()
+    named = ((str(name).removeprefix("module."), tensor) for name, tensor in entries if torch.is_tensor(tensor))
+    return {name: tensor for name, tensor in named if name.startswith(beginnings)}
+
+
 def backbone_weights(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     """Take the backbone out of a checkpoint: one of ours, a published SwAV file or a torchvision ResNet's state dict.
 
     checkpoint: as `torch.load` gives it. Drops a `module.` prefix and everything but the backbone.
     Raises ValueError if it holds no ResNet.
     """
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    entries = weights.items() if isinstance(weights, Mapping) else ()
-    named = ((str(name), tensor) for name, tensor in entries if torch.is_tensor(tensor))
-    weights = {name.removeprefix("module."): tensor for name, tensor in named}
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("conv1.", "bn1.", "layer"))}
+    weights = _weights_of(checkpoint, ("conv1.", "bn1.", "layer"))
     stem = weights.get("conv1.weight")
     if stem is None or stem.ndim != 4 or not any(name.startswith("layer4.") for name in weights):
         raise ValueError("checkpoint: expected the weights of a ResNet (conv1.weight, layer1.0.conv1.weight, ...)")
@@ -547,10 +542,7 @@ def head_weights(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], dict[str
 
     checkpoint: of ours or a published SwAV file, as `torch.load` gives it. Raises ValueError if it lacks them.
     """
-    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    entries = weights.items() if isinstance(weights, Mapping) else ()
-    weights = {str(name).removeprefix("module."): tensor for name, tensor in entries if torch.is_tensor(tensor)}
-    weights = {name: w for name, w in weights.items() if name.startswith(("projection_head.", "prototypes."))}
+    weights = _weights_of(checkpoint, ("projection_head.", "prototypes."))
     hidden, prototypes = weights.get("projection_head.0.weight"), weights.get("prototypes.weight")
     if prototypes is None or prototypes.ndim != 2 or len(weights) < 3:
         raise ValueError("expected the weights of a projection head and prototypes.weight, as SwAV has them")

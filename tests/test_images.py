@@ -638,6 +638,7 @@ class Stream(torch.utils.data.IterableDataset):
         ([], "expected a Dataset with images, got an empty list"),
         ([torch.zeros(3, 9, 9)], r"expected items .* got Tensor torch.float32 \[3, 9, 9\] in item 0; leave out transf"),
         ([np.zeros((9, 9, 4), np.uint8)], r"expected items .* got ndarray uint8 \[9, 9, 4\] in item 0"),
+        ([np.zeros(9, np.uint8)], r"expected items .* got ndarray uint8 \[9\] in item 0"),
         ([{"image": 1}], "expected items .* got dict in item 0"),
     ],
 )
