@@ -152,8 +152,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
     for name in ("lr", "wd", "knn_k"):  # argparse gives them the checkpoint that is typed behind them
-        values = getattr(args, name) or [None]
-        if args.checkpoint is None and isinstance(values[-1], str):
+        values = getattr(args, name) or []
+        if args.checkpoint is None and len(values) > 1 and isinstance(values[-1], str):
             args.checkpoint = values.pop()
         for word in values:
             if isinstance(word, str):

@@ -183,8 +183,8 @@ def test_a_checkpoint_may_follow_an_option_of_several_values():
     for words in ("--lr 0.1 a.pth", "--knn_k 10 20 a.pth --wd 1", "a.pth --lr 0.1 --wd 0", "--wd 0 a.pth"):
         args = eval_linear.parse_args(words.split())
         assert args.checkpoint == "a.pth" and args.knn_k in ([20], [10, 20]) and args.lr in (None, [0.1])
-    for words in ("a.pth --lr 0.1 b.pth", "--lr a.pth 0.1", "--wd 0.1x"):
-        with pytest.raises(UserError, match="^--(lr|wd): expected (numbers|a number)"):
+    for words in ("a.pth --lr 0.1 b.pth", "--lr a.pth 0.1", "--wd 0.1x", "--lr a.pth", "--knn_k a.pth"):
+        with pytest.raises(UserError, match="^--(lr|wd|knn_k): expected (numbers|a number)"):
             eval_linear.parse_args(words.split())
 
 
