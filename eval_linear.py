@@ -183,8 +183,6 @@ def check_args(args: argparse.Namespace) -> None:
         values = getattr(args, name) or []
         if len(values) > 1 and not args.sweep:
             raise UserError(f"--{name}: expected one value, or --sweep for several, got {' '.join(map(str, values))}")
-    if args.val_labels is not None and args.dataset not in (None, "folder"):
-        raise UserError(f"--val_labels: expected images in a folder, got --dataset {args.dataset}")
 
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
@@ -226,6 +224,8 @@ def open_labelled(
     args: argparse.Namespace, dataset: str, data_path: str | None, world_size: int, value_range: tuple | None
 ) -> tuple[Dataset, Dataset]:
     """Training images, or the part of them that the options ask for, and validation images. Raises UserError."""
+    if args.val_labels is not None and dataset != "folder":
+        raise UserError(f"--val_labels: expected images in a folder, got --dataset {dataset}")
     options = dict(val_share=args.val_share, val_labels=args.val_labels, seed=args.seed)
     train_images, val_images = open_splits(dataset, data_path, world_size, value_range, **options)
     all_images = len(train_images)

@@ -276,6 +276,7 @@ def test_probe_over_two_processes_equals_that_of_one(trained, images, tmp_path):
             "{trained} --dataset shapes --val_labels a",
             "--val_labels: expected images in a folder, got --dataset shapes",
         ),
+        ("{tmp}/plain.pth --val_labels a", "--val_labels: expected images in a folder, got --dataset shapes"),
         ("{trained} --data_path {images} --subset {tmp}/none", "--subset: cannot read .*none'"),
         ("{trained} --data_path {images} --resize 8 --size 16", "--resize: expected at least the 16"),
     ],
@@ -286,6 +287,7 @@ def test_bad_options_are_refused(words, message, trained, images, tmp_path):
     torch.save({"state_dict": None}, tmp_path / "empty.pth")
     torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
     weights = ResNet("resnet18", width=8).state_dict()
+    torch.save(weights, tmp_path / "plain.pth")
     torch.save({name: w for name, w in weights.items() if not name.startswith("layer2")}, tmp_path / "stages.pth")
     torch.save(weights | {"conv1.weight": torch.zeros(8, 3, 9, 9)}, tmp_path / "stem.pth")
     torch.save({name: w for name, w in weights.items() if name != "layer2.0.bn1.weight"}, tmp_path / "layer.pth")
