@@ -97,9 +97,8 @@ def option_parser() -> OptionParser:
         "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
 
-    def add_flag(name: str, help: str, is_common: bool = True) -> None:
-        action = parser.group.add_argument(f"--{name}", action="store_true", help=help)
-        parser.common.extend([action] * is_common)
+    def add_flag(name: str, help: str) -> None:
+        parser.common.append(parser.group.add_argument(f"--{name}", action="store_true", help=help))
 
     add_flag("cached", "Fit a logistic regression to cached features, without crops: quick.")
     add_flag("finetune", "Train all weights on the labels, not only a classifier.")
@@ -123,7 +122,8 @@ def option_parser() -> OptionParser:
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
         choices=("on", "off"))  # fmt: skip
-    add_flag("per_class", "print and save the accuracy of each class, and draw which are confused", is_common=False)
+    help = "print and save the accuracy of each class, and draw which are confused"
+    parser.group.add_argument("--per_class", action="store_true", help=help)
     parser.start_group("machine", affects="nothing")
     add_machine_options(parser)
     add("seed", 31, nonnegative_int, "Seed what is drawn, the probe and the random weights.", common="N")
@@ -187,11 +187,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
     """A line for each option that the user set and that changes nothing."""
-    reasons = {} if args.finetune else {"lr_last_layer": "without --finetune"}
+    reasons = {}
     if args.cached:
-        reasons = dict.fromkeys(("epochs", "lr", "wd"), "with --cached, which fits without SGD") | reasons
+        reasons |= dict.fromkeys(("epochs", "lr", "wd"), "with --cached, which fits without SGD")
     if args.finetune:
         reasons |= dict.fromkeys(("knn_k", "knn_temperature"), "with --finetune, which has no neighbours")
+    else:
+        reasons["lr_last_layer"] = "without --finetune"
     default = option_parser().get_default
     idle = {name: getattr(args, name) for name in reasons if getattr(args, name) != default(name)}
     return [f"{as_command_line({name: value})} has no effect {reasons[name]}" for name, value in idle.items()]
@@ -360,8 +362,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         dataset, data_path = args.dataset or "folder", args.data_path
     value_range = trained.get("value_range")
     train_images, val_images = splits = open_labelled(args, dataset, data_path, world_size, value_range)
-    bad_images = {"train": BadImages(train_images, args.max_bad_images)}
-    bad_images["val"] = BadImages(val_images, args.max_bad_images)
+    most_bad = args.max_bad_images
+    bad_images = {"train": BadImages(train_images, most_bad), "val": BadImages(val_images, most_bad)}
     found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
     check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
     asked = dict(size=args.size, resize=args.resize)
