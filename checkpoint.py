@@ -154,11 +154,11 @@ class Saver:
 
         All processes do so after the same step, at most two after the signal.
         """
-        is_due = self.is_first and time.monotonic() - self.last_save >= self.seconds
-        if is_due:  # not asked for twice, as the answer comes a step later
-            self.last_save = time.monotonic()
-        wanted = (None, "save", *STOP_CODES).index(self.requested_stop() or ("save" if is_due else None))
-        agreed = (None, "save", *STOP_CODES)[self.votes.largest(wanted)]
+        wish, wishes = self.requested_stop(), (None, "save", *STOP_CODES)
+        if self.is_first and time.monotonic() - self.last_save >= self.seconds:
+            self.last_save = time.monotonic()  # not asked for twice, as the answer comes a step later
+            wish = wish or "save"
+        agreed = wishes[self.votes.largest(wishes.index(wish))]
         self.stop = agreed if agreed in STOP_CODES else self.stop
         run_log = self.parts["run_log"]
         if agreed and run_log.step_of_epoch < run_log.steps_per_epoch:  # else the epoch's end saves
@@ -167,10 +167,8 @@ class Saver:
     def save_epoch(self, keep: bool, is_good: bool) -> None:
         """After an epoch: save; also as last_good.pth (is_good), also as checkpoints/ckp-N.pth (keep)."""
         epoch = self.parts["run_log"].epoch + 1
-        names = [
-            name for name, wanted in (("last_good.pth", is_good), (f"checkpoints/ckp-{epoch}.pth", keep)) if wanted
-        ]
-        self._save(epoch=epoch, step_of_epoch=0, links=names)
+        links = ["last_good.pth"] * is_good + [f"checkpoints/ckp-{epoch}.pth"] * keep
+        self._save(epoch=epoch, step_of_epoch=0, links=links)
 
     def _save(self, epoch: int, step_of_epoch: int, links: Sequence[str] = ()) -> None:
         self.stop_on_bad_step()
@@ -258,7 +256,6 @@ class Saver:
         """Wait for the write that is under way."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
 
     def leave(self) -> None:
         """Stop as a signal asked for: wait until the state is on the disk, and raise RunStopped with how to resume."""
@@ -310,13 +307,13 @@ def load(path: str | Path) -> dict:
 
 def load_run(path: Path) -> dict:
     """Load a checkpoint of train.py, also one of an older version. Raises UserError for anything else."""
+    checkpoint = load(path)
     try:
-        checkpoint = load(path)
         _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
         for name, value in (("color_strength", 1.0), ("accumulate", 1)):  # of versions without these options
             options.setdefault(name, value)
-    except (UserError, LookupError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else UserError("it is not a checkpoint of train.py") from None
+    except (LookupError, TypeError, AttributeError):
+        raise UserError("it is not a checkpoint of train.py") from None
     # Older versions kept these two among the options.
     recovered, asked = options.pop("recovered", []), options.pop("asked", None)
     defaults = {"recovered": recovered, "user_options": asked, "step_of_epoch": 0, "losses": [], "guard": None}
@@ -335,26 +332,23 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
     UserError if no file is left, so that a run never starts from scratch unasked.
     """
     problems = []
-    for path in (dump / NEWEST, dump / PREVIOUS):
-        if not path.exists():
-            problems.append(f"{path} is missing")
-            continue
+    for path in (path for path in (dump / NEWEST, dump / PREVIOUS) if path.exists()):
         try:
             contents = load_run(path)
             damage = find_damage(path)
         except UserError as error:
             damage = str(error).removeprefix(f"checkpoint: cannot read {path}: ")
         if not damage:
-            if problems and not quiet:
-                log(f"warning: {problems[0]}; using {path}, the state after step {contents['step']}")
+            if path.name == PREVIOUS and not quiet:
+                problem = problems[0] if problems else f"{dump / NEWEST} is missing"
+                log(f"warning: {problem}; using {path}, the state after step {contents['step']}")
             return contents
         problems.append(f"cannot resume from {path}: {damage}")
-    damaged = [problem for problem in problems if not problem.endswith("is missing")]
-    if not damaged:
+    if not problems:
         return None
     raise UserError(
-        f"--dump_path: {'; '.join(damaged)}; put one of {dump / 'checkpoints'} in the place of {NEWEST}, write another "
-        f"--dump_path, or delete {dump}"
+        f"--dump_path: {'; '.join(problems)}; put one of {dump / 'checkpoints'} in the place of {NEWEST}, write "
+        f"another --dump_path, or delete {dump}"
     )
 
 
@@ -438,9 +432,8 @@ def check_same_run(
     if images_before is not None:
         changes.pop("data_path", None)  # a folder may move
         if images_before != images_now:
-            changes["images"] = tuple(
-                f"{known['images']} ({known['paths'][:8]})" for known in (images_before, images_now)
-            )
+            both = images_before, images_now
+            changes["images"] = tuple(f"{known['images']} ({known['paths'][:8]})" for known in both)
     if not changes:
         return
     text = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
@@ -522,18 +515,17 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
     settings: the keys options, user_options and recovered. Without a last_good.pth the run starts from scratch, and
     checkpoint.pth gets another name. Returns the epochs done now, and that other name (on the first process).
     """
-    good, path = dump / "last_good.pth", dump / NEWEST
-    is_first = environment("RANK", 0) == 0
-    contents, renamed = load_run(good) if good.exists() else None, None
+    good, path, renamed = dump / "last_good.pth", dump / NEWEST, None
+    contents = load_run(good) if good.exists() else None
     if dist.is_initialized():
         dist.barrier()  # all have read it
-    if is_first:
+    if environment("RANK", 0) == 0:
         (dump / PREVIOUS).unlink(missing_ok=True)
-    if is_first and contents:
-        write(contents | settings, path)
-    elif is_first and path.exists():
-        renamed = next(name for i in count(1) if not (name := dump / f"collapsed-{i}.pth").exists())
-        os.replace(path, renamed)
+        if contents:
+            write(contents | settings, path)
+        elif path.exists():
+            renamed = next(name for i in count(1) if not (name := dump / f"collapsed-{i}.pth").exists())
+            os.replace(path, renamed)
     if dist.is_initialized():
         dist.barrier()
     return contents["epoch"] if contents else 0, renamed

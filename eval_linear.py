@@ -49,6 +49,7 @@ from launch import (
     OptionParser,
     RunStopped,
     UserError,
+    as_command_line,
     epoch_count,
     log,
     nonnegative,
@@ -62,6 +63,7 @@ from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults
 from processes import check_same, leave_processes, run_script, setup_processes
 
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
+RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
 
 
@@ -75,10 +77,8 @@ def option_parser() -> OptionParser:
         epilog="The images need labels: train/ and val/, with a folder per class in each. --help-all: all options.",
     )
     parser.start_group("checkpoint and images", affects="nothing")
-    checkpoint_option = parser.group.add_argument(
-        "checkpoint", nargs="?", help="Evaluate this file, ours, a published SwAV one or a torchvision ResNet."
-    )
-    parser.common.append(checkpoint_option)
+    help = "Evaluate this file, ours, a published SwAV one or a torchvision ResNet."
+    parser.common.append(parser.group.add_argument("checkpoint", nargs="?", help=help))
     add = parser.add
     add("pretrained", None, str, "alias for the checkpoint")
     add("data_path", None, str, "Evaluate on this folder with train/ and val/.", common="DIR",
@@ -97,9 +97,8 @@ def option_parser() -> OptionParser:
         "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
 
-    def add_flag(name: str, help: str, is_common: bool = True) -> None:
-        action = parser.group.add_argument(f"--{name}", action="store_true", help=help)
-        parser.common.extend([action] * is_common)
+    def add_flag(name: str, help: str) -> None:
+        parser.common.append(parser.group.add_argument(f"--{name}", action="store_true", help=help))
 
     add_flag("cached", "Fit a logistic regression to cached features, without crops: quick.")
     add_flag("finetune", "Train all weights on the labels, not only a classifier.")
@@ -118,18 +117,13 @@ def option_parser() -> OptionParser:
     add("lr_last_layer", None, positive, "learning rate of the classifier in --finetune (default: 0.2, scaled as --lr)")
     add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
         f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
-    add(
-        "knn_k",
-        [20],
-        or_file(positive_int),
-        "Let this many neighbours vote; several are compared.",
-        common="N",
-        nargs="+",
-    )
+    add("knn_k", [20], or_file(positive_int), "Let this many neighbours vote; several are compared.", nargs="+",
+        common="N")  # fmt: skip
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
         choices=("on", "off"))  # fmt: skip
-    add_flag("per_class", "print and save the accuracy of each class, and draw which are confused", is_common=False)
+    help = "print and save the accuracy of each class, and draw which are confused"
+    parser.group.add_argument("--per_class", action="store_true", help=help)
     parser.start_group("machine", affects="nothing")
     add_machine_options(parser)
     add("seed", 31, nonnegative_int, "Seed what is drawn, the probe and the random weights.", common="N")
@@ -158,16 +152,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
     args = option_parser().parse_args(argv)
     for name in ("lr", "wd", "knn_k"):  # argparse gives them the checkpoint that is typed behind them
-        *others, last = getattr(args, name) or [None]
-        if isinstance(last, str) and args.checkpoint is None:
-            args.checkpoint = last
-            setattr(args, name, others)
-        for word in getattr(args, name) or []:
+        values = getattr(args, name) or []
+        if args.checkpoint is None and len(values) > 1 and isinstance(values[-1], str):
+            args.checkpoint = values.pop()
+        for word in values:
             if isinstance(word, str):
                 raise UserError(f"--{name}: expected numbers, got {word}")
-    if None not in (args.checkpoint, args.pretrained):
+    if args.checkpoint is None:
+        args.checkpoint = args.pretrained
+    elif args.pretrained is not None:
         raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
-    args.checkpoint = args.pretrained if args.checkpoint is None else args.checkpoint
     return args
 
 
@@ -189,53 +183,35 @@ def check_args(args: argparse.Namespace) -> None:
         values = getattr(args, name) or []
         if len(values) > 1 and not args.sweep:
             raise UserError(f"--{name}: expected one value, or --sweep for several, got {' '.join(map(str, values))}")
-    if args.val_labels is not None and args.dataset not in (None, "folder"):
-        raise UserError(f"--val_labels: expected images in a folder, got --dataset {args.dataset}")
 
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
     """A line for each option that the user set and that changes nothing."""
-    default, lines = option_parser().get_default, []
-    idle = {"epochs": args.cached, "lr": args.cached, "wd": args.cached, "lr_last_layer": not args.finetune}
-    idle |= {"knn_k": args.finetune, "knn_temperature": args.finetune}
-    for name in (name for name, is_idle in idle.items() if is_idle and getattr(args, name) != default(name)):
-        value = getattr(args, name)
-        text = " ".join(map(str, value)) if isinstance(value, list) else value
-        reason = (
-            "without --finetune"
-            if name == "lr_last_layer"
-            else (
-                "with --cached, which fits without SGD" if args.cached else "with --finetune, which has no neighbours"
-            )
-        )
-        lines.append(f"--{name} {text} has no effect {reason}")
-    return lines
-
-
-# What is evaluated, on which images
-
-
-def choose_images(args: argparse.Namespace, trained: dict) -> tuple[str, str | None]:
-    """Data set and folder: those asked for, else those of the checkpoint's training, else shapes."""
-    if args.dataset or args.data_path:
-        return args.dataset or "folder", args.data_path
-    return trained.get("dataset", "shapes"), trained.get("data_path")
-
-
-def count_bad_images(bad_images: dict[str, BadImages]) -> dict[str, int]:
-    """{split: images that cannot be read}, over all processes; logs which. Raises UserError if there are too many."""
-    try:
-        counts = {split: bad.update() for split, bad in bad_images.items()}
-    except RunStopped as error:
-        raise UserError(str(error)) from None
-    for split, bad in bad_images.items():
-        if bad.reasons:
-            some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(bad.reasons.items())[:3])
-            log(f"left out, as they cannot be read: {len(bad.reasons)} of {len(bad.images)} {split} images: {some}")
-    return counts
+    reasons = {}
+    if args.cached:
+        reasons |= dict.fromkeys(("epochs", "lr", "wd"), "with --cached, which fits without SGD")
+    if args.finetune:
+        reasons |= dict.fromkeys(("knn_k", "knn_temperature"), "with --finetune, which has no neighbours")
+    else:
+        reasons["lr_last_layer"] = "without --finetune"
+    default = option_parser().get_default
+    idle = {name: getattr(args, name) for name in reasons if getattr(args, name) != default(name)}
+    return [f"{as_command_line({name: value})} has no effect {reasons[name]}" for name, value in idle.items()]
 
 
 # Evaluation
+
+
+def log_bad_images(bad_images: dict[str, BadImages]) -> None:
+    """Log which images of each split cannot be read, over all processes. Raises UserError if they are too many."""
+    for split, bad in bad_images.items():
+        try:
+            bad.update()
+        except RunStopped as error:
+            raise UserError(str(error)) from None
+        if bad.reasons:
+            some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(bad.reasons.items())[:3])
+            log(f"left out, as they cannot be read: {len(bad.reasons)} of {len(bad.images)} {split} images: {some}")
 
 
 def weights_checksum(network: nn.Module) -> str:
@@ -250,10 +226,10 @@ def open_labelled(
     args: argparse.Namespace, dataset: str, data_path: str | None, world_size: int, value_range: tuple | None
 ) -> tuple[Dataset, Dataset]:
     """Training images, or the part of them that the options ask for, and validation images. Raises UserError."""
-    train_images, val_images = open_splits(
-        dataset, data_path, world_size, value_range,
-        val_share=args.val_share, val_labels=args.val_labels, seed=args.seed,
-    )  # fmt: skip
+    if args.val_labels is not None and dataset != "folder":
+        raise UserError(f"--val_labels: expected images in a folder, got --dataset {dataset}")
+    options = dict(val_share=args.val_share, val_labels=args.val_labels, seed=args.seed)
+    train_images, val_images = open_splits(dataset, data_path, world_size, value_range, **options)
     all_images = len(train_images)
     if args.labels is not None:
         train_images = ChosenImages(train_images, stratified(train_images.labels, args.labels, args.seed))
@@ -271,7 +247,7 @@ class Setup(NamedTuple):
 
     backbone: nn.Module
     random_backbone: nn.Module
-    starts: dict[str, nn.Module]  # the weights that the run started from, by the name of their row
+    trained: dict  # options of the backbone's training
     train_images: Dataset
     val_images: Dataset
     bad_images: dict[str, BadImages]
@@ -293,29 +269,27 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     classes = len(train_images.classes)
     options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature)
     log("checkpoint ...")
-    features, labels, *validation = features_of_splits(setup.backbone, *evaluation, **loading)
-    row, outcomes, weights = rate_features(features, labels, *validation, **options), {}, {}
-    count_bad_images(setup.bad_images)  # all have been read once
+    features, labels, val_features, val_labels = features_of_splits(setup.backbone, *evaluation, **loading)
+    row = rate_features(features, labels, val_features, val_labels, **options)
+    log_bad_images(setup.bad_images)  # all have been read once
     if args.cached:
-        scores, val_labels = logistic_regression(features, labels, validation[0], classes=classes), validation[1]
+        scores, weights, outcomes = logistic_regression(features, labels, val_features, classes=classes), {}, {}
     else:
         del features  # may be large
-        scores, val_labels, weights, more = probe(args, setup, tuple(validation))
-        row["linear_by_epoch"] = more.pop("by_epoch")
-        outcomes |= more
+        scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, (val_features, val_labels))
     row["linear"] = accuracies(scores, val_labels)
     rows = {"checkpoint": row}
     if args.compare == "on":
-        for name, start in setup.starts.items():
-            rows[name] = evaluate_features(start, *evaluation, **options, **loading)
+        if start := start_backbone(setup.trained):
+            rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options, **loading)
         rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
     return outcomes | {"rows": rows}, (scores, val_labels), weights
 
 
 def probe(
     args: argparse.Namespace, setup: Setup, validation: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
-    """Train the linear probe, or those of a sweep: scores and labels of the validation images, weights, outcomes.
+) -> tuple[torch.Tensor, dict, dict[str, float], dict]:
+    """Train the linear probe, or those of a sweep: (scores of validation images, weights, top-1 by epoch, outcomes).
 
     The best of a sweep is chosen on training images that no classifier was trained on: validation images that choose
     would make their own accuracy too high.
@@ -339,36 +313,21 @@ def probe(
             setup.backbone, held_out, setup.transform, setup.device, "held-out images", **setup.loading
         )
         with torch.no_grad():
-            rows = sweep_rows(rates, heads(held_features), held_labels, fitted["scores"], fitted["labels"])
+            held_scores = heads(held_features)
+        rows = [{"lr": lr, "wd": decay} for lr, decay in rates]
+        for i, row in enumerate(rows):
+            row["held_out"] = accuracies_if_finite(held_scores[i], held_labels)
+            row["val"] = accuracies_if_finite(fitted["scores"][i], validation[1])
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
-    outcomes["by_epoch"] = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
+    by_epoch = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
     weights = {f"fc.{name}": value.detach().cpu() for name, value in heads.heads[best].state_dict().items()}
-    return fitted["scores"][best], fitted["labels"], weights, outcomes
+    return fitted["scores"][best], weights, by_epoch, outcomes
 
 
-def sweep_rows(
-    rates: Sequence[tuple[float, float]],
-    held_scores: torch.Tensor,
-    held_labels: torch.Tensor,
-    scores: torch.Tensor,
-    labels: torch.Tensor,
-) -> list[dict]:
-    """A row for each classifier of a sweep: {"lr", "wd", "held_out": accuracies, "val": accuracies}.
-
-    Those whose scores are inf or nan count as wrong everywhere.
-    """
-
-    def rate(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-        return accuracies(scores, labels if scores.isfinite().all() else torch.full_like(labels, -1))
-
-    return [
-        {"lr": lr, "wd": decay, "held_out": rate(held_scores[i], held_labels), "val": rate(scores[i], labels)}
-        for i, (lr, decay) in enumerate(rates)
-    ]
-
-
-RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
+def accuracies_if_finite(scores: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Accuracies of a classifier; one whose scores are inf or nan counts as wrong everywhere."""
+    return accuracies(scores, labels if scores.isfinite().all() else torch.full_like(labels, -1))
 
 
 def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
@@ -386,7 +345,7 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
         by_epoch = {str(epoch): top1 for epoch, (top1,) in fitted["history"].items()}
         rows[name] = {"finetune": accuracies(scores, labels), "finetune_by_epoch": by_epoch}
         if name == "checkpoint":
-            count_bad_images(setup.bad_images)  # all have been read once
+            log_bad_images(setup.bad_images)  # all have been read once
             rated, weights = (scores, labels), network.backbone.state_dict()
             weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
             weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
@@ -398,17 +357,17 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     start = time.perf_counter()
     path = Path(args.checkpoint) if args.checkpoint else checkpoint.newest_checkpoint()
     backbone, architecture, trained = load_backbone(path, args.arch)
-    dataset, data_path = choose_images(args, trained)
+    dataset, data_path = trained.get("dataset", "shapes"), trained.get("data_path")
+    if args.dataset or args.data_path:
+        dataset, data_path = args.dataset or "folder", args.data_path
     value_range = trained.get("value_range")
     train_images, val_images = splits = open_labelled(args, dataset, data_path, world_size, value_range)
-    bad_images = {
-        split: BadImages(images, args.max_bad_images) for split, images in zip(("train", "val"), splits, strict=True)
-    }
+    most_bad = args.max_bad_images
+    bad_images = {"train": BadImages(train_images, most_bad), "val": BadImages(val_images, most_bad)}
     found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
     check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
-    size, resize = choose_sizes(
-        trained, typical_side(val_images), is_folder=dataset == "folder", size=args.size, resize=args.resize
-    )
+    asked = dict(size=args.size, resize=args.resize)
+    size, resize = choose_sizes(trained, typical_side(val_images), is_folder=dataset == "folder", **asked)
     reuse_freed_memory()
     settings = settings_of(args, len(train_images), world_size) | {"size": size, "resize": resize}
     batch_size = args.batch_size or max(1, settings.get("batch_size", 256) // world_size)
@@ -426,17 +385,12 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
     networks = {"checkpoint": backbone, RANDOM_TUNED: random_backbone} if args.finetune else {"checkpoint": backbone}
     checksums = {name: weights_checksum(network) for name, network in networks.items()}  # before fine-tuning
-    progress = {
-        name: Progress(
-            path.with_suffix(f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"),
-            deciding | {"weights": checksum},
-        )
-        for name, checksum in checksums.items()
-    }
+    progress = {}
+    for name, checksum in checksums.items():
+        unfinished = f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"
+        progress[name] = Progress(path.with_suffix(unfinished), deciding | {"weights": checksum})
     crops = ProbeCrop(size), CentreCrop(resize, size)
-    start_weights = start_backbone(trained) if args.compare == "on" else None
-    starts = {} if start_weights is None else {f"the start, {trained['init']}": start_weights}
-    setup = Setup(backbone, random_backbone, starts, *splits, bad_images, *crops, device, loading, settings, progress)
+    setup = Setup(backbone, random_backbone, trained, *splits, bad_images, *crops, device, loading, settings, progress)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
     result = {
         "checkpoint": str(path),
@@ -444,7 +398,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         "data_path": data_path,
         **settings,
         "weights": checksums["checkpoint"],
-        "images": dict(zip(bad_images, map(len, splits), strict=True)),
+        "images": {split: len(bad.images) for split, bad in bad_images.items()},
         "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
         **outcomes,
         "seconds": round(time.perf_counter() - start, 1),
@@ -454,8 +408,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     print_result(result)
     if rank == 0:
         save(result, path, rated, weights, train_images.classes, value_range)
-        for unfinished in progress.values():
-            unfinished.remove()
+        for file in progress.values():
+            file.remove()
     return result
 
 
@@ -504,11 +458,11 @@ def print_result(result: dict) -> None:
         if "spread" in row:
             log(f"{'':47s} feature std (0: collapsed) {row['spread']:.2f}")
     if "sweep" in result:
-        chosen, count = {name: result["chosen"][name] for name in ("lr", "wd")}, result["chosen"]["held_out"]
+        chosen, count = result["chosen"], result["chosen"]["held_out"]
         log(f"\nsweep: top-1 in %; * has the best on {count:,} training images that were held out from all classifiers")
         log(f"{'lr':>10s} {'wd':>10s} {'held out':>22s} {'validation':>22s}")
         for row in result["sweep"]:
-            mark = " *" if chosen == {name: row[name] for name in chosen} else ""
+            mark = " *" if (row["lr"], row["wd"]) == (chosen["lr"], chosen["wd"]) else ""
             cells = (with_interval(row[part], "top1") for part in ("held_out", "val"))
             log("{:>10g} {:>10g} {:>22s} {:>22s}{}".format(row["lr"], row["wd"], *cells, mark))
         log("validation images did not choose; * is the checkpoint's linear accuracy above")
@@ -526,7 +480,7 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
     if weights:
         name = "finetune" if result["kind"] == "finetune" else "linear"
         contents = {"state_dict": weights, "classes": list(classes), "value_range": value_range}
-        contents |= {name: result[name] for name in ("size", "resize")}
+        contents |= {"size": result["size"], "resize": result["resize"]}
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
         files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
     if result.get("per_class"):
@@ -546,8 +500,8 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
 def key_of(result: dict) -> str:
     """The settings of a result, as text: what tells it from others of its checkpoint."""
     settings = {name: value for name, value in result.items() if name not in OUTCOMES and value is not None}
-    values = ((n, " ".join(map(str, v)) if isinstance(v, list) else v) for n, v in settings.items())
-    return ", ".join(f"{name} {value}" for name, value in values)
+    texts = {n: " ".join(map(str, v)) if isinstance(v, list) else v for n, v in settings.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def write_result(result: dict, path: Path) -> None:
@@ -555,17 +509,16 @@ def write_result(result: dict, path: Path) -> None:
 
     A result of the same settings is replaced, all others stay, also those of files without "results".
     """
-    before = {}
+    results = {}
     if path.exists():
         try:
             before = json.loads(path.read_text())
             before["rows"], before["checkpoint"]
+            results = before.get("results") or {key_of(before): before}
         except (ValueError, LookupError, TypeError):
             kept = path.with_suffix(".damaged.json")
             os.replace(path, kept)
             log(f"{path} is no result of an evaluation; kept as {kept}")
-            before = {}
-    results = before.get("results") or ({key_of(before): before} if before else {})
     text = json.dumps(result | {"results": results | {key_of(result): result}}, indent=1) + "\n"
     unfinished = path.with_name(path.name + ".tmp")
     try:

@@ -18,21 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from data import (
-    LEFT_OUT,
-    CentreCrop,
-    ordered_loader,
-    readable_image,
-    to_grey,
-)
+from data import LEFT_OUT, CentreCrop, ordered_loader, readable_image, to_grey
 from launch import RunStopped, UserError, log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
-RANDOM, RANDOM_STATISTICS, PIXELS = (
-    "random init, BatchNorm untouched",
-    "random init, BatchNorm of the training images",
-    "raw pixels",
-)
+RANDOM, RANDOM_STATISTICS = "random init, BatchNorm untouched", "random init, BatchNorm of the training images"
+PIXELS = "raw pixels"
 
 
 def some_images(total: int, count: int) -> list[int]:
@@ -121,27 +112,24 @@ def recompute_batchnorm(
     images: Dataset,
     transform: Callable,
     device: torch.device,
-    title: str,
     *,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    **loading: int,
 ) -> None:
     """Set the running statistics of every BatchNorm to their mean over the images of all processes.
 
-    In random order, so that batches mix classes; leaves out a smaller last batch.
+    In random order, so that batches mix classes; leaves out a smaller last batch. loading: rank, world_size and workers
+    of `extract_features`.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     batch_size = max(2, batch_size)  # a single image may have no variance
-    sharing = dict(rank=rank, world_size=world_size, workers=workers)
-    loader = ordered_loader(Subset(images, order), transform, batch_size, **sharing)
+    loader = ordered_loader(Subset(images, order), transform, batch_size, **loading)
     norms = batchnorms(backbone)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     backbone.train()
-    for step, (batch, labels) in enumerate(track(loader, title)):
+    for step, (batch, labels) in enumerate(track(loader, "BatchNorm statistics")):
         is_whole = len(batch) == batch_size or step == 0
         batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
         if is_whole and len(batch) > 1:
@@ -167,13 +155,14 @@ def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | 
     return values | {f"{name}_interval": wilson_interval(share, len(labels)) for name, share in shares.items()}
 
 
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> list[float]:
+def wilson_interval(share: float, count: int) -> list[float]:
     """95 % confidence interval [low, high] in percent of a share that was right among `count` images.
 
     It counts the chance in which images validate, not that of training. Source: Wilson 1927 (score interval).
     """
     if not count:
         return [0.0, 100.0]
+    z = 1.959964  # of 95 %
     centre = share + z**2 / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
@@ -183,8 +172,8 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> list[float
 def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
     """A row for each class, of scores [N, classes] and labels [N]: images, top1, its interval, what it is taken for.
 
-    {"class", "images", "top1", "top1_interval", "taken_for", "taken_for_share"}: the most frequent wrong class (None if
-    there is none) and its share of the images in percent. top1 is None for a class without images.
+    taken_for: the most frequent wrong class (None if there is none), taken_for_share: its share of the images in
+    percent. top1 is None for a class without images.
     """
     confusion, rows = confusion_matrix(scores, labels).cpu(), []
     for label, name in enumerate(classes):
@@ -192,16 +181,15 @@ def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Seque
         images, right = int(counts.sum()), int(counts[label])
         counts[label] = 0
         wrong = int(counts.argmax())
-        rows.append(
-            {
-                "class": name,
-                "images": images,
-                "top1": 100 * right / images if images else None,
-                "top1_interval": wilson_interval(right / max(1, images), images),
-                "taken_for": classes[wrong] if counts[wrong] else None,
-                "taken_for_share": 100 * int(counts[wrong]) / max(1, images),
-            }
-        )
+        row = {
+            "class": name,
+            "images": images,
+            "top1": 100 * right / images if images else None,
+            "top1_interval": wilson_interval(right / max(1, images), images),
+            "taken_for": classes[wrong] if counts[wrong] else None,
+            "taken_for_share": 100 * int(counts[wrong]) / max(1, images),
+        }
+        rows.append(row)
     return rows
 
 
@@ -243,7 +231,7 @@ def nearest(train_features: torch.Tensor, features: torch.Tensor, k: int) -> tup
     return torch.cat([cosines for cosines, _ in found]), torch.cat([indices for _, indices in found])
 
 
-def votes(cosines: torch.Tensor, labels: torch.Tensor, *, classes: int, temperature: float = 0.07) -> torch.Tensor:
+def votes(cosines: torch.Tensor, labels: torch.Tensor, *, classes: int, temperature: float) -> torch.Tensor:
     """Scores [N, classes]: votes of neighbours with labels [N, k], by their cosines [N, k] as in `knn`."""
     weights = ((cosines - cosines[:, :1]) / temperature).exp()  # the difference cannot overflow
     return cosines.new_zeros(len(cosines), classes).scatter_add_(1, labels, weights)
@@ -302,8 +290,8 @@ def rate_features(
     val_labels: torch.Tensor,
     *,
     classes: int,
-    knn_k: Sequence[int] = (20,),
-    knn_temperature: float = 0.07,
+    knn_k: Sequence[int],
+    knn_temperature: float,
 ) -> dict[str, dict | float]:
     """{"knn": accuracies with the first k, "knn_by_k": {k: accuracies}, "spread": feature_std}."""
     cosines, neighbours = nearest(features, val_features, max(knn_k))
@@ -340,8 +328,8 @@ def baselines(
     device: torch.device,
     *,
     classes: int,
-    knn_k: Sequence[int] = (20,),
-    knn_temperature: float = 0.07,
+    knn_k: Sequence[int],
+    knn_temperature: float,
     **loading: int,
 ) -> Iterator[tuple[str, dict]]:
     """Evaluate what features have to beat: random weights and raw pixels. Yields (name, row of `evaluate_features`).
@@ -349,38 +337,39 @@ def baselines(
     random_backbone: the same architecture with fresh weights, evaluated as it is and, if it has BatchNorm, with
     statistics of the training images.
     """
-    evaluation = train_images, val_images, transform, device
-    options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
-    log(f"{RANDOM} ...")
-    yield RANDOM, evaluate_features(random_backbone, *evaluation, **options)
+
+    def evaluated(name: str, network: nn.Module) -> tuple[str, dict]:
+        log(f"{name} ...")
+        options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
+        return name, evaluate_features(network, train_images, val_images, transform, device, **options)
+
+    yield evaluated(RANDOM, random_backbone)
     if batchnorms(random_backbone):
-        recompute_batchnorm(random_backbone, train_images, transform, device, "BatchNorm statistics", **loading)
-        log(f"{RANDOM_STATISTICS} ...")
-        yield RANDOM_STATISTICS, evaluate_features(random_backbone, *evaluation, **options)
+        recompute_batchnorm(random_backbone, train_images, transform, device, **loading)
+        yield evaluated(RANDOM_STATISTICS, random_backbone)
     if (len(train_images) + len(val_images)) * 3 * transform.size**2 > MAX_PIXEL_TABLE:
         log(f"{PIXELS}: left out, they do not fit into memory")
-        return
-    log(f"{PIXELS} ...")
-    yield PIXELS, evaluate_features(nn.Flatten(), *evaluation, **options)
+    else:
+        yield evaluated(PIXELS, nn.Flatten())
 
 
 # What the images are, for defaults.derive
 
 
-def describe_images(images: Dataset, count: int = 200, size: int = 32) -> dict[str, float]:
-    """Describe what images show by three shares from 0 to 1, of at most `count` images as squares of `size` pixels.
+def describe_images(images: Dataset) -> dict[str, float]:
+    """Describe what images show by three shares from 0 to 1, of at most 200 images as squares of 32 pixels.
 
     plain_ground: share of an image's pixels whose brightness lies within 0.1 std of one value (median over images).
     mean_image: share of the brightness's variance, over images and places, that is in the mean image: high for aligned
     images.
     between_cells: share of the brightness's variance within images that lies between 4 x 4 cells: low for textures.
     """
-    crop = CentreCrop(size, size)
-    chosen = track(some_images(len(images), count), "describing images")
+    crop = CentreCrop(32, 32)
+    chosen = track(some_images(len(images), 200), "describing images")
     pixels = torch.stack([crop(readable_image(images, 0, 0, i)[0]) for i in chosen])
-    brightness = to_grey(pixels).squeeze(1).double()  # [N, size, size]
+    brightness = to_grey(pixels).squeeze(1).double()  # [N, 32, 32]
     variances, stds = brightness.var((1, 2), correction=0), brightness.std((1, 2)).clamp_min(1e-2)
-    cells = F.avg_pool2d(brightness.unsqueeze(1), size // 4).flatten(1)
+    cells = F.avg_pool2d(brightness.unsqueeze(1), 8).flatten(1)
     values = brightness.flatten(1).sort(1).values
     above = torch.searchsorted(values, values + 0.2 * stds.unsqueeze(1), right=True)
     plain = (above - torch.arange(values.shape[1])).amax(1) / values.shape[1]

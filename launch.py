@@ -184,19 +184,13 @@ class OptionParser(argparse.ArgumentParser):
         if common:
             self.common.append(action)
 
-    def format_help(self) -> str:
-        """The text of --help."""
-        return self._format_help([("options", self.common)])
-
-    def format_full_help(self) -> str:
-        """The text of --help-all."""
-        return self._format_help([(group.title, group._group_actions) for group in self._action_groups])
-
-    def _format_help(self, sections: Iterable[tuple[str, list[argparse.Action]]]) -> str:
+    def format_help(self, all_options: bool = False) -> str:
+        """The text of --help, or of --help-all."""
+        groups = [(group.title, group._group_actions) for group in self._action_groups]
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        for title, actions in sections:
+        for title, actions in groups if all_options else [("options", self.common)]:
             formatter.start_section(title)
             formatter.add_arguments(actions)
             formatter.end_section()
@@ -206,7 +200,7 @@ class OptionParser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
         lines = []  # (the file and line, or "", and its words)
         for word in argv:
-            lines += read_option_file(word[1:]) if word.startswith(self.file_marks or "\0") else [("", [word])]
+            lines += read_option_file(word[1:]) if word.startswith(self.file_marks) else [("", [word])]
         lines = [(place, list(map(_underscored, words))) for place, words in lines]
         try:
             return super().parse_args([word for _, words in lines for word in words])
@@ -258,7 +252,7 @@ class _ShowHelp(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: OptionParser, *_: object) -> None:
-        print(parser.format_full_help() if "--help_all" in self.option_strings else parser.format_help(), end="")
+        print(parser.format_help(all_options="--help_all" in self.option_strings), end="")
         parser.exit()
 
 

@@ -208,9 +208,8 @@ def curves(run: Run) -> str:
         more: dict = dict(bottom=0)
         if title == "Loss":
             ln_k = next((row["ln_k"] for row in run.rows if "ln_k" in row), None)
-            more = dict(
-                levels={"ln K": ln_k} if ln_k else {}, marks=[(x, f" {i}") for i, (x, _) in enumerate(words, 1)]
-            )
+            more = dict(levels={"ln K": ln_k} if ln_k else {})
+            more["marks"] = [(x, f" {i}") for i, (x, _) in enumerate(words, 1)]
         chart = page.line_chart(title, lines, xlabel="epochs", ylabel=ylabel, **more)
         ends = ", ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items())
         charts.append(page.picture(chart, f"{title} over the epochs: {ends}.", caption=meaning))
@@ -273,14 +272,8 @@ def draw_boxes(pixels: torch.Tensor, boxes: Sequence[Sequence[int]], large: int)
         corners = [scale * left, scale * top, scale * (left + w) - 1, scale * (top + h) - 1]
         colour, draw = page.COLOURS[1 if nth < large else 5], ImageDraw.Draw(whole)
         draw.rectangle(corners, outline=colour, width=3)
-        draw.text(
-            (corners[0] + 5, corners[1] + 3),
-            str(nth + 1),
-            fill=colour,
-            font_size=30,
-            stroke_fill="black",
-            stroke_width=3,
-        )
+        outlined = dict(fill=colour, font_size=30, stroke_fill="black", stroke_width=3)
+        draw.text((corners[0] + 5, corners[1] + 3), str(nth + 1), **outlined)
     return np.array(whole)
 
 
@@ -341,11 +334,11 @@ def prototypes(seen: Seen) -> str:
         parts.append(page.heading(f"#{prototype}, {len(members)} images{label}; the {len(best)} shown: {certain}"))
         parts.append(page.strip((seen.figure(i, what=f"prototype {prototype}: ") for i in best), side=84))
     unique, total = round(unique_prototypes(seen.prototypes) * len(seen.prototypes)), len(seen.prototypes)
-    facts = [f"{unique:,} of {total:,} prototypes are unique, that is not within a cosine distance of 0.025 of another "
-             "one. Unique ones may still have the same kind of images."]  # fmt: skip
-    facts.append(
-        f"Certainty is the softmax of an image's scores over all prototypes: 1 at most, {1 / total:.2g} by chance."
-    )
+    facts = [
+        f"{unique:,} of {total:,} prototypes are unique, that is not within a cosine distance of 0.025 of another one. "
+        "Unique ones may still have the same kind of images.",
+        f"Certainty is the softmax of an image's scores over all prototypes: 1 at most, {1 / total:.2g} by chance.",
+    ]
     if seen.has_labels:
         facts.append("Percentages are the labels of all images of a prototype, not only of those that are shown.")
     if purity := pair_purity(seen, top):
@@ -415,17 +408,14 @@ def feature_map(seen: Seen) -> str:
     centred = seen.features[:MAPPED] - seen.features[:MAPPED].mean(0)
     centred = torch.nn.functional.normalize(centred, dim=1)
     components = centred @ torch.linalg.svd(centred, full_matrices=False)[2].T  # [N, F], the largest first
-    points, how = (
-        np.pad(components[:, :2].numpy(), ((0, 0), (0, max(0, 2 - components.shape[1])))),
-        "principal components",
-    )
     if find_spec("sklearn") and len(centred) > 10:
         from sklearn.manifold import TSNE  # optional, and seconds to import
 
         tsne = TSNE(perplexity=min(30, (len(centred) - 1) / 3), init="pca", random_state=0)
         points, how = tsne.fit_transform(components[:, :50].numpy()), "t-SNE"
     else:
-        how += " (pip install scikit-learn for t-SNE)"
+        how = "principal components (pip install scikit-learn for t-SNE)"
+        points = np.pad(components[:, :2].numpy(), ((0, 0), (0, max(0, 2 - components.shape[1]))))
     alt = f"A map of {len(centred):,} images by {how}: similar ones lie close together."
     parts = [page.picture(page.thumbnail_map(points, seen.pixels[:MAPPED]), alt, "chart wide")]
     if seen.has_labels:

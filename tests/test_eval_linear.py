@@ -183,8 +183,8 @@ def test_a_checkpoint_may_follow_an_option_of_several_values():
     for words in ("--lr 0.1 a.pth", "--knn_k 10 20 a.pth --wd 1", "a.pth --lr 0.1 --wd 0", "--wd 0 a.pth"):
         args = eval_linear.parse_args(words.split())
         assert args.checkpoint == "a.pth" and args.knn_k in ([20], [10, 20]) and args.lr in (None, [0.1])
-    for words in ("a.pth --lr 0.1 b.pth", "--lr a.pth 0.1", "--wd 0.1x"):
-        with pytest.raises(UserError, match="^--(lr|wd): expected (numbers|a number)"):
+    for words in ("a.pth --lr 0.1 b.pth", "--lr a.pth 0.1", "--wd 0.1x", "--lr a.pth", "--knn_k a.pth"):
+        with pytest.raises(UserError, match="^--(lr|wd|knn_k): expected (numbers|a number)"):
             eval_linear.parse_args(words.split())
 
 
@@ -276,6 +276,7 @@ def test_probe_over_two_processes_equals_that_of_one(trained, images, tmp_path):
             "{trained} --dataset shapes --val_labels a",
             "--val_labels: expected images in a folder, got --dataset shapes",
         ),
+        ("{tmp}/plain.pth --val_labels a", "--val_labels: expected images in a folder, got --dataset shapes"),
         ("{trained} --data_path {images} --subset {tmp}/none", "--subset: cannot read .*none'"),
         ("{trained} --data_path {images} --resize 8 --size 16", "--resize: expected at least the 16"),
     ],
@@ -286,6 +287,7 @@ def test_bad_options_are_refused(words, message, trained, images, tmp_path):
     torch.save({"state_dict": None}, tmp_path / "empty.pth")
     torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
     weights = ResNet("resnet18", width=8).state_dict()
+    torch.save(weights, tmp_path / "plain.pth")
     torch.save({name: w for name, w in weights.items() if not name.startswith("layer2")}, tmp_path / "stages.pth")
     torch.save(weights | {"conv1.weight": torch.zeros(8, 3, 9, 9)}, tmp_path / "stem.pth")
     torch.save({name: w for name, w in weights.items() if name != "layer2.0.bn1.weight"}, tmp_path / "layer.pth")

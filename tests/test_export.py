@@ -260,7 +260,7 @@ def test_it_runs_from_another_folder(trained, photos, tmp_path):
 def test_it_explains_itself_with_an_example_of_each_command(trained, capsys):
     text = export.option_parser().format_help()
     assert all(f"export.py runs/photos {what} " in text for what in export.COMMANDS)
-    assert "--max_bad_images" in export.option_parser().format_full_help()
+    assert "--max_bad_images" in export.option_parser().format_help(all_options=True)
     with pytest.raises(SystemExit) as end:
         run_script(lambda: run(trained, "clusters", ".", "c.txt"))
     (line,) = capsys.readouterr().err.splitlines()

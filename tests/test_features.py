@@ -157,7 +157,7 @@ def test_batchnorm_statistics_are_those_of_all_images_in_any_order():
     transform, loading = CentreCrop(16, 16), dict(rank=0, world_size=1, workers=0)
     for batch_size, tolerance in ((16, 0.35), (64, 0.05), (100, 1e-4), (1, None)):
         backbone = ResNet("resnet18", width=8, blocks=[1, 1, 1, 1], stem="small")
-        options = dict(device=torch.device("cpu"), title="", batch_size=batch_size, **loading)
+        options = dict(device=torch.device("cpu"), batch_size=batch_size, **loading)
         recompute_batchnorm(backbone, images, transform, **options)
         maps = backbone.conv1(torch.stack([transform(image) for image, _ in images]))
         if tolerance is None:  # batches of two images

@@ -109,7 +109,7 @@ def test_options_come_with_underscores_or_hyphens_from_a_file_or_the_command_lin
 
 
 def test_the_default_ends_the_help_text_as_one_sentence():
-    text = small_parser().format_full_help()
+    text = small_parser().format_help(all_options=True)
     assert "Take this many steps (default: 3)." in text and "sides in pixels (default: 4 5)." in text
     assert "side_lengths" not in small_parser().format_help()
 
