@@ -253,6 +253,7 @@ class Setup(NamedTuple):
     bad_images: dict[str, BadImages]
     crop: ProbeCrop
     transform: CentreCrop
+    pixel_transform: CentreCrop  # of raw pixels: does not enlarge images
     device: torch.device
     loading: dict[str, int]
     settings: dict
@@ -282,6 +283,7 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     if args.compare == "on":
         if start := start_backbone(setup.trained):
             rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options, **loading)
+        options |= dict(pixel_transform=setup.pixel_transform)
         rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
     return outcomes | {"rows": rows}, (scores, val_labels), weights
 
@@ -366,8 +368,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     bad_images = {"train": BadImages(train_images, most_bad), "val": BadImages(val_images, most_bad)}
     found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
     check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
-    asked = dict(size=args.size, resize=args.resize)
-    size, resize = choose_sizes(trained, typical_side(val_images), is_folder=dataset == "folder", **asked)
+    side, asked = typical_side(val_images), dict(size=args.size, resize=args.resize)
+    size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", **asked)
     reuse_freed_memory()
     settings = settings_of(args, len(train_images), world_size) | {"size": size, "resize": resize}
     batch_size = args.batch_size or max(1, settings.get("batch_size", 256) // world_size)
@@ -389,7 +391,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     for name, checksum in checksums.items():
         unfinished = f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"
         progress[name] = Progress(path.with_suffix(unfinished), deciding | {"weights": checksum})
-    crops = ProbeCrop(size), CentreCrop(resize, size)
+    crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(backbone, random_backbone, trained, *splits, bad_images, *crops, device, loading, settings, progress)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
     result = {

@@ -327,6 +327,7 @@ def baselines(
     transform: CentreCrop,
     device: torch.device,
     *,
+    pixel_transform: CentreCrop,
     classes: int,
     knn_k: Sequence[int],
     knn_temperature: float,
@@ -335,10 +336,10 @@ def baselines(
     """Evaluate what features have to beat: random weights and raw pixels. Yields (name, row of `evaluate_features`).
 
     random_backbone: the same architecture with fresh weights, evaluated as it is and, if it has BatchNorm, with
-    statistics of the training images.
+    statistics of the training images. pixel_transform: of raw pixels, which gain nothing where images are enlarged.
     """
 
-    def evaluated(name: str, network: nn.Module) -> tuple[str, dict]:
+    def evaluated(name: str, network: nn.Module, transform: CentreCrop = transform) -> tuple[str, dict]:
         log(f"{name} ...")
         options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
         return name, evaluate_features(network, train_images, val_images, transform, device, **options)
@@ -347,10 +348,10 @@ def baselines(
     if batchnorms(random_backbone):
         recompute_batchnorm(random_backbone, train_images, transform, device, **loading)
         yield evaluated(RANDOM_STATISTICS, random_backbone)
-    if (len(train_images) + len(val_images)) * 3 * transform.size**2 > MAX_PIXEL_TABLE:
+    if (len(train_images) + len(val_images)) * 3 * pixel_transform.size**2 > MAX_PIXEL_TABLE:
         log(f"{PIXELS}: left out, they do not fit into memory")
     else:
-        yield evaluated(PIXELS, nn.Flatten())
+        yield evaluated(PIXELS, nn.Flatten(), pixel_transform)
 
 
 # What the images are, for defaults.derive

@@ -59,6 +59,18 @@ def test_writes_probe_and_knn_of_the_checkpoint_and_of_all_baselines(mode, train
         assert saved["size"] == 20 and saved["options"]["epochs"] == 2
 
 
+def test_raw_pixels_are_not_enlarged(trained, images, monkeypatch, tmp_path):
+    sizes = []
+
+    def no_baselines(*arguments, pixel_transform, **_options):
+        sizes.extend([arguments[3].size, pixel_transform.size])
+        return {}
+
+    monkeypatch.setattr(eval_linear, "baselines", no_baselines)
+    evaluate(copied(trained, tmp_path), "--data_path", images, "--cached", "--size", "40")
+    assert sizes == [40, 20]  # of features, of pixels
+
+
 def test_a_probe_whose_loss_is_not_finite_stops(trained, images):
     with pytest.raises(RunStopped, match="linear probe: the loss is nan in epoch .; try a lower --lr") as stopped:
         evaluate(trained, "--data_path", images, "--lr", "1e38", "--epochs", "4")
