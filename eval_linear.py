@@ -281,7 +281,7 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     row["linear"] = accuracies(scores, val_labels)
     rows = {"checkpoint": row}
     if args.compare == "on":
-        if start := start_backbone(setup.trained):
+        if (start := start_backbone(setup.trained)) is not None:
             rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options, **loading)
         options |= dict(pixel_transform=setup.pixel_transform)
         rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
