@@ -67,7 +67,7 @@ class Images(Dataset):
     labels = classes = value_range = None
 
     def __init__(self, count: int) -> None:
-        self.bad = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)  # /dev/shm may be full
+        self.bad = torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.uint8)  # /dev/shm may be full
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -97,6 +97,9 @@ class ImageFiles(Images):
         self.paths, self.labels, self.classes, self.left_out = find_images(self.source, labelled)
         super().__init__(len(self.paths))
         self.value_range = value_range or find_value_range(self)
+
+    def __len__(self) -> int:  # benchmarks repeat paths
+        return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         label = -1 if self.labels is None else int(self.labels[index])
