@@ -310,14 +310,13 @@ def choose_sizes(
     they take.
     """
     crop = max(trained.get("size_crops", [224 if is_folder else 0]))
-    is_cropped = is_folder and side > min(LARGER * crop, max(224, crop))
+    is_large = is_folder and side > min(LARGER * crop, max(224, crop))
     is_close_up = trained.get("min_scale_crops", [1])[0] < CLOSE_UP
     smallest = max(crop, min(2 * crop, 224)) if is_close_up else crop
-    wanted, size = size, size or (smallest if is_cropped else max(side, smallest))
+    wanted, size = size, size or (smallest if is_large else max(side, smallest))
     if trained.get("arch", "").startswith(TIMM):
         size = _evaluated_size(trained, size, is_fixed=wanted is not None)
-    is_cropped = is_folder and side > size
-    resize = resize or (round(size * 8 / 7) if is_cropped else size)
+    resize = resize or (round(size * 8 / 7) if is_folder and side > size else size)
     if resize < size:
         raise UserError(f"--resize: expected at least the {size} pixels of --size, got {resize}")
     return size, resize

@@ -55,9 +55,10 @@ from model import ResNet
 )
 def test_small_images_keep_their_border_and_the_size_of_training(crops, options, side, expected):
     trained = {"size_crops": crops} if crops else {}
+    options = {"is_folder": True, **options}
     if scales := options.pop("scales", None):
         trained["min_scale_crops"] = scales
-    assert choose_sizes(trained, side, **{"is_folder": True, **options}) == expected
+    assert choose_sizes(trained, side, **options) == expected
 
 
 def test_images_are_not_resized_below_the_size_of_their_crop():
