@@ -11,6 +11,7 @@ Copy this file to use it elsewhere: it needs only torch and torchvision.
 """
 
 import ctypes
+import gc
 import math
 import multiprocessing.util
 import signal
@@ -680,6 +681,7 @@ def _start_worker(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     # Errors of the images reach the parent. Only Python's thread that sends memory calls this, when the parent is gone.
     sys.excepthook = lambda *_: None
+    gc.freeze()  # a garbage collection would write to all objects of the parent, and so copy their memory
     reuse_freed_memory()
 
 

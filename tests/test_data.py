@@ -1,5 +1,6 @@
 """data.py: multi-crop against torchvision and its stated distributions, transforms, batches and loaders."""
 
+import gc
 import math
 import os
 import platform
@@ -473,6 +474,19 @@ def test_workers_stay_between_epochs_and_use_one_thread_each(crop_only):
     assert all(label % 1000 == 1 and label // 1000 != os.getpid() for label in first)
 
 
+class FrozenObjects(ProcessLabels):
+    """Images whose label is the number of objects that garbage collections leave out."""
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), gc.get_freeze_count()
+
+
+def test_garbage_collections_of_workers_leave_out_what_they_share_with_the_parent():
+    loader = training_loader(FrozenObjects(), MultiCrop([8], [2], [0.5], [1.0]), 8, workers=1)
+    _, frozen = next(iter(loader))
+    assert frozen.min() > 10_000 and gc.get_freeze_count() == 0
+
+
 @pytest.mark.parametrize("workers, world_size", [(1, 1), (2, 1), (0, 2), (2, 2), (0, 4)])
 def test_crops_do_not_depend_on_workers_and_processes(workers, world_size):
     expected, others = loaders(), loaders(workers=workers, world_size=world_size)
@@ -731,6 +745,7 @@ def test_workers_start_where_a_system_has_no_sigusr1(monkeypatch):
         data._start_worker(0)
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
+        gc.unfreeze()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
