@@ -261,7 +261,7 @@ class Start:
         self.steps: list[int] = []  # of the log lines so far
         self.world_size, self.prefix = world_size, dump.with_name(f"{dump.name}-{number}")
         dump.parent.mkdir(parents=True, exist_ok=True)
-        argv = f"{words} --dump_path {dump} --batch_size {GLOBAL_BATCH // world_size}".split()
+        argv = [*words.split(), "--dump_path", str(dump), "--batch_size", str(GLOBAL_BATCH // world_size)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

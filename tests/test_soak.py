@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_a_run_that_hangs_is_ended(monkeypatch, tmp_path):
     with pytest.raises(soak.Unexpected, match="none after 0 steps in 0.1 s"):
         soak.finish(start)
     assert start.codes() == [-9, -9]
+
+
+def write_options(argv, _rank, _world_size, _port, prefix):
+    Path(f"{prefix}.argv").write_text("\n".join(argv))
+
+
+def test_a_run_may_have_a_folder_with_spaces(monkeypatch, tmp_path):
+    monkeypatch.setattr(soak, "be_rank", write_options)
+    dump = tmp_path / "every 0.12 s"
+    start = soak.Start("--epochs 2", 1, dump, 0)
+    start.ranks[0].join()
+    argv = Path(f"{start.prefix}.argv").read_text().splitlines()
+    assert argv == ["--epochs", "2", "--dump_path", str(dump), "--batch_size", str(soak.GLOBAL_BATCH)]
 
 
 def test_memory_of_a_process_and_of_what_it_started():
