@@ -168,6 +168,12 @@ def backend(device: torch.device | str) -> str:
     return {"CPU": "cpp", "CUDA": "cuda"}[key] if is_compiled else "torch"
 
 
+# Plain torch computes exponentials [A, N, K] once in three rounds; between them, only a scale [A, K] changes. As
+# prototype totals lie between 1 / K and N, a round changes a scale by at most K * N, and float32's range holds three.
+ROUNDS_PER_EXPONENTIAL = 3
+SMALLEST_LARGEST = 1e-10  # of an image's exponentials: so much of the range is left to its other ones
+
+
 # The operators. Each body is the implementation in plain torch. csrc/ registers faster kernels for CPU and CUDA under
 # the same names. scores [A, N, K] and extra [A, Q, K] have one dtype; potentials [A, K] are float32 or float64.
 
@@ -202,17 +208,26 @@ def _prototype_logsumexp(scores, extra, epsilon):
 
 @_operator("prototype_totals(Tensor scores, Tensor? extra, Tensor potentials, float epsilon) -> Tensor")
 def _prototype_totals(scores, extra, potentials, epsilon):
-    return _softmax_totals(_logits(scores, extra, epsilon).add_(potentials.unsqueeze(1)))  # [A, K]
+    logits = _logits(scores, extra, epsilon).add_(potentials.unsqueeze(1))
+    return _totals(_exponentials(logits, dim=2)[0], torch.ones_like(potentials))  # [A, K]
 
 
 @_operator("potentials(Tensor scores, Tensor? extra, float epsilon, int iterations) -> Tensor")
 def _potentials(scores, extra, epsilon, iterations):
     logits = _logits(scores, extra, epsilon)  # [A, N + Q, K]
-    potentials = _first_potentials(torch.logsumexp(logits, dim=1))  # [A, K]
-    exponentials = torch.empty_like(logits)
-    for _ in range(iterations - 1):
-        torch.add(logits, potentials.unsqueeze(1), out=exponentials)
-        potentials = _next_potentials(potentials, _softmax_totals(exponentials))
+    if logits.numel() == 0:
+        return logits.new_zeros(logits.shape[::2])
+    exponentials, largest = _exponentials(logits, dim=1)
+    sums = exponentials.sum(dim=1)  # [A, K]
+    potentials, scales = _first_potentials(largest + sums.log()), torch.where(sums == 0, 1, sums.reciprocal())
+    for done in range(iterations - 1):
+        is_first = done == 0 and _rows_are_in_range(exponentials)
+        if done % ROUNDS_PER_EXPONENTIAL == 0 and not is_first:
+            logits = _logits(scores, extra, epsilon).add_(potentials.unsqueeze(1))
+            exponentials, scales = _exponentials(logits, dim=2)[0], torch.ones_like(potentials)
+        totals = _totals(exponentials, scales)
+        potentials = _next_potentials(potentials, totals)
+        scales = torch.where(totals == 0, scales, scales / totals)
     return potentials
 
 
@@ -336,20 +351,31 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
     return codes.masked_fill_(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
 
 
-def _softmax_totals(logits: torch.Tensor) -> torch.Tensor:
-    """Sum the softmax of logits [A, N, K] over N: [A, K]. Overwrites logits.
+def _exponentials(logits: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute exp(logits - largest), in place, and the largest logits along a dimension, or 0 for -inf."""
+    largest = logits.amax(dim=dim)
+    largest = largest.masked_fill_(largest == -torch.inf, 0)
+    return logits.sub_(largest.unsqueeze(dim)).exp_(), largest
 
-    In place, and the division by the rows' sums is part of the sum over rows: half the time of `_softmax(...).sum(1)`.
+
+def _rows_are_in_range(exponentials: torch.Tensor) -> bool:
+    """Whether each image has an exponential that is large enough to compute with, if that can be seen.
+
+    On GPUs the host would have to wait for it, and torch.compile cannot trace it.
     """
-    largest = logits.amax(dim=2, keepdim=True)  # [A, N, 1]
-    exponentials = logits.sub_(largest.masked_fill_(largest == -torch.inf, 0)).exp_()
-    row_sums = exponentials.sum(dim=2)
-    weights = torch.where(row_sums == 0, 0, row_sums.reciprocal())  # [A, N]; 0: all scores are -inf
-    totals = exponentials.new_empty(exponentials.shape[::2])
-    for problem, weight, total in zip(exponentials, weights, totals, strict=True):
+    can_be_seen = exponentials.is_cpu and not torch.compiler.is_compiling()
+    return can_be_seen and bool((exponentials.amax(dim=2) > SMALLEST_LARGEST).all())
+
+
+def _totals(exponentials: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Sum the rows of exponentials [A, N, K] * scales [A, K] over N, after dividing each by its sum: [A, K]."""
+    totals = torch.empty_like(scales)
+    row_sums = scales.new_empty(exponentials.shape[:2])
+    for problem, scale, row_sum, total in zip(exponentials, scales, row_sums, totals, strict=True):
         # Autocast and TF32 would round a product of matrices; they spare one with a vector that writes into out=.
-        torch.mv(problem.T, weight, out=total)
-    return totals
+        torch.mv(problem, scale, out=row_sum)
+        torch.mv(problem.T, torch.where(row_sum == 0, 0, row_sum.reciprocal()), out=total)  # 0: all scores are -inf
+    return totals.mul_(scales)
 
 
 def _accumulation_dtype(scores: torch.Tensor) -> torch.dtype:

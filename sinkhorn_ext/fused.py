@@ -6,9 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
-devices: tuple[
-    str, ...
-] = ()  # types of those on which to fuse; __init__.py sets it, an error of torch.compile empties it
+# Types of devices on which to fuse. __init__.py sets it, an error of torch.compile empties it.
+devices: tuple[str, ...] = ()
 
 
 def where_possible(function):
@@ -17,9 +16,7 @@ def where_possible(function):
     A second batch size compiles a form for all sizes. After eight forms (torch._dynamo.config.recompile_limit) and for
     tensors without elements, the body runs as it is.
     """
-    compiled = functools.cache(
-        lambda: torch.compile(function)
-    )  # not before it is needed: to import the compiler is slow
+    compiled = functools.cache(lambda: torch.compile(function))  # when it is needed: importing the compiler is slow
 
     @functools.wraps(function)
     def run(*arguments):
