@@ -289,7 +289,7 @@ def add_size_options(parser: OptionParser) -> None:
     """Add --size and --resize, see `choose_sizes`."""
     add = parser.add
     add("size", None, positive_int, "Resize images to this many pixels.", common="N",
-        default_text="their own, or twice the crops' for photographs; of large images the crops', or 224")  # fmt: skip
+        default_text="their own, but at least the crops' of training, or twice that for photographs")  # fmt: skip
     add("resize", None, positive_int, "shorter side in pixels before the centre crop (default: 8/7 of --size for "
         "larger images, else --size)")  # fmt: skip
 

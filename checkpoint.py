@@ -374,6 +374,8 @@ def changed_options(options: Mapping[str, object], checkpoint: dict, affects: Ma
     if "global_batch_size" in checkpoint["options"]:  # this is what counts, on any number of processes
         before.pop("batch_size", None)
         before["global_batch_size"] = checkpoint["options"]["global_batch_size"]
+    if before.get("precision") is None:  # in older checkpoints: what the device had
+        before.pop("precision", None)
     return {name: (value, options[name]) for name, value in before.items() if options.get(name, value) != value}
 
 

@@ -82,7 +82,7 @@ def by_name(params: np.ndarray | torch.Tensor) -> CropParams:
 
 
 def blend_slot(name: str, order: Sequence[str]) -> int:
-    """The slot of an operation: as it comes, but after the hue shift from slot 3 on."""
+    """The slot of a colour operation: 0 to 2 before the hue shift, 3 to 5 after it."""
     place, hue = order.index(name), order.index("hue")
     return place if place < hue else BLENDS // 2 + place - hue - 1
 
@@ -194,7 +194,7 @@ class MultiCrop:
 def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Sample boxes (top, left, height, width): area uniform in scale, aspect log-uniform in [3/4, 4/3].
 
-    Of ten attempts takes the first that fits the image, else the largest centred box of an allowed aspect.
+    Takes the first of ten attempts that fits the image, else the largest centred box of an allowed aspect.
     sizes [..., 2]: widths and heights of the images. scales [..., 2]: range of the area as a share of the image.
     uniforms [..., BOX_UNIFORMS] in [0, 1): areas and aspects of the attempts, and the place. Returns int64 [..., 4].
     """
@@ -443,9 +443,9 @@ class CentreCrop:
 
 
 def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | None = None) -> CentreCrop:
-    """The transform that the weights of a checkpoint expect: those of its evaluation, or 224 of 256 pixels if unknown.
+    """The transform that a checkpoint's weights expect, of the sizes of its evaluation (224 of 256 pixels if unknown).
 
-    checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, in the place of these. Raises
+    checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, instead of these. Raises
     ValueError if resize is smaller than size.
     """
     is_ours = isinstance(checkpoint.get("options"), dict)  # other programs save other things
@@ -485,7 +485,7 @@ class ShuffledBatches(Sampler):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
-READ_ATTEMPTS, READ_ATTEMPTS_TAG = 50, 0xBAD  # images to try in the place of one; so many bad ones are no accident
+READ_ATTEMPTS, READ_ATTEMPTS_TAG = 50, 0xBAD  # images to try for one; if all are bad, something is wrong
 
 
 def readable_image(images: Dataset, seed: int, epoch: int, index: int) -> tuple[Image.Image | torch.Tensor, int]:
@@ -596,7 +596,7 @@ def crops_to_device(
 
     Crops of a loader with crop_only are augmented there. stream: a CUDA stream for copies and augmentation, so that
     they overlap with the step before; the current stream waits for it, the host does not. augment: `augment`, or a
-    compiled one. parts: how many parts of the crops of one size it gets, one after the other, to need less memory.
+    compiled one. parts: augment the crops of one size in so many parts, to save memory.
     """
     crops = []
     with torch.cuda.stream(stream):  # does nothing for None
@@ -679,14 +679,14 @@ def _start_worker(_worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # some systems have no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # Errors of the images reach the parent. Only Python's thread that sends memory calls this, when the parent is gone.
+    # Image errors reach the parent by another way. This silences Python's memory-sharing thread after the parent's end.
     sys.excepthook = lambda *_: None
     gc.freeze()  # a garbage collection would write to all objects of the parent, and so copy their memory
     reuse_freed_memory()
 
 
 def end_workers() -> None:
-    """Kill this process's loader workers, and other daemons, at its end: they leave signals alone."""
+    """Kill this process's loader workers, and other daemons, at its end: they ignore signals."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports killed workers by it
     for child in multiprocessing.active_children():

@@ -154,7 +154,7 @@ def small_data_options(
     largest = min(images, max(16, min(64, images / 40), images / 200))
     while batch_size * world_size > largest and batch_size > 2:
         batch_size //= 2
-    reason = "16 to 64 in all, for 40 steps per epoch or more; larger ones for 200 or more"
+    reason = "16 to 64 images over all processes, for at least 40 steps per epoch; more than 64 if 200 steps remain"
     global_batch = world_size * choose("batch_size", batch_size, reason)
     nmb_prototypes = max(30, round(2.65 * images**0.5 * min(1, images / 5000)))
     choose("nmb_prototypes", nmb_prototypes, "2.65 sqrt(images), fewer below 5,000 images, at least 30")

@@ -1,14 +1,14 @@
 """Evaluate a checkpoint with labels: a linear probe and kNN on its frozen features, or fine-tuning on few labels.
 
-    python eval_linear.py                                              # newest checkpoint in runs/, on its own images
-    python eval_linear.py runs/shapes/checkpoint.pth --cached          # quick: one pass over the images, no crops
+    python eval_linear.py                                              # newest checkpoint in runs/
+    python eval_linear.py runs/shapes/checkpoint.pth --cached          # quick: no random crops
     python eval_linear.py runs/shapes/checkpoint.pth --finetune --labels 0.1
     torchrun --nproc_per_node=4 eval_linear.py swav_800ep_pretrain.pth.tar --data_path imagenet
 
-Takes checkpoints of train.py, published SwAV files and torchvision ResNets, and reads the architecture off the weights.
-Next to the results it prints those of random weights and of raw pixels: useful features beat both. What trains resumes
-when the command is run again. Results of all kinds stay beside each other in NAME.eval.json. Source: Caron et al. 2020,
-section 4.1, appendix A.
+Takes every file that train.py --init takes, and reads the architecture from its weights.
+Next to the results it prints those of random weights and of raw pixels: useful features beat both. Rerun the
+command to resume training. NAME.eval.json keeps the results of every kind. Source: Caron et al. 2020, section 4.1,
+appendix A.
 """
 
 import argparse
@@ -65,6 +65,7 @@ from processes import check_same, leave_processes, run_script, setup_processes
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
 RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
+EXPECTED = ("arch", "size_crops", "min_scale_crops")  # options of the training that later evaluations need
 
 
 def option_parser() -> OptionParser:
@@ -77,7 +78,7 @@ def option_parser() -> OptionParser:
         epilog="The images need labels: train/ and val/, with a folder per class in each. --help-all: all options.",
     )
     parser.start_group("checkpoint and images", affects="nothing")
-    help = "Evaluate this file, ours, a published SwAV one or a torchvision ResNet."
+    help = "Evaluate this checkpoint, of ours or of another program."
     parser.common.append(parser.group.add_argument("checkpoint", nargs="?", help=help))
     add = parser.add
     add("pretrained", None, str, "alias for the checkpoint")
@@ -85,25 +86,25 @@ def option_parser() -> OptionParser:
         default_text="as in training")  # fmt: skip
     add("dataset", None, str, "Evaluate on this named data set.", common="NAME", choices=DATASETS,
         default_text="folder with --data_path, else as in training")  # fmt: skip
-    add("val_share", None, share, "validate on this share of each class, drawn by --seed, where there is one folder of "
-        "class folders (default: val/ validates)")  # fmt: skip
+    add("val_share", None, share, "validate on this share of each class, chosen by --seed, if there is only one folder "
+        "of class folders (default: use val/)")  # fmt: skip
     add("val_labels", None, str, "file with a line NAME CLASS for each image of a val/ without class folders; CLASS is "
         "a folder of train/ or its number from 0. Also ImageNet's ILSVRC2012_validation_ground_truth.txt, beside "
         "its meta.mat")  # fmt: skip
     add("arch", None, arch_name, "refuse a checkpoint of another architecture (default: take any); weights of a "
         "network of timm need it: timm/NAME")  # fmt: skip
     add_size_options(parser)
-    add("max_bad_images", None, nonnegative_int, "unreadable images of a split up to which the evaluation goes on, "
-        "without them (default: 1 %% of the split, at least 1)")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "stop if more images of a split than this cannot be read; until "
+        "then they are left out (default: 1 %% of the split, at least 1)")  # fmt: skip
     parser.start_group("evaluation", affects="nothing")
 
     def add_flag(name: str, help: str) -> None:
         parser.common.append(parser.group.add_argument(f"--{name}", action="store_true", help=help))
 
-    add_flag("cached", "Fit a logistic regression to cached features, without crops: quick.")
+    add_flag("cached", "Fit a logistic regression to cached features, without random crops: quick.")
     add_flag("finetune", "Train all weights on the labels, not only a classifier.")
     add_flag("sweep", "Probe with several learning rates and weight decays at once.")
-    add("labels", None, share, "Use this share of each class, as 0.01, drawn by --seed.", common="SHARE",
+    add("labels", None, share, "Use this share of each class, such as 0.01, chosen by --seed.", common="SHARE",
         default_text="all")  # fmt: skip
     add("subset", None, str, "use the training images that this file lists, one name a line, as the published 1 %% and "
         "10 %% of ImageNet (default: all)")  # fmt: skip
@@ -112,9 +113,14 @@ def option_parser() -> OptionParser:
     add("batch_size", None, positive_int, "images per process (default: 256 over all processes; with --finetune fewer "
         "below 4,096 images)")  # fmt: skip
     add("lr", None, or_file(positive), "learning rate for the batches of all processes, not rescaled; several with "
-        f"--sweep (default: 0.3; --sweep: {' '.join(map(str, SWEEP_LR))}; --finetune: that of the backbone, 0.01 for "
-        "256 images, times the square root of the batch's share of these)", nargs="+")  # fmt: skip
-    add("lr_last_layer", None, positive, "learning rate of the classifier in --finetune (default: 0.2, scaled as --lr)")
+        f"--sweep (default: 0.3; --sweep: {' '.join(map(str, SWEEP_LR))}; --finetune: for the backbone, "
+        "0.01 * sqrt(batch / 256))", nargs="+")  # fmt: skip
+    add(
+        "lr_last_layer",
+        None,
+        positive,
+        "learning rate of the classifier in --finetune (default: 0.2 * sqrt(batch / 256))",
+    )
     add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
         f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
     add("knn_k", [20], or_file(positive_int), "Let this many neighbours vote; several are compared.", nargs="+",
@@ -122,11 +128,11 @@ def option_parser() -> OptionParser:
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
     add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
         choices=("on", "off"))  # fmt: skip
-    help = "print and save the accuracy of each class, and draw which are confused"
+    help = "print and save the accuracy of each class, and draw the confusion matrix"
     parser.group.add_argument("--per_class", action="store_true", help=help)
     parser.start_group("machine", affects="nothing")
     add_machine_options(parser)
-    add("seed", 31, nonnegative_int, "Seed what is drawn, the probe and the random weights.", common="N")
+    add("seed", 31, nonnegative_int, "Seed what is chosen at random, the probe and random init.", common="N")
     return parser
 
 
@@ -178,7 +184,7 @@ def check_args(args: argparse.Namespace) -> None:
     for pair in (("cached", "finetune"), ("cached", "sweep"), ("finetune", "sweep"), ("labels", "subset"),
                  ("val_share", "val_labels")):  # fmt: skip
         if all(getattr(args, name) not in (None, False) for name in pair):
-            raise UserError(f"--{pair[0]}: expected none beside --{pair[1]}; each is a way of its own")
+            raise UserError(f"--{pair[0]}: expected none beside --{pair[1]}; use one of the two")
     for name in ("lr", "wd"):
         values = getattr(args, name) or []
         if len(values) > 1 and not args.sweep:
@@ -305,6 +311,8 @@ def probe(
             raise UserError("--sweep: expected two training images or more of a class, to hold one out, found none")
         held_out = ChosenImages(images, chosen)
         images = ChosenImages(images, np.setdiff1d(np.arange(len(images)), chosen))
+        if len(images) < setup.loading["world_size"]:
+            raise UserError(f"--sweep: {len(images)} images are left for {setup.loading['world_size']} processes")
     heads, fitted = linear_probe(
         setup.backbone, images, setup.crop, validation, setup.device,
         classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=args.seed,
@@ -355,7 +363,7 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
 
 
 def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> dict:
-    """Evaluate the checkpoint, random weights and raw pixels; returns and saves the result, beside other ones."""
+    """Evaluate the checkpoint, random weights and raw pixels; returns and saves the result, next to earlier ones."""
     start = time.perf_counter()
     path = Path(args.checkpoint) if args.checkpoint else checkpoint.newest_checkpoint()
     backbone, architecture, trained = load_backbone(path, args.arch)
@@ -409,14 +417,14 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         result["per_class"] = accuracy_by_class(*rated, train_images.classes)
     print_result(result)
     if rank == 0:
-        save(result, path, rated, weights, train_images.classes, value_range)
+        save(result, path, rated, weights, train_images.classes, trained | {"value_range": value_range})
         for file in progress.values():
             file.remove()
     return result
 
 
 def settings_of(args: argparse.Namespace, images: int, world_size: int) -> dict:
-    """What tells one result of a checkpoint from another, beside images and sizes."""
+    """What tells one result of a checkpoint from another, in addition to images and sizes."""
     kind = "finetune" if args.finetune else "cached" if args.cached else "sweep" if args.sweep else "linear"
     settings = {"kind": kind, "labels": args.labels, "subset": args.subset, "val_share": args.val_share}
     settings |= {"val_labels": args.val_labels, "seed": args.seed}
@@ -467,7 +475,7 @@ def print_result(result: dict) -> None:
             mark = " *" if (row["lr"], row["wd"]) == (chosen["lr"], chosen["wd"]) else ""
             cells = (with_interval(row[part], "top1") for part in ("held_out", "val"))
             log("{:>10g} {:>10g} {:>22s} {:>22s}{}".format(row["lr"], row["wd"], *cells, mark))
-        log("validation images did not choose; * is the checkpoint's linear accuracy above")
+        log("* was chosen without the validation images; it is the checkpoint's linear row above")
     if "per_class" in result:
         log(f"\n{'class':30s} {'images':>7s}   {'top-1 in %, 95 % interval':25s} most often taken for")
         for row in result["per_class"]:
@@ -476,21 +484,25 @@ def print_result(result: dict) -> None:
             log(f"{row['class'][:30]:30s} {row['images']:7d}   {top1:25s} {wrong}".rstrip())
 
 
-def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequence[str], value_range: object) -> None:
-    """Write NAME.eval.json, the trained classifier and, where asked for, the picture of confusion beside NAME."""
+def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequence[str], trained: dict) -> None:
+    """Write NAME.eval.json, the trained classifier and, where asked for, the confusion matrix next to NAME.
+
+    trained: options of the backbone's training, with value_range. What the weights expect goes along with them.
+    """
     files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
     if weights:
         name = "finetune" if result["kind"] == "finetune" else "linear"
-        contents = {"state_dict": weights, "classes": list(classes), "value_range": value_range}
-        contents |= {"size": result["size"], "resize": result["resize"]}
+        contents = {"state_dict": weights, "classes": list(classes), "value_range": trained["value_range"]}
+        contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
+        contents["options"] |= {name: trained[name] for name in EXPECTED if name in trained}
         files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
     if result.get("per_class"):
         if find_spec("matplotlib"):
             matrix = confusion_matrix(*rated).cpu()
             files[path.with_suffix(f".{result['kind']}.confusion.png")] = lambda to: draw_confusion(matrix, classes, to)
         else:
-            log("no picture of confusion, as matplotlib is not installed: pip install matplotlib")
+            log("no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib")
     for target, write in files.items():
         try:
             write(target)
@@ -520,7 +532,7 @@ def write_result(result: dict, path: Path) -> None:
         except (ValueError, LookupError, TypeError):
             kept = path.with_suffix(".damaged.json")
             os.replace(path, kept)
-            log(f"{path} is no result of an evaluation; kept as {kept}")
+            log(f"{path} is not an evaluation result; kept as {kept}")
     text = json.dumps(result | {"results": results | {key_of(result): result}}, indent=1) + "\n"
     unfinished = path.with_name(path.name + ".tmp")
     try:

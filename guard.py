@@ -27,8 +27,8 @@ STUCK_LOSS_CROWDED = 0.98  # of ln K, where codes crowd on few prototypes
 CROWDED_SHARE = 1 / 8  # distinct codes below this share crowd (0.05 in runs made to collapse, 0.2 and more in others)
 COLLAPSED_STD = 0.05  # embedding_std below this: one embedding for all images (0.1 and more in 125 healthy runs)
 GRACE_SHARE = 0.1  # share of the run at its start in which a loss near ln K is normal: first codes mean nothing yet
-STREAK_SHARE = 0.1  # share of the run that it must last
-GRACE_STEPS = STREAK_STEPS = 500  # in long runs these shares are at most so many steps
+STREAK_SHARE = 0.1  # share of the run for which it must be stuck
+GRACE_STEPS = STREAK_STEPS = 500  # upper limits of these shares
 STREAK_LINES = 3  # log lines in which it must show
 MIN_STEPS = 80  # no warning before this step: no run learns in so few
 SLOW_STEPS = 200  # healthy runs can stay near ln K this long
@@ -54,7 +54,7 @@ class CollapseGuard:
 
     @torch.no_grad()
     def count(self, code_logits: torch.Tensor) -> None:
-        """Note the prototypes in use by the codes of a step: softmax of [A, B, K] for A assigning crops."""
+        """Note which prototypes a step's codes use: the softmax of code_logits [A, B, K]."""
         first_choices = code_logits.argmax(dim=2).flatten()
         self.used.index_fill_(0, first_choices, 1.0)
         self.counted += len(first_choices)
@@ -71,12 +71,13 @@ class CollapseGuard:
         """Measure for a log line, and restart `count`. Waits for the device. Every process must call it.
 
         loss: mean since the last log line, over all processes. code_logits [A, B, K] and embeddings [B, D] (of one
-        crop, unit length): of the latest step. Returns numbers that are 1 at most:
+        crop, unit length): of the latest step. Returns shares of 1 (loss_per_ln_k may be above 1):
         loss_per_ln_k: 1 if predictions know nothing.
-        code_entropy: mean entropy of a code over ln K; 1 for uniform codes; sharp ones have 1 - ln B / ln K if K > B.
+        code_entropy: mean entropy of a code over ln K; 1 for uniform codes, 1 - ln B / ln K for sharp balanced ones if
+        K > B.
         mean_code_entropy: entropy of the mean code over ln K; 1 for balanced codes.
         prototypes_in_use: share that was the largest entry of a code since the last log line.
-        distinct_codes: their number over the most there could be (the number of codes, if K is larger).
+        distinct_codes: prototypes in use over the most possible: K, or the number of codes if that is smaller.
         embedding_std: std of each dimension of the embeddings, times sqrt(D); 0 if all embeddings are the same.
         """
         codes = code_logits.softmax(dim=2)  # [A, B, K]
@@ -120,7 +121,7 @@ class CollapseGuard:
         """Apply the rule to a row of `measure`; True once for each time that the run is found to collapse.
 
         Rule: after the first tenth of the run, it has been stuck (`is_stuck`) for another tenth and three log lines,
-        and 80 steps are done. Each tenth counts as 500 steps in longer runs. share_done: share of the run's steps.
+        and 80 steps are done. A tenth is at most 500 steps. share_done: share of the run's steps.
         step: steps done.
         """
         self.recent_stds.append(row["embedding_std"])
@@ -146,7 +147,7 @@ class CollapseGuard:
         return is_stuck(self.last_row | {"loss_per_ln_k": epoch_loss / math.log(max(2, len(self.used)))})
 
     def share_changed(self, codes: torch.Tensor) -> float | None:
-        """Share of fixed images whose largest code entry is on another prototype than at the last call.
+        """Share of tracked images whose largest code entry is on another prototype than at the last call.
 
         codes: index of that prototype for this process's share of the images, int64 [N]. None at the first call. Every
         process must call it.
@@ -179,7 +180,7 @@ class CollapseGuard:
         return {"used": used, "counted": counted, "codes": codes, "streak": streak, "recent_stds": stds, **remembered}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load what `gather` gave, also on another number of processes than then."""
+        """Load what `gather` gave, also if the number of processes has changed."""
         if len(state["used"]) == len(self.used):
             self.used.copy_(state["used"])
             self.counted = state["counted"] if _rank_and_world_size()[0] == 0 else 0

@@ -168,7 +168,7 @@ class SwAVLoss(nn.Module):
         return {"embeddings": batches.flatten(1, 3), "started": self.queue_started, "filled": filled}
 
     def scatter_queue(self, state: dict[str, torch.Tensor | int | bool], batch_size: int) -> None:
-        """Take this process's share of what `gather_queue` gave, also on another number of processes than then."""
+        """Take this process's share of what `gather_queue` gave, also if the number of processes has changed."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         batches = state["embeddings"].unflatten(1, (-1, world_size, batch_size))  # [A, Q/B, W, B, D]
         self.queue.copy_(batches[:, :, rank].flatten(1, 2))
@@ -177,7 +177,7 @@ class SwAVLoss(nn.Module):
 
 
 def means_and_std(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [A, 1, K] of each prototype's scores [A, B, K] over the images of all processes, and one std of the rest.
+    """Mean [A, 1, K] of each prototype's scores [A, B, K] over the images of all processes, and std of what remains.
 
     The std is a scalar, over crops, images and prototypes, of scores minus their means; both are float64, where the
     device has it. Sinkhorn makes up for the means, so what is left is what tells images apart. The std is at least
@@ -198,5 +198,5 @@ def means_and_std(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def standardize(scores: torch.Tensor, means: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(scores - means) / std, float32 or float64. Codes do not depend on the means; leaving them out keeps digits."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    # To round a mean shifts all scores of a prototype alike, and so no code.
+    # Rounding a mean shifts all scores of a prototype alike, which changes no code.
     return scores.to(dtype).sub(means.to(dtype)).mul_(std.reciprocal().to(dtype))

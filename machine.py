@@ -74,6 +74,11 @@ def gpu_files() -> list[Path]:
     return [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, as in --precision."""
+    return next(name for name in DTYPES if DTYPES[name] == dtype)
+
+
 def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass, by name or (None) the best of the device. Raises UserError if it cannot train."""
     if precision is None and device.type == "cuda":  # GPUs before 2020 have only fp16

@@ -117,8 +117,8 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-# name: (block, blocks per stage, channels of the stem, groups of a bottleneck's 3x3 convolution, its channels per group
-# for 64 of the stage)
+# name: (block, blocks per stage, channels of the stem, groups of a bottleneck's 3x3 convolution, its width_per_group,
+# as in torchvision)
 ARCHS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64, 1, 64),
     "resnet34": (BasicBlock, (3, 4, 6, 3), 64, 1, 64),
@@ -144,7 +144,7 @@ class ResNet(nn.Module):
 
     arch: one of ARCHS. width: channels of the stem, doubled at each later stage (None: those of the arch).
     blocks: residual blocks of the four stages (None: those of the arch).
-    stem: "imagenet" (7x7, stride 2, max-pool), "medium" (5x5, stride 2, for images of about 64 pixels) or "small"
+    stem: "imagenet" (7x7, stride 2, max-pool), "medium" (5x5, stride 2, for crops below 96 pixels) or "small"
     (3x3, stride 1, for 32 pixels and less). Raises ValueError for an unknown name, a size below 1, or a width that does
     not fit the groups of a ResNeXt.
     """
@@ -274,7 +274,7 @@ class SwAV(ResNet):
         """V crops [B, 3, S, S] -> embeddings [V*B, D] of unit length and scores [V*B, K], in the order of the crops.
 
         One backbone pass per resolution (section 3.2), so BatchNorm has statistics of each; one head pass over all.
-        With `parts`, so for each part, except under torch.no_grad().
+        With `parts`, this holds for each part, except under torch.no_grad().
         """
         if len({len(crop) for crop in crops}) != 1:
             raise ValueError(f"crops: expected the same number of images in each, got {[len(crop) for crop in crops]}")
@@ -342,7 +342,8 @@ def statistics_kept(model: SwAV) -> Iterator[None]:
 def memory_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
     """The memory format in which the model trains fastest: channels_last.
 
-    Except on CPUs for convolutions to fewer than 8 channels, where gradients of torch 2.14 overwrite memory in it.
+    Contiguous on CPUs for convolutions to fewer than 8 channels: there torch 2.14's channels_last gradients overwrite
+    memory.
     """
     channels = (module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     is_safe = device.type == "cuda" or min(channels, default=8) >= 8
@@ -358,7 +359,7 @@ def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataPara
 def batchnorm_group(sync_bn: str, group_size: int, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """The processes that share BatchNorm statistics with this one. Every process must call it.
 
-    sync_bn: "pytorch" for all processes (None), "apex" for groups of group_size, as the paper's large batches.
+    sync_bn: "pytorch" for all processes (None), "apex" for groups of group_size, as in the paper for large batches.
     timeout: how long a process waits for the others; None for torch's default.
     """
     if sync_bn == "pytorch" or group_size >= dist.get_world_size():
@@ -369,8 +370,8 @@ def batchnorm_group(sync_bn: str, group_size: int, timeout: timedelta | None = N
 def sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Replace each BatchNorm by one that computes its statistics over the processes of a group (None: all).
 
-    Parameters and buffers stay the same tensors. Every process must have as many images. With statistics of their own,
-    processes differ, and embeddings can learn to encode the process instead of the image.
+    Parameters and buffers stay the same tensors. Every process must have the same number of images. With statistics of
+    their own, processes differ, and embeddings can learn to encode the process instead of the image.
     """
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -82,19 +82,23 @@ def assigned_prototypes(
 
 QUALITY = ("rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2")
 QUALITY_IMAGES, QUALITY_CROPS = 1000, 4
-QUALITY_SHARE = 0.015  # of a run's time
+KNN_IMAGES = 2000, 1000  # of the training and of the validation split, at most
+MEASURING_SHARE = 0.024  # of a run's forward passes: 1.2 to 1.8 % of its time, as training does more for each
 
 
-def quality_epochs(epochs: int, every: int | None, *, images: int, multi_crop: MultiCrop) -> range:
+def quality_epochs(epochs: int, every: int | None, *, images: int, multi_crop: MultiCrop, knn_size: int = 0) -> range:
     """Return the epochs after which to measure: the last one, and every `every` epochs before it. 0: none.
 
-    every None: as often as about QUALITY_SHARE of the run's time allows, counted in crops; never in runs too short.
+    every None: as often as MEASURING_SHARE allows; never in runs too short. knn_size: pixels of the images that kNN
+    takes, 0 without labels.
     """
     if every is not None:
         return range(epochs, 0, -every) if every else range(0)
     areas = (n * size**2 for size, n in zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True))
-    epoch = 3 * images * sum(areas) / multi_crop.size_crops[0] ** 2  # a step costs about three forward passes
-    every = math.ceil(QUALITY_CROPS * min(QUALITY_IMAGES, images) / (QUALITY_SHARE * epoch))
+    epoch = 3 * images * sum(areas)  # a step costs about three forward passes
+    measured = QUALITY_CROPS * min(QUALITY_IMAGES, images) * multi_crop.size_crops[0] ** 2
+    measured += sum(KNN_IMAGES) * knn_size**2
+    every = math.ceil(measured / (MEASURING_SHARE * epoch))
     return range(epochs, 0, -every)[: epochs // every]
 
 
@@ -156,8 +160,6 @@ def measure_quality(
 
 
 # kNN while a run trains: the only measure here that uses labels. It never trains on them.
-
-KNN_IMAGES = 2000, 1000  # of the training and of the validation split, at most
 
 
 def knn_images(

@@ -61,8 +61,9 @@ def option_parser() -> launch.OptionParser:
     add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
-    add("max_bad_images", None, nonnegative_int, "unreadable images up to which the run goes on, with others in their "
-        "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "stop if more images than this cannot be read; until then others "
+        "take their place, and bad_images.txt lists them (default: 1 %% of the images, at least 1)",
+        affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
     add("arch", None, backbones.arch_name, "Train this network, or timm/NAME; list shows all.",
@@ -71,7 +72,14 @@ def option_parser() -> launch.OptionParser:
         default_text="random", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
-    add("stem", None, str, "imagenet: for crops from 96 pixels on; medium: about 48; small: up to 32", choices=STEMS)
+    add(
+        "stem",
+        None,
+        str,
+        "imagenet: for crops from 96 pixels; medium: for smaller ones; small: up to 32 "
+        "pixels, at four times the cost of medium",
+        choices=STEMS,
+    )
     add("hidden_mlp", 2048, nonnegative_int, "hidden units of the projection head, 0 for a linear head")
     add("feat_dim", 128, positive_int, "dimensions of an embedding")
     add("nmb_prototypes", None, number(int, 2), "number of prototypes: several times the classes that you expect")
@@ -80,14 +88,14 @@ def option_parser() -> launch.OptionParser:
     add("crops_for_assign", None, nonnegative_int, "indices of the crops that get codes, which the other crops "
         "predict; the large ones", nargs="+")  # fmt: skip
     add("temperature", None, positive, "temperature of the predictions' softmax; lower is sharper")
-    add("epsilon", None, positive, "Sinkhorn's entropy weight; lower gives sharper codes. Without --relative_epsilon "
-        "on it is absolute, as in the paper, and small data sets may collapse")  # fmt: skip
+    add("epsilon", None, positive, "Sinkhorn's entropy weight; lower gives sharper codes. With --relative_epsilon "
+        "off it is absolute, as in the paper; small data sets may then collapse")  # fmt: skip
     add("relative_epsilon", None, str, "on: measure epsilon in units of the scores' standard deviation, so that codes "
         "stay sharp when embeddings become similar; off: as in the paper", choices=("on", "off"), nargs="?",
         const="on")  # fmt: skip
     add("sinkhorn_iterations", 3, positive_int, "rounds of Sinkhorn-Knopp")
     add("queue_length", None, nonnegative_int, "past images that help to balance codes, over all processes; for large "
-        "sets if the global batch is smaller than nmb_prototypes; rounded down to a multiple of it")  # fmt: skip
+        "sets whose global batch is below nmb_prototypes; rounded down to a multiple of that batch")  # fmt: skip
     add("epoch_queue_starts", None, nonnegative_int, "epoch from which the queue fills; later is safer")
 
     parser.start_group("optimisation")
@@ -97,11 +105,16 @@ def option_parser() -> launch.OptionParser:
         "forward runs twice. Codes and gradients are those of all; BatchNorm has statistics of each part")  # fmt: skip
     add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), not rescaled for you")
     add("final_lr", None, nonnegative, "learning rate at the end of the cosine schedule")
-    add("warmup_epochs", None, nonnegative_int, "epochs of linear warm-up: 10 for batches in the thousands")
+    add(
+        "warmup_epochs",
+        None,
+        nonnegative_int,
+        "epochs of linear warm-up: a tenth of the run, 10 at most; 0 for large sets with small batches",
+    )
     add("start_warmup", None, nonnegative, "learning rate at the start of the warm-up")
     add("wd", 1e-6, nonnegative, "weight decay")
-    add("freeze_prototypes_niters", None, nonnegative_int, "steps at the start in which prototypes do not change: "
-        "about an epoch")  # fmt: skip
+    add("freeze_prototypes_niters", None, nonnegative_int, "steps at the start with frozen prototypes: about an "
+        "epoch for large sets, 0 for small ones")  # fmt: skip
 
     parser.start_group("machine", affects="nothing")
     add("device", "auto", str, "Train on cuda, cpu, mps, or auto: cuda if there is such a GPU, else cpu.",
@@ -109,13 +122,13 @@ def option_parser() -> launch.OptionParser:
     add("precision", None, str, "Compute in bf16, fp16 or fp32 (default: bf16 if the device supports it).",
         common="NAME", choices=tuple(machine.DTYPES), affects="learning")  # fmt: skip
     add("use_fp16", None, str.lower, "alias: true is --precision fp16, false is fp32", choices=("true", "false"),
-        affects="learning")  # fmt: skip
-    add("sync_bn", None, str, "BatchNorm statistics. pytorch: over all processes; apex: over groups of them, as the "
-        "paper's large batches (without apex); none: per process, which lets embeddings encode the process",
+        affects="nothing")  # fmt: skip
+    add("sync_bn", None, str, "BatchNorm statistics. pytorch: over all processes; apex: over groups of them, as in "
+        "the paper for large batches (apex is not needed); none: per process, which lets embeddings encode the process",
         choices=("pytorch", "apex", "none"), affects="learning")  # fmt: skip
     add("syncbn_process_group_size", None, positive_int, "processes per group of --sync_bn apex (default: "
         f"{APEX_GROUP_SIZE})", affects="learning")  # fmt: skip
-    add("workers", "auto", launch.workers_or_auto, "Load images in this many worker processes.", common="N")
+    add("workers", "auto", launch.workers_or_auto, "Use this many loader workers per process.", common="N")
     add("augment", "auto", str, "where to flip, jitter and blur. device (auto): batched, on the training device; "
         "workers: in the loader's workers", choices=("auto", "device", "workers"))  # fmt: skip
     add("cache", "auto", str, "keep decoded images in memory, once per machine. auto: if they fit into a quarter of "
@@ -139,12 +152,11 @@ def option_parser() -> launch.OptionParser:
     add("replay", None, str, "run the step of a bad_step-RANK.pth again and name its first bad tensor; no training")
     add("log_freq", 50, positive_int, "steps between log lines")
     add("eval_every", None, nonnegative_int, "epochs between quality measures: without labels (RankMe, LiDAR and "
-        "others, see features.py), and kNN where the set has a validation split with labels, a named one or one beside "
-        "train/. Labels only measure, nothing is trained on them. 0: never (default: as often as about 1.5 %% of the "
-        "time allows for those without labels; kNN costs about as much)")  # fmt: skip
+        "others, see features.py), and kNN if there is a labelled validation split (of a named set, or next to train/; "
+        "never trained on). 0: never (default: so that they take less than 2 %% of the time)")  # fmt: skip
     add("tensorboard", "off", str, "Also log to dump_path/tensorboard: on or off.", common="NAME",
         choices=("on", "off"), nargs="?", const="on")  # fmt: skip
-    add("on_collapse", "warn", str, "If the run collapses, warn, stop, or recover.", common="NAME",
+    add("on_collapse", "warn", str, "On collapse: warn, stop, or recover by changing an option.", common="NAME",
         choices=("warn", "stop", "recover"))  # fmt: skip
     for name in REPLACED_BY_TORCHRUN:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -164,7 +176,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if args.precision not in (None, precision):
             raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
                             f"{args.precision}; leave one of them out")  # fmt: skip
-        args.precision = precision
+        args.precision, args.use_fp16 = precision, None
     if args.arch is None and args.init is None:
         args.arch = DEFAULT_ARCH
     if args.dump_path is None:
@@ -255,7 +267,7 @@ def resolve_options(
     """Fill the options that the user left open, print them with reasons, and check all. Raises UserError.
 
     They come from the run to resume, if there is one, else from the images (defaults.py). earlier: its newest state.
-    Returns what checkpoints keep of this (from options to value_range, see checkpoint.py), and the reasons by option.
+    Returns what checkpoints keep of this (from images to recovered, see checkpoint.py), and the reasons by option.
     """
     if len(images) < 2 * world_size:
         raise UserError(f"--data_path: expected {2 * world_size} images or more (2 per process), got {len(images)}")

@@ -25,7 +25,7 @@ import checkpoint
 from data import start_epoch, training_loader
 from features import bf16_on_gpus, extract_features
 from launch import RunStopped, UserError, environment, log, track
-from model import sync_batchnorm
+from model import memory_layout, sync_batchnorm
 
 SWEEP_LR, SWEEP_WD = (0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 1e-6, 1e-4)
 VALIDATE_EVERY = 10  # epochs
@@ -267,7 +267,7 @@ def fine_tune(
     network = Classifier(backbone, classes).to(device)
     if dist.is_initialized():
         sync_batchnorm(network)
-    layout = training_layout(network, device)
+    layout = memory_layout(network, device)
     network.to(memory_format=layout)
     groups = [
         dict(params=network.backbone.parameters(), lr=lr, base_lr=lr),
@@ -298,13 +298,6 @@ def fine_tune(
 def decay_factor(epoch: int, epochs: int) -> float:
     """What multiplies the learning rates of fine-tuning in an epoch, counted from 0."""
     return GAMMA ** sum(epoch >= round(share * epochs) for share in DECAYS)
-
-
-def training_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, except on CPUs for networks that torch would train wrongly so, see model.memory_layout."""
-    channels = [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)]
-    is_safe = device.type == "cuda" or min(channels, default=0) >= 8
-    return torch.channels_last if is_safe else torch.contiguous_format
 
 
 def fine_tuning_defaults(images: int, epochs: int | None, batch_size: int | None) -> tuple[int, int, float, float]:

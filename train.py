@@ -20,9 +20,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 
-# Must precede `import torch`: how often a thread of GNU OpenMP looks for work before it sleeps, some 10 us here, 3 ms
-# by default. Measured in MEASURED.md.
-if "OMP_WAIT_POLICY" not in os.environ:
+# Must precede `import torch`. An idle GNU OpenMP thread then spins for 10 us, not 3 ms, and leaves its core to others.
+if "OMP_WAIT_POLICY" not in os.environ:  # measured in MEASURED.md
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -92,8 +91,8 @@ MAX_RECOVERIES = 3  # of --on_collapse recover
 # Set up
 
 
-def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bool) -> tuple[int, int]:
-    """(loader workers that the options ask for, bytes of a batch). Sets torch's threads."""
+def set_threads_and_workers(args: argparse.Namespace, device: torch.device, in_memory: bool) -> tuple[int, int]:
+    """Set torch's threads. Return the loader workers that the options ask for, and the bytes of a batch."""
     crop_only = args.augment != "workers"
     workers = machine.set_threads_and_workers(args.workers, device, crop_only=crop_only, in_memory=in_memory)
     return workers, batch_bytes(build_multicrop(args), args.batch_size, crop_only=crop_only)
@@ -102,7 +101,7 @@ def choose_workers(args: argparse.Namespace, device: torch.device, in_memory: bo
 def build_loader(
     args: argparse.Namespace, images: Dataset, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    workers = machine.workers_that_fit(*choose_workers(args, device, in_memory=images.in_memory))
+    workers = machine.workers_that_fit(*set_threads_and_workers(args, device, in_memory=images.in_memory))
     sharing = dict(seed=args.seed, rank=rank, world_size=world_size, workers=workers)
     multi_crop, pin_memory, crop_only = build_multicrop(args), device.type == "cuda", args.augment != "workers"
     return training_loader(images, multi_crop, args.batch_size, pin_memory=pin_memory, crop_only=crop_only, **sharing)
@@ -129,6 +128,7 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
     with run_folder.locked(dump) if rank == 0 else nullcontext():
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
         check_same_options(args, dtype)
+        args.precision = machine.name_of(dtype)  # a run resumes in the precision that it began with
         images, settings, reasons = open_and_resolve(args, device, world_size, images)
         launch.log_to(dump / "log.txt")
         if rank == 0:
@@ -141,17 +141,17 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
                     break
                 except Collapse:
                     recover(args, settings)
-                except UnreadableImage as error:  # nor are those that were tried in its place
+                except UnreadableImage as error:  # the images tried in its place failed too
                     message = str(error).splitlines()[-1].removeprefix("data.UnreadableImage: ")
                     raise launch.RunStopped(message) from None
     processes.leave_processes()
 
 
 def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Raise UserError if processes have other options. Machines may hold the images in different folders."""
+    """Raise UserError if processes differ in their options. Machines may hold the images in different folders."""
     affects = option_parser().affects
     names = [name for name in vars(args) if affects.get(name, "nothing") != "nothing" and name != "data_path"]
-    names += ["compile", "checkpoint_activations"]  # these decide how often, and in which dtype, processes add up
+    names += ["compile", "checkpoint_activations"]  # these decide how often, and in which dtype, processes all-reduce
     options = {f"--{name}": getattr(args, name) for name in names}
     processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
@@ -164,7 +164,7 @@ def open_and_resolve(
     given: of --dataset python, see `main`.
     """
     earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
-    # A set that has grown is scaled as before.
+    # 16-bit images of a set that has grown are scaled as before.
     scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
     read_off: dict[str, str] = {}
     if args.init:
@@ -188,7 +188,7 @@ def open_and_resolve(
     vars(args).update({name: settings["options"][name] for name in DERIVED})
     sizes = None
     if launch.environment("LOCAL_RANK", 0) == 0:
-        workers, bytes_of_batch = choose_workers(args, device, in_memory=True)
+        workers, bytes_of_batch = set_threads_and_workers(args, device, in_memory=True)
         sizes = sizes_to_cache(images, args.cache, for_workers=machine.shared_memory_needed(workers, bytes_of_batch))
     return cache_images(images, sizes), settings, reasons | read_off
 
@@ -257,10 +257,11 @@ def train(
     saver = checkpoint.Saver(dump, parts | {"run_log": run_log}, settings, **saver_options)
     bad_images = BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
-    multi_crop = build_multicrop(args)
-    measured_epochs = quality_epochs(args.epochs, args.eval_every, images=len(images), multi_crop=multi_crop)
+    val_images, val_crop = open_validation(args, images)
+    costs = dict(images=len(images), multi_crop=build_multicrop(args), knn_size=val_crop.size if val_crop else 0)
+    measured_epochs = quality_epochs(args.epochs, args.eval_every, **costs)
     measures_quality = max(measured_epochs, default=0) > first_epoch
-    measured_on = images_to_measure(args, images, rank, world_size) if measures_quality else None
+    measured_on = images_to_measure(args, images, val_images, val_crop, rank, world_size) if measures_quality else None
     part_size = args.batch_size // args.accumulate  # images that fit into memory
     print_run_summary(args, images, loader, model, device, dtype)
 
@@ -305,7 +306,7 @@ def train(
                 run_log.log_step(measures, lr=learning_rates[step])
                 if measures["collapsing"]:
                     saver.wait()  # for the state that it may go back to
-                    handle_collapse(args, settings, measures, step + 1)
+                    handle_collapse(args, settings, guard.last_row, step + 1)
             saver.save_if_due()
 
         is_last = epoch + 1 == args.epochs
@@ -323,28 +324,39 @@ def train(
     log_end(dump)
 
 
-def images_to_measure(args: argparse.Namespace, images: Dataset, rank: int, world_size: int) -> tuple:
-    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None."""
-    crops = quality_crops(images, build_multicrop(args), rank, world_size)
-    val_images, side = open_validation(args, images)
-    if world_size > 1:
-        processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
-    if val_images is None:
-        return crops, None
-    size, resize = choose_sizes(vars(args), side, is_folder=args.dataset == "folder")
-    return crops, knn_images(images, val_images, CentreCrop(resize, size), rank, world_size)
-
-
-def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset | None, int]:
-    """(images with labels to measure kNN on, their typical side): of a named set or beside train/, or (None, 0)."""
-    if args.dataset == GIVEN or (args.dataset == "folder" and not has_validation_split(args.data_path)):
-        return None, 0
+def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset, CentreCrop] | tuple[None, None]:
+    """(images with labels to measure kNN on, their transform): of a named set or beside train/, or (None, None)."""
+    has_labels = has_validation_split(args.data_path) if args.dataset == "folder" else args.dataset != GIVEN
+    if not has_labels or args.eval_every == 0:
+        return None, None
     try:
         val_images = open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
-        return val_images, typical_side(val_images)
+        side = typical_side(val_images)
     except UserError as error:
         log(f"no kNN while training: {error}")
-        return None, 0
+        return None, None
+    # Unlike in the evaluation, photographs are not enlarged, which would take four times as long.
+    options = vars(args) | {"min_scale_crops": [1.0]}
+    size, resize = choose_sizes(options, side, is_folder=args.dataset == "folder")
+    return val_images, CentreCrop(resize, size)
+
+
+def images_to_measure(
+    args: argparse.Namespace,
+    images: Dataset,
+    val_images: Dataset | None,
+    val_crop: CentreCrop | None,
+    rank: int,
+    world_size: int,
+) -> tuple:
+    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None.
+
+    val_images, val_crop: of `open_validation`.
+    """
+    crops = quality_crops(images, build_multicrop(args), rank, world_size)
+    if world_size > 1:
+        processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
+    return crops, val_images and knn_images(images, val_images, val_crop, rank, world_size)
 
 
 def measure(model: SwAV, measured_on: tuple, device: torch.device, batch_size: int) -> dict[str, float | None]:
@@ -399,14 +411,18 @@ class Collapse(Exception):
 
 
 def handle_collapse(args: argparse.Namespace, settings: dict, measures: dict, step: int) -> None:
-    """Do what --on_collapse says: print a warning with the cause, stop (RunStopped), or recover (Collapse)."""
+    """Do what --on_collapse says: print a warning with the cause, stop (RunStopped), or recover (Collapse).
+
+    measures: those that the guard's rule used.
+    """
     cause, change = diagnose_collapse(settings["options"])
     message = f"{describe_collapse(measures, cause, step)}; try {launch.as_command_line(change)}"
     if args.on_collapse != "recover":
         message += " with another --dump_path"  # this one would resume from the collapsed weights
     if args.on_collapse == "stop":
         path = Path(args.dump_path) / "checkpoint.pth"
-        raise launch.RunStopped(f"{message}; the run stopped, {path} is that of the last finished epoch")
+        saved = f", {path} is its last saved state" if path.exists() else ""
+        raise launch.RunStopped(f"{message}; the run stopped{saved}")
     gives_up = args.on_collapse == "recover" and len(settings["recovered"]) >= MAX_RECOVERIES
     if gives_up:
         message += f"; recovered {MAX_RECOVERIES} times already, training continues"

@@ -9,13 +9,14 @@ prototype, its *potential* g: codes = softmax(scores / epsilon + g). It is store
 safe, and so are scores up to 1e6 * epsilon (in larger ones, float32 hardly resolves a difference of epsilon).
 Processes exchange only these K numbers, once per iteration.
 
-A score of -inf masks. A prototype whose scores are all -inf takes no part, and its codes are 0. An image whose scores
-are all -inf takes no part either: its codes are 0, but its loss is NaN. One NaN score makes every result NaN.
+A score of -inf excludes this prototype for this image. A prototype whose scores are all -inf takes no part, and its
+codes are 0. An image whose scores are all -inf takes no part either: its codes are 0, but its loss is NaN. One NaN
+score makes every result NaN.
 
 Copy this folder to use it elsewhere. It needs only torch, and runs on every device. With setup.py next to the folder,
 `pip install --no-build-isolation .` compiles faster kernels for the operators below. On GPUs without them,
-torch.compile fuses the plain torch, seconds at the first call. `python -m sinkhorn_ext` prints what runs and how
-it was built; put its output into a bug report.
+torch.compile fuses the plain torch, which takes seconds at the first call. `python -m sinkhorn_ext` prints what runs
+and how it was built; put its output into a bug report.
 """
 
 import importlib
@@ -151,7 +152,7 @@ def moments(scores: torch.Tensor) -> torch.Tensor:
     """Sum scores [A, B, K] over images, and the squares of all: float64 [A * K + 1], the sum of squares last.
 
     Reads the scores once. scores: dtypes as in `sinkhorn`. Without gradient. float32 on devices without float64.
-    Processes may add theirs. Raises ValueError for another shape.
+    Results of several processes can be added. Raises ValueError for another shape.
     """
     _check_scores("scores", scores, 3)
     return _without_autograd(_moments, scores.detach())
@@ -160,8 +161,8 @@ def moments(scores: torch.Tensor) -> torch.Tensor:
 def backend(device: torch.device | str) -> str:
     """Name the implementation for tensors on a device: "cuda" or "cpp" (compiled kernels), or "torch" (any device).
 
-    With SINKHORN_EXT=torch in the environment it is always "torch"; with SINKHORN_EXT=fused too, where torch.compile
-    fuses it on CPUs as it otherwise does on GPUs. On GPUs, float64 is plain torch in any case.
+    SINKHORN_EXT=torch in the environment forces "torch"; SINKHORN_EXT=fused too, but fused by torch.compile, on CPUs as
+    well. On GPUs, float64 is plain torch in any case.
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(torch.device(device).type)
     is_compiled = key and torch._C._dispatch_has_kernel_for_dispatch_key("sinkhorn_ext::potentials", key)
@@ -171,7 +172,7 @@ def backend(device: torch.device | str) -> str:
 # Plain torch computes exponentials [A, N, K] once in three rounds; between them, only a scale [A, K] changes. As
 # prototype totals lie between 1 / K and N, a round changes a scale by at most K * N, and float32's range holds three.
 ROUNDS_PER_EXPONENTIAL = 3
-SMALLEST_LARGEST = 1e-10  # of an image's exponentials: so much of the range is left to its other ones
+MIN_ROW_MAXIMUM = 1e-10  # of an image's largest exponential, so that its smaller ones do not underflow
 
 
 # The operators. Each body is the implementation in plain torch. csrc/ registers faster kernels for CPU and CUDA under
@@ -364,7 +365,7 @@ def _rows_are_in_range(exponentials: torch.Tensor) -> bool:
     On GPUs the host would have to wait for it, and torch.compile cannot trace it.
     """
     can_be_seen = exponentials.is_cpu and not torch.compiler.is_compiling()
-    return can_be_seen and bool((exponentials.amax(dim=2) > SMALLEST_LARGEST).all())
+    return can_be_seen and bool((exponentials.amax(dim=2) > MIN_ROW_MAXIMUM).all())
 
 
 def _totals(exponentials: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -413,11 +413,32 @@ def test_options_are_compared_by_what_they_affect():
     assert {name for name, kind in affects.items() if kind == "nothing"} == {
         *("max_bad_images", "device", "workers", "augment", "cache", "compile", "checkpoint_activations"),
         *("dump_path", "checkpoint_freq", "checkpoint_minutes", "log_freq", "eval_every", "tensorboard"),
-        *("on_collapse", "resume_anyway", "replay"),
+        *("on_collapse", "resume_anyway", "replay", "use_fp16"),
     }
+    older = {"options": before | {"precision": None}}  # which did not keep what the device had
+    assert checkpoint.changed_options(before | {"precision": "bf16"}, older, affects) == {}
     assert {name for name, kind in affects.items() if kind == "model"} == {
         *("arch", "width", "blocks", "stem", "hidden_mlp", "feat_dim", "nmb_prototypes")
     }
+
+
+def test_a_run_resumes_in_its_precision_however_that_is_written(images, tmp_path):
+    dump = tmp_path / "run"
+    contents = run_training(images, dump, "--epochs", "1", "--use_fp16", "false", "--precision", "fp32")
+    assert contents["options"]["precision"] == "fp32"
+    with pytest.raises(UserError, match="finished run with other options .precision fp32 -> bf16"):
+        run_training(images, dump, "--epochs", "2", "--precision", "bf16")
+    assert run_training(images, dump, "--epochs", "2")["epoch"] == 2  # with --precision fp32 alone
+
+
+def test_the_precision_of_the_device_is_kept(images, tmp_path, monkeypatch):
+    words = [word for word in TINY if word not in ("--precision", "fp32")]
+    for is_supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=is_supported: found)
+        dump = tmp_path / str(is_supported)
+        train.main(train.parse_args([*words, f"--data_path={images}", f"--dump_path={dump}", "--epochs", "1"]))
+        options = torch.load(dump / "checkpoint.pth", weights_only=True)["options"]
+        assert options["precision"] == ("bf16" if is_supported else "fp32")
 
 
 def test_options_that_affect_nothing_may_change_and_others_are_reported(images, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torchvision
 from conftest import ROOT, run_training, torchrun
 
 import eval_linear
+import hubconf
 import probes
 from launch import RunStopped, UserError
 from model import ResNet
@@ -56,7 +57,7 @@ def test_writes_probe_and_knn_of_the_checkpoint_and_of_all_baselines(mode, train
     if not mode:
         saved = torch.load(trained.with_suffix(".linear.pth"), weights_only=True)
         assert saved["state_dict"]["fc.weight"].shape == (2, 64) and saved["classes"] == ["cats", "dogs"]
-        assert saved["size"] == 20 and saved["options"]["epochs"] == 2
+        assert saved["sizes"] == [20, 20] and saved["options"]["epochs"] == 2
 
 
 def test_raw_pixels_are_not_enlarged(trained, images, monkeypatch, tmp_path):
@@ -157,8 +158,10 @@ def test_fine_tuning_beside_random_weights_and_resumed(trained, images, tmp_path
     mean = sum(row["top1"] for row in result["per_class"]) / 2
     assert mean == pytest.approx(result["rows"]["checkpoint"]["finetune"]["top1"])
     assert (tmp_path / "copy.finetune.confusion.png").exists() == bool(find_spec("matplotlib"))
-    again = evaluate(tmp_path / "copy.finetune.pth", "--data_path", images, "--cached", "--size", "20")
-    assert again["rows"]["checkpoint"]["spread"] > 0  # it loads as any other backbone
+    tuned = tmp_path / "copy.finetune.pth"
+    again = evaluate(tuned, "--data_path", images, "--cached")  # it loads as any other backbone, with its sizes
+    assert again["rows"]["checkpoint"]["spread"] > 0 and again["size"] == resumed["size"]
+    assert hubconf.from_checkpoint(tuned).preprocess.size == resumed["size"]
     assert len(results_of(path)) == 1
 
 
@@ -166,7 +169,7 @@ def test_without_matplotlib_the_missing_picture_is_said(trained, images, tmp_pat
     monkeypatch.setattr(eval_linear, "find_spec", lambda name: None)
     evaluate(copied(trained, tmp_path), "--data_path", images, "--cached", "--compare", "off", "--per_class")
     out = capsys.readouterr().out
-    assert "no picture of confusion, as matplotlib is not installed: pip install matplotlib" in out
+    assert "no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib" in out
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -855,6 +855,16 @@ def test_a_collapse_stops_the_run_with_on_collapse_stop(images, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pth")["epoch"] < 5
 
 
+def test_the_warning_shows_what_the_rule_used(images, tmp_path, monkeypatch, capsys):
+    def measure(guard, *arguments):
+        shares = dict.fromkeys(("code_entropy", "mean_code_entropy", "prototypes_in_use", "distinct_codes"), 0.5)
+        return shares | {"loss_per_ln_k": 0.9, "embedding_std": 0.4 if len(guard.streak) % 2 else 0.01}
+
+    monkeypatch.setattr(train.CollapseGuard, "measure", measure)
+    train_stuck(images, tmp_path / "run")
+    assert "embeddings have 1% of the largest std" in capsys.readouterr().out
+
+
 def test_recover_goes_back_and_changes_one_thing_at_a_time(images, tmp_path, capsys, collapsing):
     train_stuck(images, tmp_path / "run", "--on_collapse", "recover", base_lr=0.9)
     out = capsys.readouterr().out
