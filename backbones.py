@@ -90,28 +90,38 @@ def sizes_taken(arch: str, sizes: list[int]) -> list[int]:
 # Files
 
 
-def load_backbone(path: Path, arch: str | None) -> tuple[nn.Module, dict, dict]:
+def load_backbone(path: Path, arch: str | None, contents: object = None) -> tuple[nn.Module, dict, dict]:
     """Load the backbone of any file: (backbone, architecture, options of its training, {} if unknown).
 
     architecture: for `new_backbone`. The options include value_range, of data.to_pixels, where training had one.
+    contents: of the file, of `read_file`; None to read it. A run that trains replaces its file, so read it once.
 
     arch: the architecture it must have; None for any, but for files of timm's networks, which do not name it. Raises
     UserError if there is no whole backbone, or if it holds NaN. Weights of other programs were trained with a standard
     deviation of red of 0.229, the paper's and ours with 0.228, a difference of half a percent.
     """
-    found, architecture, trained = read_backbone(path, arch)
+    found, architecture, trained = read_backbone(path, arch, contents=contents)
+    if found.others:
+        log(f"{path} holds several networks: weights of {found.taken}* are used{not_taken(found)}")
     backbone = new_backbone(architecture)
     load_weights(backbone, found.weights, f"checkpoint: {path}")
     return backbone, architecture, trained
 
 
-def read_backbone(path: str | Path, arch: str | None, option: str = "checkpoint") -> tuple[Found, dict, dict]:
+def not_taken(found: Found) -> str:
+    """The other networks of a file, for messages."""
+    return "".join(f", not {other}*" for other in found.others)
+
+
+def read_backbone(
+    path: str | Path, arch: str | None, option: str = "checkpoint", contents: object = None
+) -> tuple[Found, dict, dict]:
     """Find the backbone in a file: (weights, architecture, options of its training), and check that it is whole.
 
     option: that names the file, for messages. Otherwise as `load_backbone`.
     """
     try:
-        contents = read_file(path)
+        contents = read_file(path) if contents is None else contents
     except UserError as error:
         raise UserError(f"{option}: {str(error).removeprefix('checkpoint: ')}") from None
     options = contents.get("options") if isinstance(contents, Mapping) else None
@@ -214,7 +224,7 @@ def read_start(init: str, asked: Mapping[str, object]) -> dict[str, object]:
     else:
         found_options = {name: architecture[name] for name in SHAPE_OPTIONS}
     read_off = {name: value for name, value in found_options.items() if asked[name] is None}
-    taken = f" ({found.taken}*{''.join(f', not {other}*' for other in found.others)})" if found.taken else ""
+    taken = f" ({found.taken}*{not_taken(found)})" if found.taken else ""
     log(f"--init: starting from {path}{taken}, a {describe(architecture)}")
     if read_off:
         log(f"  {as_command_line(read_off)}  (read off {path})")

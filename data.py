@@ -428,6 +428,9 @@ class ProbeCrop:
         return normalize((crop.flip(2) if flip < 0.5 else crop).float())
 
 
+LONGEST = 8  # longer side of an image over the shorter one
+
+
 class CentreCrop:
     """Validation transform: resize the shorter side to `resize` pixels, crop the centre -> normalised [3, S, S].
 
@@ -438,7 +441,11 @@ class CentreCrop:
         self.resize, self.size, self.value_range = resize, size, value_range
 
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
-        resized = F.resize(to_pixels(image, self.value_range), [self.resize], antialias=True)
+        pixels = to_pixels(image, self.value_range)
+        longest = LONGEST * min(pixels.shape[1:])  # of which the centre is enough; all of it could take gigabytes
+        if max(pixels.shape[1:]) > longest:
+            pixels = F.center_crop(pixels, [min(side, longest) for side in pixels.shape[1:]])
+        resized = F.resize(pixels, [self.resize], antialias=True)
         return normalize(F.center_crop(resized, [self.size, self.size]).float().contiguous())
 
 

@@ -65,7 +65,6 @@ from processes import check_same, leave_processes, run_script, setup_processes
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
 RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
-EXPECTED = ("arch", "size_crops", "min_scale_crops")  # options of the training that later evaluations need
 
 
 def option_parser() -> OptionParser:
@@ -495,7 +494,7 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
         contents = {"state_dict": weights, "classes": list(classes), "value_range": trained["value_range"]}
         contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
-        contents["options"] |= {name: trained[name] for name in EXPECTED if name in trained}
+        contents["options"] |= {"size_crops": [result["size"]]} | {n: trained[n] for n in ("arch",) if n in trained}
         files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
     if result.get("per_class"):
         if find_spec("matplotlib"):

@@ -28,7 +28,7 @@ from torch import nn
 
 import checkpoint
 import exchange
-from backbones import add_size_options, choose_sizes, load_backbone
+from backbones import add_size_options, choose_sizes, load_backbone, read_file
 from data import LEFT_OUT, CentreCrop, expected_crop, ordered_loader, reuse_freed_memory
 from decode import UnreadableImage, read_image, shown
 from features import bf16_on_gpus
@@ -197,10 +197,10 @@ class Source(NamedTuple):
     device: torch.device
 
 
-def open_source(args: argparse.Namespace, folder: str) -> Source:
-    """Load the backbone and list the images below a folder. Raises UserError."""
+def open_source(args: argparse.Namespace, folder: str, contents: object = None) -> Source:
+    """Load the backbone and list the images below a folder. contents: of the checkpoint, if read. Raises UserError."""
     device, path = choose_device(args.device), checkpoint_of(args.run)
-    backbone, architecture, trained = load_backbone(path, None)
+    backbone, architecture, trained = load_backbone(path, None, contents)
     value_range = trained.get("value_range")
     images = ImageFiles(folder, value_range)
     sizes = choose_sizes(trained, typical_side(images), is_folder=True, size=args.size, resize=args.resize)
@@ -311,8 +311,9 @@ def export_clusters(args: argparse.Namespace) -> None:
     """Write the nearest prototype of each image, how certain it is, and the second nearest, as .csv."""
     folder, out = args.paths[0], Path(args.paths[1])
     path = checkpoint_of(args.run)
-    head, prototypes = exchange.load_head(checkpoint.load(path), path)
-    source = open_source(args, folder)
+    contents = checkpoint.load(path)
+    head, prototypes = exchange.load_head(contents, path)
+    source = open_source(args, folder, contents)
     temperature = source.trained.get("temperature", 0.1)
     log(f"{prototypes.out_features} prototypes; certainty at temperature {temperature:g}")
     network, names = NearestPrototypes(source.backbone, head, prototypes, temperature), names_of(source.images)
@@ -351,9 +352,10 @@ def is_same_file(path: str, other: str) -> bool:
 def export_network(args: argparse.Namespace) -> None:
     """Write the weights, or the backbone as ONNX or by torch.export, with the preprocessing that they expect."""
     source, out = checkpoint_of(args.run), Path(args.paths[0])
-    backbone, architecture, trained = load_backbone(source, None)
+    contents = read_file(source)
+    backbone, architecture, trained = load_backbone(source, None, contents)
     backbone.eval()
-    contents = checkpoint.load(source) if trained or args.to == "swav" else {}
+    contents = contents if trained or args.to == "swav" else {}
     with user_errors("--"):
         crop = expected_crop(contents, args.size, args.resize)
     log(f"{shown(source)}: {architecture['arch']}, {backbone.num_features} features")

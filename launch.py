@@ -373,7 +373,10 @@ def write_to_log(text: str) -> None:
 def log(text: str, end: str = "\n", *, to_file: bool = True) -> None:
     """Print from the first process only, and append to the file of `log_to`."""
     if environment("RANK", 0) == 0:
-        print(text, end=end, flush=True)
+        try:
+            print(text, end=end, flush=True)
+        except OSError:  # a file on a full disk, or a terminal that has gone: this does not end a run
+            sys.stdout = open(os.devnull, "w")
         if to_file:
             write_to_log(text.removeprefix("\r\033[2K") + "\n")
 

@@ -136,7 +136,7 @@ def look_at_images(
 ) -> Seen:
     """Pass at most `most` images through the network. Images that cannot be read are left out. Raises UserError."""
     options = run.options
-    (head, prototypes), backbone = load_head(run.contents, run.path), load_backbone(run.path, None)[0]
+    (head, prototypes), backbone = load_head(run.contents, run.path), load_backbone(run.path, None, run.contents)[0]
     backbone, head = (module.to(device).eval() for module in (backbone, head))
     prototypes = prototypes.weight.detach()  # [K, D]
     size, resize = choose_sizes(options, typical_side(images), is_folder=options["dataset"] == "folder")

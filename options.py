@@ -188,7 +188,7 @@ def name_of_images(args: argparse.Namespace) -> str:
     """The data set's name, or that of its folder or file: imagenet for imagenet/train and for imagenet.txt."""
     if args.dataset != "folder" or not args.data_path:
         return args.dataset
-    path = Path(args.data_path).absolute()
+    path = Path(os.path.abspath(args.data_path))  # without ..
     path = path.with_suffix("") if path.suffix.lower() in (".txt", ".tar") else path
     return (path.parent if path.name == "train" else path).name or "folder"
 

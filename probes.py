@@ -10,6 +10,7 @@ resume from a file: see `Progress`.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -95,7 +96,8 @@ class Progress:
     def remove(self) -> None:
         """Delete the file, once the result is written."""
         if self.path is not None and environment("RANK", 0) == 0:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that cannot be written
+                self.path.unlink()
 
 
 def _fit(

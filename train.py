@@ -121,15 +121,20 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
         replay(args.replay, args.data_path, device, images)
         return
     check_given(args, images)
-    dtype, dump = machine.choose_precision(args.precision, device), Path(args.dump_path)
+    machine.choose_precision(args.precision, device)  # to find errors first
+    dump = Path(args.dump_path)
     rank, world_size = processes.setup_processes(device)
     check_args(args, world_size)
     open_dump_path(dump)
     with run_folder.locked(dump) if rank == 0 else nullcontext():
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
+        earlier = checkpoint.find(dump) if rank == 0 else None
+        # A run that moves to another device keeps the precision and the range of 16-bit images that it began with.
+        kept = processes.share("reading the run so far", lambda: what_runs_keep(earlier))
+        dtype = machine.choose_precision(args.precision or kept["precision"], device)
         check_same_options(args, dtype)
-        args.precision = machine.name_of(dtype)  # a run resumes in the precision that it began with
-        images, settings, reasons = open_and_resolve(args, device, world_size, images)
+        args.precision = machine.name_of(dtype)
+        images, settings, reasons = open_and_resolve(args, device, world_size, earlier, kept["value_range"], images)
         launch.log_to(dump / "log.txt")
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
@@ -156,16 +161,25 @@ def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
 
+def what_runs_keep(earlier: dict | None) -> dict[str, object]:
+    """What a run keeps unless the user sets it: precision and value_range. earlier: its newest checkpoint, or None."""
+    earlier = earlier or {"options": {}}
+    return {"precision": earlier["options"].get("precision"), "value_range": earlier.get("value_range")}
+
+
 def open_and_resolve(
-    args: argparse.Namespace, device: torch.device, world_size: int, given: Dataset | None = None
+    args: argparse.Namespace,
+    device: torch.device,
+    world_size: int,
+    earlier: dict | None,
+    scale: tuple[float, float] | None,
+    given: Dataset | None = None,
 ) -> tuple[Dataset, dict, dict]:
     """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons).
 
-    given: of --dataset python, see `main`.
+    earlier: the newest checkpoint of the run so far, in the first process. scale: its value_range. given: of --dataset
+    python, see `main`.
     """
-    earlier = checkpoint.find(Path(args.dump_path)) if launch.environment("RANK", 0) == 0 else None
-    # 16-bit images of a set that has grown are scaled as before.
-    scale = processes.share("reading the run so far", lambda: (earlier or {}).get("value_range"))
     read_off: dict[str, str] = {}
     if args.init:
         read_off = {name: f"as in {args.init}" for name in backbones.SHAPE_OPTIONS if getattr(args, name) is None}

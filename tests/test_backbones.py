@@ -360,3 +360,23 @@ def test_derived_sizes_become_those_that_a_network_takes():
     assert sizes_taken("timm/test_vit", [50, 48, 24]) == [48, 48, 16]
     assert sizes_taken("timm/test_convnext", [64, 24]) == [64, 32]
     assert sizes_taken("timm/mixer_s32_224", [64, 24]) == [64, 24]  # which is refused later
+
+
+def test_of_several_networks_the_one_that_is_used_is_named(tmp_path, capsys):
+    network = ResNet("resnet18", width=8)
+    weights = {f"{which}.{name}": value for which in ("encoder_q", "encoder_k") for name, value in
+               network.state_dict().items()}  # fmt: skip
+    torch.save({"state_dict": weights}, tmp_path / "moco.pth")
+    backbone, _, _ = load_backbone(tmp_path / "moco.pth", None)
+    assert_same(backbone.state_dict(), network.state_dict())
+    line = f"{tmp_path / 'moco.pth'} holds several networks: weights of state_dict/encoder_q.* are used, not state_dict/encoder_k.*\n"
+    assert capsys.readouterr().out == line
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "moco.pth")
+    load_backbone(tmp_path / "moco.pth", None)
+    assert not capsys.readouterr().out
+
+
+def test_contents_that_were_read_are_not_read_again(tmp_path):
+    network = ResNet("resnet18", width=8)
+    backbone, _, _ = load_backbone(tmp_path / "replaced.pth", None, {"state_dict": network.state_dict()})
+    assert_same(backbone.state_dict(), network.state_dict())

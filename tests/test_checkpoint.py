@@ -439,6 +439,10 @@ def test_the_precision_of_the_device_is_kept(images, tmp_path, monkeypatch):
         train.main(train.parse_args([*words, f"--data_path={images}", f"--dump_path={dump}", "--epochs", "1"]))
         options = torch.load(dump / "checkpoint.pth", weights_only=True)["options"]
         assert options["precision"] == ("bf16" if is_supported else "fp32")
+    # Without the option a run keeps its precision, also where the device would choose another one.
+    train.main(train.parse_args([*words, f"--data_path={images}", f"--dump_path={tmp_path / 'True'}", "--epochs", "2"]))
+    contents = torch.load(tmp_path / "True" / "checkpoint.pth", weights_only=True)
+    assert (contents["options"]["precision"], contents["epoch"]) == ("bf16", 2)
 
 
 def test_options_that_affect_nothing_may_change_and_others_are_reported(images, tmp_path, capsys):

@@ -750,6 +750,19 @@ def test_workers_start_where_a_system_has_no_sigusr1(monkeypatch):
             signal.signal(number, handler)
 
 
+def test_of_long_images_only_the_centre_is_resized(monkeypatch):
+    resized, resize = [], data.F.resize
+    monkeypatch.setattr(data.F, "resize", lambda pixels, *more, **options: resized.append(pixels.shape)
+                        or resize(pixels, *more, **options))  # fmt: skip
+    columns = torch.arange(5001) // 20
+    crop = CentreCrop(32, 24)
+    for image in (columns.expand(3, 2, -1), columns.view(-1, 1).expand(3, -1, 2)):
+        seen = crop(image.to(torch.uint8))
+        middle = crop(image[:, -20:, -20:].new_full((3, 20, 20), 125).to(torch.uint8))
+        assert torch.allclose(seen, middle, atol=0.05)
+    assert [max(shape) for shape in resized] == [16, 20, 16, 20]
+
+
 def test_to_uint8_undoes_normalising():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     assert torch.equal(to_uint8(normalize(pixels.float().clone())), pixels)

@@ -654,6 +654,18 @@ def test_a_full_disk_does_not_end_a_run_that_logs(tmp_path):
     assert run_alone(main, tmp_path) == (0, "before\nafter\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_does_not_end_a_run_that_prints(tmp_path):
+    words = (
+        f"import launch; launch.log('a'); launch.log_to({str(tmp_path / 'log.txt')!r}); "
+        "launch.show_progress('b'); launch.log('c')"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", words], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "log.txt").read_text() == "a\nb\nc\n"
+
+
 def test_the_log_has_all_lines_from_the_start_and_the_traceback_of_a_bug(tmp_path):
     def main():
         launch.log("before")

@@ -497,6 +497,8 @@ def test_the_defaults_are_the_published_run_at_256():
         ("--data_path photos/", "runs/photos"),
         ("--data_path /data/a.b/train/", "runs/a.b"),
         ("--data_path train", f"runs/{Path.cwd().name}"),
+        ("--data_path ..", f"runs/{Path.cwd().parent.name}"),
+        ("--data_path photos/train/..", "runs/photos"),
         ("--dataset shapes", "runs/shapes"),
         ("--dataset cifar10 --data_path data", "runs/cifar10"),
         ("--data_path photos --dump_path here", "here"),
