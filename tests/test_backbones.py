@@ -369,8 +369,8 @@ def test_of_several_networks_the_one_that_is_used_is_named(tmp_path, capsys):
     torch.save({"state_dict": weights}, tmp_path / "moco.pth")
     backbone, _, _ = load_backbone(tmp_path / "moco.pth", None)
     assert_same(backbone.state_dict(), network.state_dict())
-    line = f"{tmp_path / 'moco.pth'} holds several networks: weights of state_dict/encoder_q.* are used, not state_dict/encoder_k.*\n"
-    assert capsys.readouterr().out == line
+    line = "moco.pth holds several networks: weights of state_dict/encoder_q.* are used, not state_dict/encoder_k.*\n"
+    assert capsys.readouterr().out.endswith(line)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "moco.pth")
     load_backbone(tmp_path / "moco.pth", None)
     assert not capsys.readouterr().out
