@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 eval_linear.py swav_800ep_pretrain.pth.tar --data_path imagenet
 
 Takes every file that train.py --init takes, and reads the architecture from its weights.
-Next to the results it prints those of random weights and of raw pixels: useful features beat both. Rerun the
+Next to the results it prints those of random init and of raw pixels: useful features beat both. Rerun the
 command to resume training. NAME.eval.json keeps the results of every kind. Source: Caron et al. 2020, section 4.1,
 appendix A.
 """
@@ -125,7 +125,7 @@ def option_parser() -> OptionParser:
     add("knn_k", [20], or_file(positive_int), "Let this many neighbours vote; several are compared.", nargs="+",
         common="N")  # fmt: skip
     add("knn_temperature", 0.07, positive, "temperature of their votes; lower gives the nearest more weight")
-    add("compare", "on", str, "on: evaluate random weights and raw pixels too; off: the checkpoint alone",
+    add("compare", "on", str, "on: evaluate random init and raw pixels too; off: the checkpoint alone",
         choices=("on", "off"))  # fmt: skip
     help = "print and save the accuracy of each class, and draw the confusion matrix"
     parser.group.add_argument("--per_class", action="store_true", help=help)
@@ -166,7 +166,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.checkpoint is None:
         args.checkpoint = args.pretrained
     elif args.pretrained is not None:
-        raise UserError(f"--pretrained {args.pretrained}: expected none beside the checkpoint {args.checkpoint}")
+        raise UserError(f"--pretrained {args.pretrained}: expected none with the checkpoint {args.checkpoint}")
     return args
 
 
@@ -183,7 +183,7 @@ def check_args(args: argparse.Namespace) -> None:
     for pair in (("cached", "finetune"), ("cached", "sweep"), ("finetune", "sweep"), ("labels", "subset"),
                  ("val_share", "val_labels")):  # fmt: skip
         if all(getattr(args, name) not in (None, False) for name in pair):
-            raise UserError(f"--{pair[0]}: expected none beside --{pair[1]}; use one of the two")
+            raise UserError(f"--{pair[0]}: expected none with --{pair[1]}; use one of the two")
     for name in ("lr", "wd"):
         values = getattr(args, name) or []
         if len(values) > 1 and not args.sweep:
@@ -340,7 +340,7 @@ def accuracies_if_finite(scores: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
-    """Fine-tune the checkpoint, and random weights: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
+    """Fine-tune the checkpoint, and random init: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
     rows, settings, rated, weights = {}, setup.settings, None, {}
     networks = {"checkpoint": setup.backbone} | ({RANDOM_TUNED: setup.random_backbone} if args.compare == "on" else {})
     for name, backbone in networks.items():
@@ -362,7 +362,7 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
 
 
 def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> dict:
-    """Evaluate the checkpoint, random weights and raw pixels; returns and saves the result, next to earlier ones."""
+    """Evaluate the checkpoint, random init and raw pixels; returns and saves the result, next to earlier ones."""
     start = time.perf_counter()
     path = Path(args.checkpoint) if args.checkpoint else checkpoint.newest_checkpoint()
     backbone, architecture, trained = load_backbone(path, args.arch)

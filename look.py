@@ -73,7 +73,7 @@ def find_run(name: str | None, chosen: str | None) -> tuple[Path, Path]:
     folder = checkpoint.newest_checkpoint().parent if name is None else Path(name)
     if name is not None and folder.is_file():  # somebody named the checkpoint
         if chosen is not None:
-            raise UserError(f"--checkpoint {chosen}: expected none beside the file {shown(folder)}")
+            raise UserError(f"--checkpoint {chosen}: expected none with the file {shown(folder)}")
         return (folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent), folder
     if not folder.is_dir():
         raise UserError(f"RUN: expected the folder of a run, got {shown(folder) if name else 'an empty name'}")

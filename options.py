@@ -174,7 +174,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.use_fp16:
         precision = "fp16" if args.use_fp16 == "true" else "fp32"
         if args.precision not in (None, precision):
-            raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none beside it, got "
+            raise UserError(f"--use_fp16 {args.use_fp16}: expected --precision {precision} or none with it, got "
                             f"{args.precision}; leave one of them out")  # fmt: skip
         args.precision, args.use_fp16 = precision, None
     if args.arch is None and args.init is None:

@@ -169,7 +169,7 @@ CURVES = (
     ("Prototypes in use", "share", {"of all": "prototypes_in_use", "of those possible": "distinct_codes"},
      "Those that were the largest entry of a code since the last log line. With fewer codes than prototypes, not all "
      "can be."),
-    ("Embedding spread", "std times sqrt(D)", {"std": "embedding_std"}, "0: all embeddings are equal; 1: isotropic."),
+    ("Embedding std", "std times sqrt(D)", {"std": "embedding_std"}, "0: all embeddings are equal; 1: isotropic."),
     ("Codes changed", "share of images", {"changed": "codes_changed"}, "Tracked images with another top prototype than "
      "an epoch before; should fall."),
     ("Dimensions in use", "effective rank", {"RankMe": "rankme", "LiDAR": "lidar"}, "RankMe: of the embeddings. LiDAR: "

@@ -251,8 +251,8 @@ def train(
     optimizer = LARS(model.parameters(), lr=args.base_lr, weight_decay=args.wd)  # each step sets its learning rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     guard = CollapseGuard(args.nmb_prototypes, device)
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, criterion=criterion, guard=guard)
-    first_epoch, first_step, losses = checkpoint.resume(dump, settings, parts, steps_per_epoch)
+    components = dict(model=model, optimizer=optimizer, scaler=scaler, criterion=criterion, guard=guard)
+    first_epoch, first_step, losses = checkpoint.resume(dump, settings, components, steps_per_epoch)
     steps_done = first_epoch * steps_per_epoch + first_step
     augment_crops, steps_left = augment, args.epochs * steps_per_epoch - steps_done
     if machine.use_compile(args.compile, device, steps_left, max(args.size_crops), processes.exchange):
@@ -268,7 +268,7 @@ def train(
     run_log = RunLog(dump, epochs=args.epochs, steps_done=steps_done, steps_per_epoch=steps_per_epoch, **log_options)
     run_log.epoch_losses = losses
     saver_options = dict(sampler=loader.batch_sampler, minutes=args.checkpoint_minutes, requested_stop=requested_stop)
-    saver = checkpoint.Saver(dump, parts | {"run_log": run_log}, settings, **saver_options)
+    saver = checkpoint.Saver(dump, components | {"run_log": run_log}, settings, **saver_options)
     bad_images = BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
     val_images, val_crop = open_validation(args, images)

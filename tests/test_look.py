@@ -178,7 +178,7 @@ def test_a_set_of_which_nothing_can_be_read_any_more_is_said(images, tmp_path):
         (["{images}"], "RUN: expected a folder with checkpoint.pth, got"),
         ([""], "RUN, --output: expected a name, got an empty one"),
         (["{run}", "--checkpoint", "3"], r"--checkpoint: expected a file or a kept epoch of .* \(2, 4\), got 3"),
-        (["{run}/checkpoint.pth", "--checkpoint", "2"], "--checkpoint 2: expected none beside the file"),
+        (["{run}/checkpoint.pth", "--checkpoint", "2"], "--checkpoint 2: expected none with the file"),
         (["{run}/metrics.jsonl"], "cannot read .*metrics.jsonl: it is cut short, damaged, or not a file"),
         (["{run}", "--data_path", "{run}/nothing"], "--data_path: expected a folder, a .tar file or a .*/nothing"),
         (["{run}", "--data_path", "{run}/checkpoints"], "--data_path: expected image files"),

@@ -643,7 +643,7 @@ def test_every_option_of_a_recipe_has_an_effect(recipe):
 
 @pytest.mark.parametrize("words", ["--use_fp16 true --precision bf16", "--use_fp16 false --precision fp16"])
 def test_two_precisions_are_refused(words):
-    with pytest.raises(UserError, match="--use_fp16 .*: expected --precision fp.* or none beside it, got"):
+    with pytest.raises(UserError, match="--use_fp16 .*: expected --precision fp.* or none with it, got"):
         train.parse_args(words.split())
     assert train.parse_args("--use_fp16 true --precision fp16".split()).precision == "fp16"
 
