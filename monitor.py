@@ -83,7 +83,7 @@ def assigned_prototypes(
 QUALITY = ("rankme", "lidar", "unique_prototypes", "neighbour_agreement", "trivial_r2")
 QUALITY_IMAGES, QUALITY_CROPS = 1000, 4
 KNN_IMAGES = 2000, 1000  # of the training and of the validation split, at most
-MEASURING_SHARE = 0.024  # of a run's forward passes: 1.2 to 1.8 % of its time, as training does more for each
+MEASURING_SHARE = 0.024  # of a run's forward passes: 1.5 to 1.9 % of its time, as training does more for each
 
 
 def quality_epochs(epochs: int, every: int | None, *, images: int, multi_crop: MultiCrop, knn_size: int = 0) -> range:
