@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -272,6 +273,26 @@ def test_an_index_that_cannot_be_read_is_built_again(content, shards, built, mon
     else:
         path.write_bytes(path.read_bytes()[:700] if content == b"cut" else content)
     assert len(ImageFiles(shards)) == 4 and len(built) == 4
+    assert len(ImageFiles(shards)) == 4 and len(built) == 4
+
+
+def test_an_index_is_built_again_where_other_formats_can_be_read(shards, built, monkeypatch):
+    write_tar(shards / "1.tar", {"a.heic": png(), "b.png": png()})
+    for endings, names in (((), ["00.png", "01.png", "b.png"]), ((".heic",), ["00.png", "01.png", "a.heic", "b.png"])):
+        monkeypatch.setattr(tars, "readable_formats", lambda endings=endings: ((".png", *endings), ()))
+        for _ in range(2):
+            assert names_of(ImageFiles(shards)) == names
+    assert built == ["0.tar", "1.tar"] * 2
+
+
+def test_an_index_of_an_earlier_version_is_built_again(shards, built):
+    """Version 1 did not tell which formats could be read."""
+    ImageFiles(shards)
+    with np.load(shards / ".swav-index.npz") as saved:
+        arrays = dict(saved)
+    about = json.loads(arrays["about"].tobytes())
+    about = {"version": 1, "tars": about["tars"]}
+    np.savez(shards / ".swav-index.npz", **arrays | {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)})
     assert len(ImageFiles(shards)) == 4 and len(built) == 4
 
 
