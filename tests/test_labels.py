@@ -9,7 +9,7 @@ from PIL import Image
 
 import images as images_module
 from images import BadImages, ImageArrays, ImageFiles, fingerprint, open_splits, typical_side
-from labels import ChosenImages, align_classes, class_of, labelled_by_list, listed_images, stratified
+from labels import ChosenImages, align_classes, class_of, labelled_by_list, listed_images, split_line, stratified
 from launch import UserError
 
 
@@ -160,6 +160,64 @@ def test_a_flat_validation_folder_with_a_file_of_classes(text, tmp_path, capsys)
         assert val.labels.tolist() == [1, 0, 1] and val.classes == train.classes == ["n1", "n2"]
         assert [int(val[i][0].max()) for i in range(3)] == [0, 10, 20]
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, name, label",
+    [
+        ("a.jpg\tgolden retriever", "a", "golden retriever"),
+        ("my photo 1.jpg\tcat", "my photo 1", "cat"),
+        ("my photo 1.jpg\tn1\t0\t32", "my photo 1", "n1"),  # as in Tiny ImageNet
+        ("a.jpg \t\t cat", "a", "cat"),
+        ("a.jpg\tdog, hot", "a", "dog, hot"),
+        ("a.jpg\tgolden", "a", "golden"),
+        ("a.jpg,golden retriever", "a", "golden retriever"),
+        ("a.jpg, golden retriever", "a", "golden retriever"),
+        ('a.jpg,"dog, hot"', "a", "dog, hot"),
+        ("a.jpg,cat,0.97", "a", "cat"),
+        ("a.jpg,cat,sure", "a", "cat"),
+        ("my, photo.jpg,cat", "my, photo", "cat"),
+        ('"my, photo.jpg",cat', "my, photo", "cat"),
+        ("my, photo.jpg cat", "my, photo", "cat"),
+        ("my photo 1.jpg golden retriever", "my photo 1", "golden retriever"),
+        ("folder of/my photo 1 cat", "my photo 1", "cat"),
+        ("my cat", "my", "cat"),
+        ("a,n1 85 1 499 272 n1 1 2 3 4", "a", "n1"),
+        ("a.jpg golden zebra", "a", "golden zebra"),  # not golden
+        ("a.jpg zebra 0", "a", "zebra"),
+        ("a.jpg,zebra 1 2 3 4", "a", "zebra"),
+    ],
+)
+def test_a_line_is_split_where_its_name_ends(line, name, label):
+    names = {"a", "my", "my photo 1", "my, photo"}
+    assert split_line(line, names, ["cat", "golden", "golden retriever", "dog, hot", "n1", "0"]) == (name, label)
+
+
+def test_names_and_classes_with_spaces(tmp_path):
+    tree(tmp_path / "train", {"cat": 2, "golden retriever": 2})
+    tree(tmp_path / "val", {"": 3})
+    (tmp_path / "val" / "v_0.png").rename(tmp_path / "val" / "my photo 1.png")
+    for text in (
+        "my photo 1.png\tcat\nv_1.png\tgolden retriever\nv_2.png\t0\n",
+        "my photo 1.png cat\nv_1.png,golden retriever\nv_2.png 0\n",
+    ):
+        (tmp_path / "labels.txt").write_text(text)
+        _, val = open_splits("folder", str(tmp_path), 1, val_labels=str(tmp_path / "labels.txt"))
+        assert val.labels.tolist() == [0, 1, 0] and len(val) == 3
+
+
+def test_numbers_where_the_names_of_the_classes_are_numbers_are_names(tmp_path):
+    images, listed = ImageFiles(tree(tmp_path / "val", {"": 3})), tmp_path / "labels.txt"
+    classes = [f"{number:02}" for number in range(1, 11)]
+    listed.write_text("v_0.png 01\nv_1.png 10\nv_2.png 02\n")
+    assert labelled_by_list(images, classes, listed).labels.tolist() == [0, 9, 1]
+    listed.write_text("v_0.png 1\nv_1.png 10\nv_2.png 2\n")
+    with pytest.raises(
+        UserError, match="--val_labels: .*expected one of the classes, 01, 02, .* 5 more, got 1 for v_0; "
+    ):
+        labelled_by_list(images, classes, listed)
+    listed.write_text("v_0.png 01\nv_1.png x\nv_2.png 02\n")
+    assert len(labelled_by_list(images, classes, listed)) == 2
 
 
 def test_what_a_file_of_classes_lacks_is_said_or_refused(tmp_path, capsys):
