@@ -82,17 +82,18 @@ class Images(Dataset):
 
 
 class ImageFiles(Images):
-    """Image files, in the order of their paths, without labels: of a folder, a list of paths, or tar files.
+    """Image files, in the order of their paths: of a folder, a list of paths, or tar files.
 
-    root, labelled: as sources.find_images takes them. Attributes: root, the folder; source, what was given; paths, a
-    Sequence of str (decode.Member in tar files); left_out, the number of other files by ending. Raises UserError if
-    there is no image; reading an image raises UnreadableImage.
+    root, labelled: as sources.find_images takes them; without `labelled`, each item has the label -1. Attributes: root,
+    the folder; source, what was given; paths, a Sequence of str (decode.Member in tar files); labels and classes, also
+    without `labelled` what a list or tar files tell; left_out, the number of other files by ending. Raises UserError
+    if there is no image; reading an image raises UnreadableImage.
     """
 
     def __init__(
         self, root: str | os.PathLike, value_range: tuple[float, float] | None = None, labelled: bool = False
     ) -> None:
-        self.source = os.fspath(root)
+        self.source, self.labelled = os.fspath(root), labelled
         self.root = os.path.dirname(self.source) if os.path.isfile(self.source) else self.source
         self.paths, self.labels, self.classes, self.left_out = find_images(self.source, labelled)
         super().__init__(len(self.paths))
@@ -102,8 +103,7 @@ class ImageFiles(Images):
         return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
-        label = -1 if self.labels is None else int(self.labels[index])
-        return read_image(self.paths[index], self.value_range), label
+        return read_image(self.paths[index], self.value_range), int(self.labels[index]) if self.labelled else -1
 
     def name_of(self, index: int) -> str:
         return str(self.paths[index])

@@ -56,9 +56,10 @@ class ChosenImages(Dataset):
 def class_of(images: Dataset, index: int) -> str | None:
     """The class of an image by name: its label, or the folder that it lies in below the set's; None if it has none.
 
-    images: a Dataset with labels, or one with paths below a root.
+    images: a Dataset with labels (those of lists and tar files may be -1, for none), or one with paths below a root.
     """
-    images = getattr(images, "images", images)  # below a cache
+    if not hasattr(images, "labels"):
+        images = getattr(images, "images", images)  # below a cache
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     if labels is not None:
         label = int(labels[index])
@@ -185,7 +186,7 @@ def _refuse_if_many(unmatched: Sequence[str], total: int, what: str) -> None:
 
 
 def split_line(line: str, names: Collection[str], classes: Collection[str]) -> tuple[str, str]:
-    """(name without ending, class) of a line; names: those of the images, without ending; classes: those that are known.
+    """(name without ending, class) of a line; names: those of the images, without ending; classes: the known ones.
 
     Where the line has a TAB, both end at TABs. Otherwise a comma or spaces lie between: the name is the longest that an
     image has. The class is the rest; if that is none, what stands before a comma or before numbers (ImageNet's boxes).

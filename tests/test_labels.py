@@ -261,6 +261,8 @@ def test_classes_of_files_are_their_first_folder(tmp_path):
     images = images_module.open_images("folder", tmp_path)
     named = {Path(images.paths[i]).name: class_of(images, i) for i in range(4)}
     assert named == {"x.png": "a b", "y.png": "a b", "z.png": "c", "top.png": None}
+    chosen = ChosenImages(ImageFiles(tmp_path, labelled=True), [2])
+    assert class_of(chosen, 0) == "c"
     labelled = arrays([-1, 1], ["above", "below"])
     assert class_of(labelled, 0) is None and class_of(labelled, 1) == "below"
     assert class_of(torch.utils.data.TensorDataset(torch.zeros(1)), 0) is None
