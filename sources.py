@@ -9,6 +9,7 @@
 
 import codecs
 import os
+import shlex
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -283,6 +284,25 @@ def _find_in_tars(tars: Sequence[str], index_path: str, labelled: bool) -> Found
     classes, labels = number_labels(labels_of(found, labelled))
     paths = TarPaths(found.names, tars, found.of_tar, found.offsets, found.sizes)
     return Found(paths, labels, classes, found.left_out)
+
+
+def refuse_one_class(source: str, paths: Paths, name: str) -> None:
+    """Raise UserError for labelled images whose only class is `name`: where labels were looked for, what to give."""
+    in_tars, remedy = isinstance(paths, TarPaths), "put each class into a folder of its own there"
+    if in_tars and paths[0].name.startswith(f"{name}/"):
+        level = f"the first folders of the names in {shown(source)}"
+        if paths[0].name.count("/") > 1:
+            command = f"tar -cf NEW.tar -C {shlex.quote(shown(name))} ."
+            remedy = f"if the classes lie one level down, write the tar file from inside that folder: {command}"
+    elif in_tars or os.path.isfile(source):
+        level = f"the .cls files in {shown(source)}" if in_tars else f"what follows the TABs in {shown(source)}"
+        remedy = "write the class of each image there"
+    else:
+        folder, level = os.path.join(source, name), f"the folders in {shown(source)}"
+        if any(os.path.dirname(path) != folder for path in (paths[0], paths[-1])):
+            remedy = f"if the classes lie one level down, give --data_path {shown(folder)} --val_share 0.2"
+            remedy += ", or, beside a validation split, move them up"
+    raise UserError(f"data_path: expected two classes or more, found {shown(name)} alone; labels are {level}; {remedy}")
 
 
 def labels_of(images: TarImages, labelled: bool = True) -> list[bytes]:

@@ -1,5 +1,6 @@
 """labels.py, and open_splits of images.py: which images have labels, for which split."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,41 @@ def test_one_folder_of_class_folders_is_split(tmp_path, capsys):
     assert "data: 1 of 3 classes have no validation images (c)" in out
     with pytest.raises(UserError, match="--val_share: expected two images or more of a class"):
         open_splits("folder", str(tree(tmp_path / "single", {"a": 1, "b": 1})), 1, val_share=0.2)
+
+
+ALONE = "^data_path: expected two classes or more, found images alone; labels are the "
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    """All images would count as right."""
+    wrapped = tree(tmp_path / "wrapped" / "images", {"cat": 3, "dog": 3}).parent
+    with pytest.raises(UserError, match=f"{ALONE}folders in {wrapped}; .* give --data_path {wrapped}/images --val_sh"):
+        open_splits("folder", str(wrapped), 1, val_share=0.4)
+    assert open_splits("folder", f"{wrapped}/images", 1, val_share=0.4)[0].classes == ["cat", "dog"]
+    for split in ("train", "val"):
+        tree(tmp_path / "splits" / split, {"images": 2})
+    with pytest.raises(UserError, match=f"{ALONE}folders in {tmp_path}/splits/train/; put each class into a folder of"):
+        open_splits("folder", str(tmp_path / "splits"), 1)
+
+
+def test_one_class_alone_in_a_list_or_tar_files_is_refused(tmp_path):
+    tree(tmp_path / "images", {"cat": 3, "dog": 3})
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    with pytest.raises(UserError, match=f"{ALONE}first folders .*set.tar; .*: tar -cf NEW.tar -C images [.]$"):
+        open_splits("folder", str(tmp_path / "set.tar"), 1, val_share=0.4)
+    with tarfile.open(tmp_path / "again.tar", "w") as tar:  # as the message says
+        tar.add(tmp_path / "images", ".")
+    assert open_splits("folder", str(tmp_path / "again.tar"), 1, val_share=0.4)[0].classes == ["cat", "dog"]
+    (tmp_path / "images" / "dog" / "dog_0.cls").write_text("images")
+    with tarfile.open(tmp_path / "cls.tar", "w") as tar:
+        for name in ("dog_0.png", "dog_0.cls"):
+            tar.add(tmp_path / "images" / "dog" / name, name)
+    with pytest.raises(UserError, match=f"{ALONE}.cls files in .*cls.tar; write the class of each image there"):
+        open_splits("folder", str(tmp_path / "cls.tar"), 1, val_share=0.4)
+    (tmp_path / "list.txt").write_text("images/cat/cat_0.png\timages\nimages/dog/dog_0.png\timages\n")
+    with pytest.raises(UserError, match="found images alone; labels are what follows the TABs in .*list.txt; write"):
+        open_splits("folder", str(tmp_path / "list.txt"), 1, val_share=0.4)
 
 
 def test_a_named_set_splits_its_training_images(monkeypatch):
