@@ -47,7 +47,16 @@ from launch import OptionParser, RunStopped, UserError, environment, log, track,
 from machine import available_cores
 from processes import run_script
 from shapes import SHAPES_CLASSES, draw_shapes
-from sources import NAMED_SPLITS, SPLIT_ENDINGS, check_data_path, counted, find_images, identity, split_paths
+from sources import (
+    NAMED_SPLITS,
+    SPLIT_ENDINGS,
+    check_data_path,
+    counted,
+    find_images,
+    identity,
+    refuse_one_class,
+    split_paths,
+)
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
 GIVEN = "python"  # in the place of one of these: a Dataset that the caller of train.main gives
@@ -82,17 +91,18 @@ class Images(Dataset):
 
 
 class ImageFiles(Images):
-    """Image files, in the order of their paths, without labels: of a folder, a list of paths, or tar files.
+    """Image files, in the order of their paths: of a folder, a list of paths, or tar files.
 
-    root, labelled: as sources.find_images takes them. Attributes: root, the folder; source, what was given; paths, a
-    Sequence of str (decode.Member in tar files); left_out, the number of other files by ending. Raises UserError if
-    there is no image; reading an image raises UnreadableImage.
+    root, labelled: as sources.find_images takes them; without `labelled`, each item has the label -1. Attributes: root,
+    the folder; source, what was given; paths, a Sequence of str (decode.Member in tar files); labels and classes, also
+    without `labelled` what a list or tar files tell; left_out, the number of other files by ending. Raises UserError
+    if there is no image; reading an image raises UnreadableImage.
     """
 
     def __init__(
         self, root: str | os.PathLike, value_range: tuple[float, float] | None = None, labelled: bool = False
     ) -> None:
-        self.source = os.fspath(root)
+        self.source, self.labelled = os.fspath(root), labelled
         self.root = os.path.dirname(self.source) if os.path.isfile(self.source) else self.source
         self.paths, self.labels, self.classes, self.left_out = find_images(self.source, labelled)
         super().__init__(len(self.paths))
@@ -102,8 +112,7 @@ class ImageFiles(Images):
         return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
-        label = -1 if self.labels is None else int(self.labels[index])
-        return read_image(self.paths[index], self.value_range), label
+        return read_image(self.paths[index], self.value_range), int(self.labels[index]) if self.labelled else -1
 
     def name_of(self, index: int) -> str:
         return str(self.paths[index])
@@ -401,7 +410,7 @@ def open_splits(
     val_labels: str | None = None,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation images with labels of the same classes. Raises UserError.
+    """Training and validation images with labels of the same classes, two or more. Raises UserError.
 
     value_range: of the checkpoint's training (None: that of the training images), see data.to_pixels. val_share: take
     this share of each class for validation; data_path then is one folder of class folders (or has them in train/).
@@ -414,6 +423,8 @@ def open_splits(
         train_images = ImageFiles(data_path, value_range, labelled=True)
     else:
         train_images = open_images(dataset, data_path, "train", download, value_range)
+    if dataset == "folder" and len(train_images.classes) < 2:  # whatever the features, all would be right
+        refuse_one_class(train_images.source, train_images.paths, train_images.classes[0])
     if val_share is not None:
         chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
         others = np.setdiff1d(np.arange(len(train_images)), chosen)

@@ -9,7 +9,7 @@ It works with any Dataset that has `labels` [N] and `classes`, and, where names 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -56,9 +56,10 @@ class ChosenImages(Dataset):
 def class_of(images: Dataset, index: int) -> str | None:
     """The class of an image by name: its label, or the folder that it lies in below the set's; None if it has none.
 
-    images: a Dataset with labels, or one with paths below a root.
+    images: a Dataset with labels (those of lists and tar files may be -1, for none), or one with paths below a root.
     """
-    images = getattr(images, "images", images)  # below a cache
+    if not hasattr(images, "labels"):
+        images = getattr(images, "images", images)  # below a cache
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     if labels is not None:
         label = int(labels[index])
@@ -139,8 +140,10 @@ def read_lines(path: str | os.PathLike, option: str) -> list[str]:
 
 
 def stem(name: str) -> str:
-    """A file's name without folders and ending."""
-    return os.path.splitext(name.replace("\\", "/").rpartition("/")[2])[0]
+    """A file's name without folders and ending. What holds a space or a comma is no ending."""
+    file = name.replace("\\", "/").rpartition("/")[2]
+    beginning, ending = os.path.splitext(file)
+    return file if re.search(r"[\s,]", ending) else beginning
 
 
 def listed_images(images: Dataset, path: str | os.PathLike, option: str = "--subset") -> ChosenImages:
@@ -182,17 +185,37 @@ def _refuse_if_many(unmatched: Sequence[str], total: int, what: str) -> None:
         log(f"{what}: {len(unmatched)} of {total}, left out ({some(unmatched)})")
 
 
+def split_line(line: str, names: Collection[str], classes: Collection[str]) -> tuple[str, str]:
+    """(name without ending, class) of a line; names: those of the images, without ending; classes: the known ones.
+
+    Where the line has a TAB, both end at TABs. Otherwise a comma or spaces lie between: the name is the longest that an
+    image has. The class is the rest; if that is none, what stands before a comma or before numbers (ImageNet's boxes).
+    """
+    if "\t" in line:
+        name, label = re.split(r"\t+", line)[:2]
+        return stem(name.strip()), label.strip()
+    splits = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"[\s,]+", line)]
+    splits = [(stem(name.strip('"')), rest.strip('"')) for name, rest in splits]
+    name, rest = next((split for split in reversed(splits) if split[0] in names), splits[0])
+    without_numbers = re.split(r"[\s,]+-?[\d.]+(?![^\s,])", rest)[0]
+    return name, next((label for label in (rest, rest.partition(",")[0]) if label in classes), without_numbers)
+
+
 def labelled_by_list(
     images: Dataset, classes: Sequence[str], path: str | os.PathLike, option: str = "--val_labels"
 ) -> ChosenImages:
     """Images of one folder without class folders, with labels from a file. Raises UserError.
 
-    Each line is NAME CLASS, with a space, a TAB or a comma between; what follows is ignored. NAME may lack its ending.
-    CLASS is one of `classes` or its number, from 0. Or the file is ImageNet's ILSVRC2012_validation_ground_truth.txt,
-    a number a line in the order of the files' names; its meta.mat then has to lie beside it. Images of classes that
-    are not in `classes` are left out, and counted.
+    Each line is NAME CLASS, see `split_line`. NAME may lack its ending. CLASS is one of `classes` or, unless these are
+    numbers themselves, its number, from 0. Or the file is ImageNet's ILSVRC2012_validation_ground_truth.txt, a number a
+    line in the order of the files' names; its meta.mat then has to lie beside it. Images of classes that are not in
+    `classes` are left out, and counted.
     """
     lines = read_lines(path, option)
+    label_of = {name: label for label, name in enumerate(classes)}
+    are_numbers = all(name.isdecimal() for name in classes)
+    if not are_numbers:
+        label_of = {str(label): label for label in range(len(classes))} | label_of
     if all(line.isdecimal() for line in lines):
         if len(lines) != len(images.paths):
             raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(images.paths)} validation images")
@@ -202,18 +225,22 @@ def labelled_by_list(
             stem(images.paths[int(i)]): wordnet_names.get(int(line)) for i, line in zip(order, lines, strict=True)
         }
     else:
-        words = [re.split(r"[\s,]+", line) for line in lines]
-        bad = next((i for i, parts in enumerate(words) if len(parts) < 2), None)
+        bad = next((i for i, line in enumerate(lines) if not re.search(r"[\s,]", line)), None)
         if bad is not None:
             raise UserError(f"{option}: {path}, line {bad + 1}: expected NAME CLASS, got {lines[bad]}")
-        class_of = {stem(name): label for name, label, *_ in words}
-    label_of = {str(number): number for number in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+        names = set(map(stem, images.paths))
+        class_of = dict(split_line(line, names, label_of) for line in lines)
     indices, labels, unmatched, unknown = [], [], [], Counter()
     for index, file in enumerate(images.paths):
         name = stem(file)
         if name not in class_of:
             unmatched.append(name)
         elif class_of[name] not in label_of:
+            if are_numbers and str(class_of[name]).isdecimal():
+                raise UserError(
+                    f"{option}: {path}: expected one of the classes, {some(classes)}, got {class_of[name]} for {name}; "
+                    "as these names are numbers, a number is a name, not a count from 0"
+                )
             unknown[class_of[name]] += 1
         else:
             indices.append(index)
@@ -221,8 +248,8 @@ def labelled_by_list(
     _refuse_if_many(unmatched, len(images.paths), f"{option}: {path}: validation images without a class")
     if not indices:
         raise UserError(
-            f"{option}: {path}: expected classes of the training images, such as {classes[0]}, or their numbers, 0 to "
-            f"{len(classes) - 1}, got {some(unknown)}"
+            f"{option}: {path}: expected classes of the training images, such as {classes[0]}"
+            f"{'' if are_numbers else f', or their numbers, 0 to {len(classes) - 1}'}, got {some(unknown)}"
         )
     if unknown:
         log(

@@ -41,8 +41,8 @@ from features import (
     trivial_r2,
     unique_prototypes,
 )
-from labels import class_of
-from launch import track
+from labels import class_of, some
+from launch import log, track
 
 NO_FLOAT64 = ("mps",)  # devices without it
 
@@ -167,15 +167,20 @@ def knn_images(
 ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """Crop this process's share of KNN_IMAGES labelled images of the two splits; the same in every run.
 
-    Returns uint8 [N, 3, S, S] and labels int64 [N] (LEFT_OUT: the image cannot be read) for each split. None where
-    they share no class, or have fewer images than processes.
+    Returns uint8 [N, 3, S, S] and labels int64 [N] (LEFT_OUT: the image cannot be read) for each split. None, with a
+    line that says so, where they share no class, or have fewer images than processes.
     """
     chosen = []
     for images, most in zip((train_images, val_images), KNN_IMAGES, strict=True):
         named = ((index, class_of(images, index)) for index in some_images(len(images), len(images)))
         chosen.append(list(islice(((index, name) for index, name in named if name is not None), max(most, world_size))))
     names = [{name for _, name in of_split} for of_split in chosen]
-    if not names[0] & names[1] or min(map(len, chosen)) < world_size:
+    if not names[0] & names[1]:
+        train_names, val_names = (some(sorted(of_split)) or "none" for of_split in names)
+        log(f"no kNN while training: training and validation share no class; they have {train_names} and {val_names}")
+        return None
+    if min(map(len, chosen)) < world_size:
+        log(f"no kNN while training: one of the splits has fewer labelled images than the {world_size} processes")
         return None
     classes, held = sorted(names[0] | names[1]), []
     for images, of_split in zip((train_images, val_images), chosen, strict=True):

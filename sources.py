@@ -9,6 +9,7 @@
 
 import codecs
 import os
+import shlex
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -75,10 +76,14 @@ class TarPaths(Paths):
 
 
 def number_labels(labels: Sequence[bytes]) -> tuple[list[str], np.ndarray]:
-    """(sorted names of the classes, the class of each label as int64 [N]); whole numbers are sorted as numbers."""
-    are_numbers = all(name.isdigit() for name in labels)
-    names = sorted(set(labels), key=lambda name: (int(name), name) if are_numbers else name)
-    numbers = {name: number for number, name in enumerate(names)}
+    """(sorted names of the classes, the class of each label as int64 [N], -1 for an empty label).
+
+    Whole numbers are sorted as numbers.
+    """
+    names = set(labels) - {b""}
+    are_numbers = all(name.isdigit() for name in names)
+    names = sorted(names, key=lambda name: (int(name), name) if are_numbers else name)
+    numbers = {b"": -1} | {name: number for number, name in enumerate(names)}
     return list(map(os.fsdecode, names)), np.fromiter(map(numbers.__getitem__, labels), np.int64, len(labels))
 
 
@@ -152,10 +157,10 @@ def list_images(folders: Sequence[str], seen: set) -> tuple[list[list[bytes]], l
 
 
 def read_list(path: str, labelled: bool = False) -> tuple[list[bytes], list[bytes]]:
-    """(sorted paths, their labels or []) of a text file with a path a line, from its folder or absolute.
+    """(sorted paths, their labels) of a text file with a path a line, from its folder or absolute.
 
-    A label stands after a TAB, the last one of the line; without `labelled` it is ignored. Paths are taken as the bytes
-    that they are. Raises UserError for a line without a label, and if none of a sample of the files exists.
+    A label stands after a TAB, the last one of the line; it is empty if there is none, which `labelled` refuses. Paths
+    are taken as the bytes that they are. Raises UserError for such a line, and if none of a sample of the files exists.
     """
     try:
         content = Path(path).read_bytes()
@@ -186,14 +191,14 @@ def read_list(path: str, labelled: bool = False) -> tuple[list[bytes], list[byte
     if not any(os.path.lexists(file) for file, _ in some):
         missing = f"{shown(os.fsdecode(some[0][0]))} is not there, nor is any other of {len(some)} files looked for"
         raise UserError(f"data_path: {shown(path)}: {missing}; a list has {LIST_RULE}")
-    return [file for file, _ in rows], [label for _, label in rows] if labelled else []
+    return [file for file, _ in rows], [label for _, label in rows]
 
 
 # What is given
 
 
 class Found(NamedTuple):
-    """Image files, in order; labels are numbers of classes [N], None without."""
+    """Image files, in order. labels: numbers of classes [N], -1 for none; None for a folder's without `labelled`."""
 
     paths: Paths
     labels: np.ndarray | None
@@ -204,12 +209,12 @@ class Found(NamedTuple):
 def find_images(source: str, labelled: bool = False) -> Found:
     """Find the image files of a folder, of a .txt list of paths or of .tar files. Raises UserError if there are none.
 
-    A folder has images at any depth, or, where it has none, .tar files. labelled: with labels; of a folder only images
-    in and below its subfolders, which are the classes.
+    A folder has images at any depth, or, where it has none, .tar files. labelled: each image needs a label; of a folder
+    only images in and below its subfolders, which are the classes.
     """
     if os.path.isfile(source) and source.lower().endswith(".txt"):
         paths, labels = read_list(source, labelled)
-        classes, labels = number_labels(labels) if labelled else (None, None)
+        classes, labels = number_labels(labels)
         return Found(Paths(paths), labels, classes, Counter())
     if os.path.isfile(source) and source.lower().endswith((".tar", *COMPRESSED_ENDINGS)):
         folder, name = os.path.split(source)
@@ -276,18 +281,40 @@ def _find_in_tars(tars: Sequence[str], index_path: str, labelled: bool) -> Found
         others = f", but {counted(found.left_out)}" if found.left_out else ""
         some = ", ".join(map(shown, tars[:3])) + (" ..." if len(tars) > 3 else "")
         raise UserError(f"data_path: expected image files in {some}, found none{others}")
-    classes, labels = number_labels(labels_of(found)) if labelled else (None, None)
+    classes, labels = number_labels(labels_of(found, labelled))
     paths = TarPaths(found.names, tars, found.of_tar, found.offsets, found.sizes)
     return Found(paths, labels, classes, found.left_out)
 
 
-def labels_of(images: TarImages) -> list[bytes]:
-    """The label of each image: of its .cls file; if no image has one, the top folder of its name. Raises UserError."""
+def refuse_one_class(source: str, paths: Paths, name: str) -> None:
+    """Raise UserError for labelled images whose only class is `name`: where labels were looked for, what to give."""
+    in_tars, remedy = isinstance(paths, TarPaths), "put each class into a folder of its own there"
+    if in_tars and paths[0].name.startswith(f"{name}/"):
+        level = f"the first folders of the names in {shown(source)}"
+        if paths[0].name.count("/") > 1:
+            command = f"tar -cf NEW.tar -C {shlex.quote(shown(name))} ."
+            remedy = f"if the classes lie one level down, write the tar file from inside that folder: {command}"
+    elif in_tars or os.path.isfile(source):
+        level = f"the .cls files in {shown(source)}" if in_tars else f"what follows the TABs in {shown(source)}"
+        remedy = "write the class of each image there"
+    else:
+        folder, level = os.path.join(source, name), f"the folders in {shown(source)}"
+        if any(os.path.dirname(path) != folder for path in (paths[0], paths[-1])):
+            remedy = f"if the classes lie one level down, give --data_path {shown(folder)} --val_share 0.2"
+            remedy += ", or, beside a validation split, move them up"
+    raise UserError(f"data_path: expected two classes or more, found {shown(name)} alone; labels are {level}; {remedy}")
+
+
+def labels_of(images: TarImages, labelled: bool = True) -> list[bytes]:
+    """The label of each image: of its .cls file; if no image has one, the top folder of its name; else empty.
+
+    labelled: raise UserError for an image without a label.
+    """
     labels, how = images.labels, "a .cls file with its label"
     if not any(labels):
         labels = [name.partition(b"/")[0] if b"/" in name else b"" for name in images.names]
         how += ", or a folder for each class"
-    if b"" in labels:
+    if labelled and b"" in labels:
         name = shown(os.fsdecode(images.names[labels.index(b"")]))
         raise UserError(f"data_path: expected {how} for each image in the tar files, found none for {name}")
     return labels

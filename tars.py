@@ -26,7 +26,7 @@ from decode import ending_of, readable_formats, shown
 from launch import UserError, log, with_progress
 
 BLOCK = tarfile.BLOCKSIZE
-INDEX_VERSION = 1  # of the file that holds an index; one of another version is built again
+INDEX_VERSION = 2  # of the file that holds an index; one of another version is built again
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
 COMPRESSED_ENDINGS = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_LABEL = 1000  # bytes
@@ -210,13 +210,16 @@ def _end_of(descriptor: int, offset: int, size: int) -> str:
 
 
 def _load(index_path: str) -> dict[tuple[str, int, int], Shard]:
-    """{(name, size, time of change) of a tar file: what it holds}, of the indices that are kept and can be read."""
-    shards = {}
+    """{(name, size, time of change) of a tar file: what it holds}, of the indices that are kept and can be read.
+
+    Not of one for other endings of images: it was built with, or without, a package that reads more formats.
+    """
+    shards, kind = {}, {"version": INDEX_VERSION, "endings": list(readable_formats()[0])}
     for path in (index_path, _path_in_cache(index_path)):
         with suppress(OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):  # built again
             with np.load(path) as saved:
                 about = json.loads(saved["about"].tobytes())
-                if about["version"] != INDEX_VERSION:
+                if {key: about[key] for key in kind} != kind:
                     continue
                 columns = [saved[name].tobytes().split(b"\0")[:-1] for name in ("names", "labels")]
                 columns += [saved[name].tolist() for name in ("offsets", "sizes")]
@@ -235,7 +238,8 @@ def _keep(shards: dict[str, Shard], index_path: str) -> str | None:
         (name, shard.size, shard.changed, len(shard.names), shard.left_out, shard.damage)
         for name, shard in shards.items()
     ]
-    arrays = {"about": np.frombuffer(json.dumps({"version": INDEX_VERSION, "tars": about}).encode(), np.uint8)}
+    about = {"version": INDEX_VERSION, "endings": readable_formats()[0], "tars": about}
+    arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
     for column in ("names", "labels"):
         text = b"".join(value + b"\0" for shard in shards.values() for value in getattr(shard, column))
         arrays[column] = np.frombuffer(text, np.uint8)

@@ -24,6 +24,7 @@ from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from decode import image_size, read_image
 from images import GivenImages, ImageArrays, ImageFiles, fingerprint, open_images, open_splits, typical_side
+from labels import class_of
 from launch import RunStopped, UserError
 from shapes import draw_shape
 
@@ -528,6 +529,14 @@ def test_lists_with_labels_are_the_splits_of_a_folder(listed, tmp_path, capsys):
     listed(b"set/a.png\n", "valid.txt")
     with pytest.raises(UserError, match="valid.txt, line 1: expected a TAB and a label"):
         open_images("folder", tmp_path, "val")
+
+
+def test_classes_of_images_for_training_on_a_list_are_its_labels(listed):
+    """Not the first folder of their paths."""
+    images = open_images("folder", listed(b"set/a.png\tcat\nset/d.png\nset/b c.png\tgolden retriever\n"))
+    assert [class_of(images, i) for i in range(3)] == ["cat", "golden retriever", None] and images[0][1] == -1
+    images = open_images("folder", listed(b"set/a.png\n"))
+    assert class_of(images, 0) is None
 
 
 def test_a_run_on_a_list_equals_that_on_the_folder(images, tmp_path, capsys):

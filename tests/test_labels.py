@@ -1,5 +1,6 @@
 """labels.py, and open_splits of images.py: which images have labels, for which split."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 import images as images_module
 from images import BadImages, ImageArrays, ImageFiles, fingerprint, open_splits, typical_side
-from labels import ChosenImages, align_classes, class_of, labelled_by_list, listed_images, stratified
+from labels import ChosenImages, align_classes, class_of, labelled_by_list, listed_images, split_line, stratified
 from launch import UserError
 
 
@@ -79,6 +80,41 @@ def test_one_folder_of_class_folders_is_split(tmp_path, capsys):
     assert "data: 1 of 3 classes have no validation images (c)" in out
     with pytest.raises(UserError, match="--val_share: expected two images or more of a class"):
         open_splits("folder", str(tree(tmp_path / "single", {"a": 1, "b": 1})), 1, val_share=0.2)
+
+
+ALONE = "^data_path: expected two classes or more, found images alone; labels are the "
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    """All images would count as right."""
+    wrapped = tree(tmp_path / "wrapped" / "images", {"cat": 3, "dog": 3}).parent
+    with pytest.raises(UserError, match=f"{ALONE}folders in {wrapped}; .* give --data_path {wrapped}/images --val_sh"):
+        open_splits("folder", str(wrapped), 1, val_share=0.4)
+    assert open_splits("folder", f"{wrapped}/images", 1, val_share=0.4)[0].classes == ["cat", "dog"]
+    for split in ("train", "val"):
+        tree(tmp_path / "splits" / split, {"images": 2})
+    with pytest.raises(UserError, match=f"{ALONE}folders in {tmp_path}/splits/train/; put each class into a folder of"):
+        open_splits("folder", str(tmp_path / "splits"), 1)
+
+
+def test_one_class_alone_in_a_list_or_tar_files_is_refused(tmp_path):
+    tree(tmp_path / "images", {"cat": 3, "dog": 3})
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    with pytest.raises(UserError, match=f"{ALONE}first folders .*set.tar; .*: tar -cf NEW.tar -C images [.]$"):
+        open_splits("folder", str(tmp_path / "set.tar"), 1, val_share=0.4)
+    with tarfile.open(tmp_path / "again.tar", "w") as tar:  # as the message says
+        tar.add(tmp_path / "images", ".")
+    assert open_splits("folder", str(tmp_path / "again.tar"), 1, val_share=0.4)[0].classes == ["cat", "dog"]
+    (tmp_path / "images" / "dog" / "dog_0.cls").write_text("images")
+    with tarfile.open(tmp_path / "cls.tar", "w") as tar:
+        for name in ("dog_0.png", "dog_0.cls"):
+            tar.add(tmp_path / "images" / "dog" / name, name)
+    with pytest.raises(UserError, match=f"{ALONE}.cls files in .*cls.tar; write the class of each image there"):
+        open_splits("folder", str(tmp_path / "cls.tar"), 1, val_share=0.4)
+    (tmp_path / "list.txt").write_text("images/cat/cat_0.png\timages\nimages/dog/dog_0.png\timages\n")
+    with pytest.raises(UserError, match="found images alone; labels are what follows the TABs in .*list.txt; write"):
+        open_splits("folder", str(tmp_path / "list.txt"), 1, val_share=0.4)
 
 
 def test_a_named_set_splits_its_training_images(monkeypatch):
@@ -162,6 +198,64 @@ def test_a_flat_validation_folder_with_a_file_of_classes(text, tmp_path, capsys)
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "line, name, label",
+    [
+        ("a.jpg\tgolden retriever", "a", "golden retriever"),
+        ("my photo 1.jpg\tcat", "my photo 1", "cat"),
+        ("my photo 1.jpg\tn1\t0\t32", "my photo 1", "n1"),  # as in Tiny ImageNet
+        ("a.jpg \t\t cat", "a", "cat"),
+        ("a.jpg\tdog, hot", "a", "dog, hot"),
+        ("a.jpg\tgolden", "a", "golden"),
+        ("a.jpg,golden retriever", "a", "golden retriever"),
+        ("a.jpg, golden retriever", "a", "golden retriever"),
+        ('a.jpg,"dog, hot"', "a", "dog, hot"),
+        ("a.jpg,cat,0.97", "a", "cat"),
+        ("a.jpg,cat,sure", "a", "cat"),
+        ("my, photo.jpg,cat", "my, photo", "cat"),
+        ('"my, photo.jpg",cat', "my, photo", "cat"),
+        ("my, photo.jpg cat", "my, photo", "cat"),
+        ("my photo 1.jpg golden retriever", "my photo 1", "golden retriever"),
+        ("folder of/my photo 1 cat", "my photo 1", "cat"),
+        ("my cat", "my", "cat"),
+        ("a,n1 85 1 499 272 n1 1 2 3 4", "a", "n1"),
+        ("a.jpg golden zebra", "a", "golden zebra"),  # not golden
+        ("a.jpg zebra 0", "a", "zebra"),
+        ("a.jpg,zebra 1 2 3 4", "a", "zebra"),
+    ],
+)
+def test_a_line_is_split_where_its_name_ends(line, name, label):
+    names = {"a", "my", "my photo 1", "my, photo"}
+    assert split_line(line, names, ["cat", "golden", "golden retriever", "dog, hot", "n1", "0"]) == (name, label)
+
+
+def test_names_and_classes_with_spaces(tmp_path):
+    tree(tmp_path / "train", {"cat": 2, "golden retriever": 2})
+    tree(tmp_path / "val", {"": 3})
+    (tmp_path / "val" / "v_0.png").rename(tmp_path / "val" / "my photo 1.png")
+    for text in (
+        "my photo 1.png\tcat\nv_1.png\tgolden retriever\nv_2.png\t0\n",
+        "my photo 1.png cat\nv_1.png,golden retriever\nv_2.png 0\n",
+    ):
+        (tmp_path / "labels.txt").write_text(text)
+        _, val = open_splits("folder", str(tmp_path), 1, val_labels=str(tmp_path / "labels.txt"))
+        assert val.labels.tolist() == [0, 1, 0] and len(val) == 3
+
+
+def test_numbers_where_the_names_of_the_classes_are_numbers_are_names(tmp_path):
+    images, listed = ImageFiles(tree(tmp_path / "val", {"": 3})), tmp_path / "labels.txt"
+    classes = [f"{number:02}" for number in range(1, 11)]
+    listed.write_text("v_0.png 01\nv_1.png 10\nv_2.png 02\n")
+    assert labelled_by_list(images, classes, listed).labels.tolist() == [0, 9, 1]
+    listed.write_text("v_0.png 1\nv_1.png 10\nv_2.png 2\n")
+    with pytest.raises(
+        UserError, match="--val_labels: .*expected one of the classes, 01, 02, .* 5 more, got 1 for v_0; "
+    ):
+        labelled_by_list(images, classes, listed)
+    listed.write_text("v_0.png 01\nv_1.png x\nv_2.png 02\n")
+    assert len(labelled_by_list(images, classes, listed)) == 2
+
+
 def test_what_a_file_of_classes_lacks_is_said_or_refused(tmp_path, capsys):
     images, listed = ImageFiles(tree(tmp_path / "val", {"": 4})), tmp_path / "labels.txt"
     listed.write_text("v_0 a\nv_1 zebra\nv_3 b\n")
@@ -203,6 +297,8 @@ def test_classes_of_files_are_their_first_folder(tmp_path):
     images = images_module.open_images("folder", tmp_path)
     named = {Path(images.paths[i]).name: class_of(images, i) for i in range(4)}
     assert named == {"x.png": "a b", "y.png": "a b", "z.png": "c", "top.png": None}
+    chosen = ChosenImages(ImageFiles(tmp_path, labelled=True), [2])
+    assert class_of(chosen, 0) == "c"
     labelled = arrays([-1, 1], ["above", "below"])
     assert class_of(labelled, 0) is None and class_of(labelled, 1) == "below"
     assert class_of(torch.utils.data.TensorDataset(torch.zeros(1)), 0) is None

@@ -124,12 +124,18 @@ def test_at_most_so_many_images_are_held_and_they_are_those_of_evaluation(monkey
         assert torch.equal(image, split(90, 0)[i][0][:, :, 5:25])
 
 
-def test_knn_is_left_out_without_labels_or_common_classes_and_none_where_features_are_not_finite():
+def test_knn_is_left_out_without_labels_or_common_classes_and_none_where_features_are_not_finite(capsys):
     crop, images = CentreCrop(20, 20), split(20, 0)
     others = ImageArrays(images.pixels, images.labels, ["left", "right"])
     assert knn_images(images, others, crop) is None
     assert knn_images(ImageArrays(images.pixels, np.full(20, -1)), images, crop) is None
     assert knn_images(images, split(3, 0), crop, 0, 8) is None
+    start = "no kNN while training: "
+    assert capsys.readouterr().out.splitlines() == [
+        start + "training and validation share no class; they have above, below and left, right",
+        start + "training and validation share no class; they have none and above, below",
+        start + "one of the splits has fewer labelled images than the 8 processes",
+    ]
     assert measure_knn(Pixels(), None, torch.device("cpu"), 4) == {}
     pixels = Pixels()
     pixels.features = lambda images: images.flatten(1) / 0

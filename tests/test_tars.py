@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import subprocess
 import tarfile
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ import decode
 import launch
 import tars
 from cache import CachedImages, sizes_to_cache
-from data import MultiCrop, UnreadableImage, start_epoch, training_loader
+from data import CentreCrop, MultiCrop, UnreadableImage, start_epoch, training_loader
 from decode import Member, read_image
 from images import ImageFiles, check_folder, fingerprint, new_bad_images, open_images, open_splits, typical_side
+from labels import class_of
 from launch import RunStopped, UserError
+from monitor import knn_images
 from tars import open_tars
 
 
@@ -227,6 +231,38 @@ def test_an_image_without_a_label_is_named(samples, tmp_path):
         open_images("folder", tmp_path, "val")
 
 
+def test_classes_of_images_for_training_are_those_of_the_labels(tmp_path):
+    """Not the name of the tar file that an image lies in."""
+    samples = {
+        "train_img/0.png": png(),
+        "train_img/0.cls": b"dog",
+        "b/1.png": png(),
+        "b/1.cls": b"cat",
+        "c/2.png": png(),
+    }
+    images = open_images("folder", write_tar(tmp_path / "with.tar", samples))
+    assert [class_of(images, i) for i in range(3)] == ["cat", None, "dog"] and images[0][1] == -1
+    images = open_images(
+        "folder", write_tar(tmp_path / "folders" / "0.tar", {"cats/0.png": png(), "1.png": png()}).parent
+    )
+    assert [class_of(images, i) for i in range(2)] == [None, "cats"]
+    images = open_images("folder", write_tar(tmp_path / "flat.tar", {"0.png": png()}))
+    assert class_of(images, 0) is None
+
+
+def test_knn_while_training_on_tar_files(tmp_path):
+    for split, number in product(("train", "val"), range(2)):
+        samples = {
+            f"{number}{i}.{end}": png(i) if end == "png" else b"%d" % (i % 2)
+            for i in range(4)
+            for end in ("png", "cls")
+        }
+        write_tar(tmp_path / split / f"{number}.tar", samples)
+    images, val_images = (open_images("folder", tmp_path, split) for split in ("pretrain", "val"))
+    (_, labels), (_, val_labels) = knn_images(images, val_images, CentreCrop(8, 8))
+    assert labels.bincount().tolist() == val_labels.bincount().tolist() == [4, 4]
+
+
 # The index
 
 
@@ -272,6 +308,26 @@ def test_an_index_that_cannot_be_read_is_built_again(content, shards, built, mon
     else:
         path.write_bytes(path.read_bytes()[:700] if content == b"cut" else content)
     assert len(ImageFiles(shards)) == 4 and len(built) == 4
+    assert len(ImageFiles(shards)) == 4 and len(built) == 4
+
+
+def test_an_index_is_built_again_where_other_formats_can_be_read(shards, built, monkeypatch):
+    write_tar(shards / "1.tar", {"a.heic": png(), "b.png": png()})
+    for endings, names in (((), ["00.png", "01.png", "b.png"]), ((".heic",), ["00.png", "01.png", "a.heic", "b.png"])):
+        monkeypatch.setattr(tars, "readable_formats", lambda endings=endings: ((".png", *endings), ()))
+        for _ in range(2):
+            assert names_of(ImageFiles(shards)) == names
+    assert built == ["0.tar", "1.tar"] * 2
+
+
+def test_an_index_of_an_earlier_version_is_built_again(shards, built):
+    """Version 1 did not tell which formats could be read."""
+    ImageFiles(shards)
+    with np.load(shards / ".swav-index.npz") as saved:
+        arrays = dict(saved)
+    about = json.loads(arrays["about"].tobytes())
+    about = {"version": 1, "tars": about["tars"]}
+    np.savez(shards / ".swav-index.npz", **arrays | {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)})
     assert len(ImageFiles(shards)) == 4 and len(built) == 4
 
 
