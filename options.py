@@ -61,9 +61,8 @@ def option_parser() -> launch.OptionParser:
     add("grayscale", 0.2, nonnegative, "probability of greyscale; 0 if colours tell your images apart")
     add("blur_sigma", None, nonnegative, "sigma of the strongest blur in pixels, 0 for none; lower it if fine textures "
         "tell your images apart")  # fmt: skip
-    add("max_bad_images", None, nonnegative_int, "stop if more images than this cannot be read; until then others "
-        "take their place, and bad_images.txt lists them (default: 1 %% of the images, at least 1)",
-        affects="nothing")  # fmt: skip
+    add("max_bad_images", None, nonnegative_int, "stop if more images cannot be read; until then others take their "
+        "place; bad_images.txt lists them (default: 1 %% of the images, at least 1)", affects="nothing")  # fmt: skip
 
     parser.start_group("model", affects="model")
     add("arch", None, backbones.arch_name, "Train this network, or timm/NAME; list shows all.",
@@ -72,14 +71,8 @@ def option_parser() -> launch.OptionParser:
         default_text="random", affects="learning")  # fmt: skip
     add("width", None, positive_int, "channels of its stem, to shrink or widen it (default: that of the arch)")
     add("blocks", None, positive_int, "residual blocks of its four stages (default: those of the arch)", nargs=4)
-    add(
-        "stem",
-        None,
-        str,
-        "imagenet: for crops from 96 pixels; medium: for smaller ones; small: up to 32 "
-        "pixels, at four times the cost of medium",
-        choices=STEMS,
-    )
+    add("stem", None, str, "imagenet: for crops from 96 pixels; medium: for smaller ones; small: up to 32 pixels, at "
+        "four times the cost of medium", choices=STEMS)  # fmt: skip
     add("hidden_mlp", 2048, nonnegative_int, "hidden units of the projection head, 0 for a linear head")
     add("feat_dim", 128, positive_int, "dimensions of an embedding")
     add("nmb_prototypes", None, number(int, 2), "number of prototypes: several times the classes that you expect")
@@ -105,12 +98,8 @@ def option_parser() -> launch.OptionParser:
         "forward runs twice. Codes and gradients are those of all; BatchNorm has statistics of each part")  # fmt: skip
     add("base_lr", None, positive, "learning rate for the global batch (batch_size x processes), not rescaled for you")
     add("final_lr", None, nonnegative, "learning rate at the end of the cosine schedule")
-    add(
-        "warmup_epochs",
-        None,
-        nonnegative_int,
-        "epochs of linear warm-up: a tenth of the run, 10 at most; 0 for large sets with small batches",
-    )
+    add("warmup_epochs", None, nonnegative_int, "epochs of linear warm-up: a tenth of the run, 10 at most; 0 for large "
+        "sets with small batches")  # fmt: skip
     add("start_warmup", None, nonnegative, "learning rate at the start of the warm-up")
     add("wd", 1e-6, nonnegative, "weight decay")
     add("freeze_prototypes_niters", None, nonnegative_int, "steps at the start with frozen prototypes: about an "
