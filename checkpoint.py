@@ -82,7 +82,7 @@ def find_damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # zipfile raises whatever a damaged directory makes it run into
         return str(error) or "it ends early"
     return damaged and f"the checksum of {damaged} is wrong"
 
