@@ -426,10 +426,15 @@ def check_same_run(
     """Raise UserError if dump_path holds a run of other images, or with other options that change what is learned.
 
     checkpoint: its newest state. settings: options and images of this run. affects: as in `changed_options`.
-    resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture.
+    resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture. Logs
+    it too where BatchNorm's groups, which the user left open, follow the number of processes.
     """
     options, changes = settings["options"], changed_options(settings["options"], checkpoint, affects)
     changes.pop("epochs", None)  # a run may become longer
+    typed = settings["user_options"].keys() | (checkpoint["user_options"] or {}).keys()
+    if "sync_bn" in changes and "sync_bn" not in typed:
+        before, now = changes.pop("sync_bn")
+        log(f"--sync_bn: now {now}, before {before}: it follows the number of processes and the batch")
     images_before, images_now = checkpoint.get("images"), settings["images"]
     if images_before is not None:
         changes.pop("data_path", None)  # a folder may move
@@ -442,13 +447,17 @@ def check_same_run(
     advice = f"write another --dump_path, or delete {dump}"
     if any(affects.get(name) == "model" for name in changes):
         raise UserError(f"--dump_path: {dump} holds a run of another architecture ({text}); {advice}")
+    batch, _ = changes.get("global_batch_size", (0, 0))
+    world_size = options["global_batch_size"] // options["batch_size"]
+    is_shared = batch >= 2 * world_size and batch % world_size == 0
+    first = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, " * is_shared
     if checkpoint["epoch"] >= options["epochs"]:
         note = "; --resume_anyway does not apply, as all epochs are done" if resume_anyway else ""
-        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {advice}")
+        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {first}{advice}")
     if not resume_anyway:
         raise UserError(
-            f"--dump_path: {dump} holds an unfinished run with other options ({text}); write another --dump_path, "
-            f"add --resume_anyway to continue it with the new ones, or delete {dump}"
+            f"--dump_path: {dump} holds an unfinished run with other options ({text}); {first}write another "
+            f"--dump_path, add --resume_anyway to continue it with the new ones, or delete {dump}"
         )
     log(f"--resume_anyway: options changed: {text}")
 

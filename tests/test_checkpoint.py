@@ -84,6 +84,16 @@ def test_a_damaged_file_is_found_by_its_checksums(damage, tmp_path):
     assert checkpoint.find_damage(path)
 
 
+def test_any_damage_to_the_directory_of_a_file_is_found_without_an_error(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.write({"epoch": 1}, path)
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):  # zipfile raises errors of many kinds
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        damage = checkpoint.find_damage(path)
+        assert damage is None or isinstance(damage, str) and damage
+
+
 def test_bytes_that_the_disk_changed_are_not_taken(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     checkpoint.write({"epoch": 1}, path)
@@ -486,6 +496,53 @@ def test_without_a_batch_size_the_batch_over_all_processes_stays(images, tmp_pat
             UserError, match=f"{world_size} processes cannot share .* of 8 images; expected 1, 2, 4 proc"
         ):
             train.resolve_options(train.parse_args(many), arrays, world_size, checkpoint.find(tmp_path))
+
+
+LARGE = ImageArrays(np.zeros((20_000, 20, 24, 3), np.uint8), np.zeros(20_000))
+
+
+def resolve_large(dump, world_size: int, *words: str, earlier: dict | None = None) -> dict:
+    """The settings of a run on a set whose options are those of large ones."""
+    args = train.parse_args(["--dump_path", str(dump), "--base_lr", "4.8", *words])
+    return train.resolve_options(args, LARGE, world_size, earlier)[0]
+
+
+@pytest.fixture
+def large_set(monkeypatch) -> None:
+    import defaults
+
+    monkeypatch.setattr(defaults, "LARGE_SET", 10_000)
+    monkeypatch.setattr(options, "LARGE_SET", 10_000)
+
+
+def as_checkpoint(settings: dict) -> dict:
+    return {"epoch": 1, "step": 4, **settings}
+
+
+def test_groups_of_batchnorm_that_nobody_set_follow_the_number_of_processes(large_set, tmp_path, capsys):
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256"))
+    assert earlier["options"]["sync_bn"] == "apex"
+    capsys.readouterr()
+    now = resolve_large(tmp_path, 4, "--batch_size", "512", earlier=earlier)
+    assert now["options"]["sync_bn"] == "pytorch"
+    assert (
+        "\n--sync_bn: now pytorch, before apex: it follows the number of processes and the batch\n"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="other options .sync_bn apex -> pytorch."):
+        resolve_large(tmp_path, 8, "--batch_size", "256", "--sync_bn", "pytorch", earlier=earlier)
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256", "--sync_bn", "apex"))
+    with pytest.raises(UserError, match="other options .sync_bn apex -> pytorch."):
+        resolve_large(tmp_path, 4, "--batch_size", "512", earlier=earlier)
+
+
+def test_a_batch_for_another_number_of_processes_is_said_how_to_write(large_set, tmp_path):
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256"))
+    changed = "global_batch_size 2048 -> 1024."
+    with pytest.raises(UserError, match=f"{changed}; write --batch_size 512 to keep the global batch of 2048 images, "):
+        resolve_large(tmp_path, 4, "--batch_size", "256", earlier=earlier)
+    with pytest.raises(UserError, match="global_batch_size 2048 -> 768.; write another --dump_path"):
+        resolve_large(tmp_path, 3, "--batch_size", "256", earlier=earlier)
 
 
 # Checkpoints of older versions
