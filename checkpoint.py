@@ -2,8 +2,8 @@
 
 A run's folder has checkpoint.pth, the newest state, and checkpoint_previous.pth, the one before; checkpoints/ckp-N.pth
 (kept after N epochs), last_good.pth (with --on_collapse recover), run.json (command, options with reasons, versions),
-run.lock (while a process trains), metrics.jsonl and log.txt. Keys of a checkpoint, for
-torch.load(path, map_location="cpu", weights_only=True):
+run.lock (while a process trains), metrics.jsonl and log.txt; checkpoint_damaged.pth, a newest state that was damaged.
+Keys of a checkpoint, for torch.load(path, map_location="cpu", weights_only=True):
     epoch, step         epochs and steps done
     step_of_epoch       steps done of the epoch after these; 0 at an epoch's end
     losses              of these steps, means over processes
@@ -43,7 +43,7 @@ from processes import Votes
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
-NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+NEWEST, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_damaged.pth"
 
 
 # Write
@@ -328,7 +328,8 @@ def exists(dump: Path) -> bool:
 def find(dump: Path, quiet: bool = False) -> dict | None:
     """Find the newest state of a run whose bytes are whole; None if the folder holds no run.
 
-    A damaged or missing checkpoint.pth is reported (unless quiet), and checkpoint_previous.pth is used. Raises
+    If checkpoint.pth is damaged or missing, checkpoint_previous.pth is used. Unless quiet, this is reported, and a
+    damaged checkpoint.pth gets another name: the next save would put it in the place of the only whole file. Raises
     UserError if no file is left, so that a run never starts from scratch unasked.
     """
     problems = []
@@ -341,7 +342,10 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
         if not damage:
             if path.name == PREVIOUS and not quiet:
                 problem = problems[0] if problems else f"{dump / NEWEST} is missing"
-                log(f"warning: {problem}; using {path}, the state after step {contents['step']}")
+                kept = f"; the damaged file is now {DAMAGED}" if problems else ""
+                log(f"warning: {problem}; using {path}, the state after step {contents['step']}{kept}")
+                if problems:
+                    os.replace(dump / NEWEST, dump / DAMAGED)
             return contents
         problems.append(f"cannot resume from {path}: {damage}")
     if not problems:

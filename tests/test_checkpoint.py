@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from itertools import count
 
@@ -122,13 +124,33 @@ def test_a_damaged_or_missing_checkpoint_gives_way_to_the_previous_one(newest, i
     resumed = run_training(images, tmp_path / "run")
     out = capsys.readouterr().out
     reason = "missing" if newest == "missing" else "cannot resume from .*"
+    kept = "" if newest == "missing" else "; the damaged file is now checkpoint_damaged.pth"
     assert (
-        len(re.findall(f"^warning: .*{reason}; using .*checkpoint_previous.pth, the state after step 4$", out, re.M))
-        == 1
+        len(re.findall(f"^warning: .*{reason}; using .*_previous.pth, the state after step 4{kept}$", out, re.M)) == 1
     )
     assert "2 of 4 epochs done" in out
     straight["options"].pop("dump_path"), resumed["options"].pop("dump_path")
     assert_same(resumed, straight)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_only_whole_one(images, tmp_path, monkeypatch):
+    run_training(images, tmp_path, "--epochs", "2")
+    newest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    damaged, replace = newest.read_bytes(), os.replace
+
+    def killed_once_it_has_a_name(source, target):
+        replace(source, target)
+        if target in (newest, previous):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_once_it_has_a_name)
+        patch.setattr(threading, "excepthook", lambda _: None)
+        run_training(images, tmp_path, "--epochs", "2")
+    assert checkpoint.find(tmp_path)["epoch"] == 2
+    assert checkpoint.find_damage(newest) is None and checkpoint.load(previous)["epoch"] == 1
+    assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == damaged
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(images, tmp_path):
