@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -44,6 +45,8 @@ from processes import Votes
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_damaged.pth"
+WRITER = "checkpoint writer"  # the name of the thread that writes
+WRITE_SECONDS = 20  # that it gets when a run fails; 30 s after one process ended, torchrun kills the others
 
 
 # Write
@@ -121,6 +124,17 @@ def on_host(value: Any) -> Any:
     return [on_host(part) for part in value] if isinstance(value, list) else value
 
 
+def finish_write() -> None:
+    """Give the write that is under way WRITE_SECONDS, for launch.at_exit. After a KeyboardInterrupt it is cut off."""
+    is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+    for thread in threading.enumerate():
+        if thread.name != WRITER or is_interrupted:
+            continue
+        thread.join(WRITE_SECONDS)
+        if thread.is_alive():
+            log(f"warning: the newest state is not saved: the disk took more than {WRITE_SECONDS} seconds")
+
+
 class Saver:
     """Saves a run: after each epoch, every few minutes, and when it is asked to stop. One per process.
 
@@ -180,7 +194,7 @@ class Saver:
             copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
             if copied:
                 copied.record()
-            self.thread = threading.Thread(target=self._write, args=(contents, copied, links), daemon=True)
+            self.thread = threading.Thread(target=self._write, args=(contents, copied, links), name=WRITER, daemon=True)
             self.thread.start()
         if self.stop:
             self.leave()

@@ -134,7 +134,7 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
             run_folder.write_facts(dump, settings, reasons, **facts)
-        with launch.stop_signals() as requested_stop:
+        with launch.stop_signals() as requested_stop, launch.at_exit(checkpoint.finish_write):
             while True:
                 try:
                     train(args, images, settings, rank, world_size, device, dtype, requested_stop)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from itertools import count
 
@@ -375,6 +376,48 @@ def test_another_number_of_processes_resumes_within_an_epoch(before, after, imag
         assert row[key] == pytest.approx(other[key], rel=1e-3)
     queues = [load(tmp_path / name)["queue"]["embeddings"] for name in ("run", "straight")]
     torch.testing.assert_close(*queues, rtol=1e-2, atol=1e-2)
+
+
+# An error while a checkpoint is written
+
+
+def fail_in_the_second_epoch(error: BaseException, write, images, dump, monkeypatch) -> None:
+    """Train until an error in the first step after the first save. write: in the place of checkpoint.write."""
+    place, calls = train.crops_to_device, count(1)
+
+    def place_or_fail(*args, **options):
+        if next(calls) == 3:  # an epoch has two steps
+            raise error
+        return place(*args, **options)
+
+    monkeypatch.setattr(train, "crops_to_device", place_or_fail)
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(type(error)):
+        run_training(images, dump)
+
+
+def test_an_error_lets_the_write_that_is_under_way_end(images, tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def slow(*args):
+        time.sleep(0.5)
+        write(*args)
+        assert (tmp_path / "run.lock").exists()
+
+    fail_in_the_second_epoch(RuntimeError("out of memory"), slow, images, tmp_path, monkeypatch)
+    assert load(tmp_path)["epoch"] == 1 and not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("error, is_said", [(RuntimeError(), True), (KeyboardInterrupt(), False)])
+def test_a_write_that_hangs_does_not_keep_a_run_from_ending(error, is_said, images, tmp_path, monkeypatch, capsys):
+    released = threading.Event()
+    monkeypatch.setattr(checkpoint, "WRITE_SECONDS", 0.1 if is_said else 1000)
+    fail_in_the_second_epoch(error, lambda *_: released.wait(100), images, tmp_path, monkeypatch)
+    assert ("the newest state is not saved: the disk took more than" in capsys.readouterr().out) == is_said
+    released.set()
+    (writing,) = [thread for thread in threading.enumerate() if thread.name == checkpoint.WRITER]
+    writing.join()
+    assert not (tmp_path / "run.lock").exists()
 
 
 # A full disk
