@@ -813,6 +813,28 @@ def test_replay_names_what_is_bad_in_forward_and_backward(images, tmp_path, monk
         assert bad.startswith(name)
 
 
+# The queue holds 3 batches. The bad step is the newest, the one before, and the newest while the queue fills.
+@pytest.mark.parametrize("step, log_freq, is_full", [(7, 2, True), (7, 3, True), (2, 1, False)])
+def test_replay_has_the_queue_that_the_bad_step_had(step, log_freq, is_full, images, tmp_path, monkeypatch):
+    compute, queues = loss.SwAVLoss._loss, []
+
+    def watched(self, embeddings, scores, prototypes):
+        queues.append((self.queue.clone(), int(self.queue_filled)))
+        bad = math.nan if len(queues) == step else 1
+        return compute(self, embeddings * bad, scores * bad, prototypes)
+
+    monkeypatch.setattr(loss.SwAVLoss, "_loss", watched)
+    words = ["--batch_size", "2", "--epoch_queue_starts", "0", "--queue_length", "6", "--log_freq", str(log_freq)]
+    with pytest.raises(RunStopped, match=f" at step {step} "):
+        run_training(images, tmp_path, *words, "--epochs", "2")
+    queue, filled = queues[step - 1]
+    assert (filled == queue.shape[1]) == is_full
+    assert train.replay(str(tmp_path / "bad_step-0.pth"), None, torch.device("cpu")) is None
+    ours, our_filled = queues[-1]
+    assert len(ours[0]) >= 2 and torch.equal(ours, queue[:, : ours.shape[1]])
+    assert (our_filled == ours.shape[1]) == is_full
+
+
 def test_a_bad_step_in_parts_is_not_applied_and_replayed(images, tmp_path, monkeypatch, capsys):
     words = ["--accumulate", "2", "--checkpoint_activations", "--log_freq", "1", "--queue_length", "0"]
     nan_at_step(2, "gradient", monkeypatch)
