@@ -24,6 +24,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -261,8 +262,8 @@ class Saver:
         self.votes.close()  # torchrun ends all processes with the first: wait until each has saved
         raise RunStopped(
             f"{what} at step {contents['step']} (epoch {contents['epoch']}), so the run stopped; checkpoint.pth is "
-            f"from before it; python train.py --replay {path} runs that step again and names the first bad tensor; "
-            "try a lower --base_lr, or --precision fp32",
+            f"from before it; python train.py --replay {shlex.quote(str(path))} runs that step again and names the "
+            "first bad tensor; try a lower --base_lr, or --precision fp32",
             code=4,
         )
 

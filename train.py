@@ -13,6 +13,7 @@ Checkpoints and metrics.jsonl go to --dump_path. The same command resumes after 
 import argparse
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -370,7 +371,8 @@ def log_end(dump: Path) -> None:
     peak = find_peak(read_rows(dump / "metrics.jsonl"), kept_epochs(dump))
     if peak:
         log(peak.describe(dump))
-    log(f"done; evaluate it with: python eval_linear.py {dump / 'checkpoint.pth'}; see it with: python look.py {dump}")
+    path, folder = (shlex.quote(str(name)) for name in (dump / "checkpoint.pth", dump))
+    log(f"done; evaluate it with: python eval_linear.py {path}; see it with: python look.py {folder}")
 
 
 def print_run_summary(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -144,6 +145,20 @@ def test_the_end_of_a_run_names_a_kept_checkpoint_that_was_better(images, tmp_pa
         f"python eval_linear.py {tmp_path / 'run' / 'checkpoints' / 'ckp-2.pth'}"
     )
     assert done.endswith(f"see it with: python look.py {tmp_path / 'run'}")
+
+
+def test_commands_that_a_run_prints_can_be_pasted_where_paths_have_spaces(images, tmp_path, monkeypatch, capsys):
+    values, dump = iter([{"knn": 50.0}, {"knn": 80.0}, {"knn": 60.0}, {"knn": 70.0}]), tmp_path / "my photos"
+    monkeypatch.setattr(train, "measure_knn", lambda *_: next(values))
+    run_training(images, dump, "--eval_every", "1")
+    commands = [shlex.split(words) for words in re.findall(r"python (.+?)(?:;|$)", capsys.readouterr().out, re.M)]
+    kept, newest = dump / "checkpoints" / "ckp-2.pth", dump / "checkpoint.pth"
+    assert commands == [["eval_linear.py", str(kept)], ["eval_linear.py", str(newest)], ["look.py", str(dump)]]
+    nan_at_step(1, "scores", monkeypatch)
+    with pytest.raises(RunStopped) as stopped:
+        run_training(images, tmp_path / "a b")
+    (words,) = re.findall("python (.+?) runs that step", str(stopped.value))
+    assert shlex.split(words) == ["train.py", "--replay", str(tmp_path / "a b" / "bad_step-0.pth")]
 
 
 def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):
