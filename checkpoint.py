@@ -47,7 +47,7 @@ from processes import Votes
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
 NEWEST, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_damaged.pth"
 WRITER = "checkpoint writer"  # the name of the thread that writes
-WRITE_SECONDS = 20  # that it gets when a run fails; 30 s after one process ended, torchrun kills the others
+WRITE_SECONDS = 20  # how long a run that fails waits for it; torchrun kills processes 30 s after another one failed
 
 
 # Write
@@ -127,10 +127,9 @@ def on_host(value: Any) -> Any:
 
 def finish_write() -> None:
     """Give the write that is under way WRITE_SECONDS, for launch.at_exit. After a KeyboardInterrupt it is cut off."""
-    is_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-    for thread in threading.enumerate():
-        if thread.name != WRITER or is_interrupted:
-            continue
+    if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        return
+    for thread in (thread for thread in threading.enumerate() if thread.name == WRITER):
         thread.join(WRITE_SECONDS)
         if thread.is_alive():
             log(f"warning: the newest state is not saved: the disk took more than {WRITE_SECONDS} seconds")
@@ -445,8 +444,8 @@ def check_same_run(
     """Raise UserError if dump_path holds a run of other images, or with other options that change what is learned.
 
     checkpoint: its newest state. settings: options and images of this run. affects: as in `changed_options`.
-    resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture. Logs
-    it too where BatchNorm's groups, which the user left open, follow the number of processes.
+    resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture.
+    BatchNorm's groups, where the user left them open, may change with the number of processes: that is logged.
     """
     options, changes = settings["options"], changed_options(settings["options"], checkpoint, affects)
     changes.pop("epochs", None)  # a run may become longer
@@ -469,7 +468,8 @@ def check_same_run(
     batch, _ = changes.get("global_batch_size", (0, 0))
     world_size = options["global_batch_size"] // options["batch_size"]
     is_shared = batch >= 2 * world_size and batch % world_size == 0
-    first = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, " * is_shared
+    keep_batch = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, "
+    first = keep_batch if is_shared else ""
     if checkpoint["epoch"] >= options["epochs"]:
         note = "; --resume_anyway does not apply, as all epochs are done" if resume_anyway else ""
         raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {first}{advice}")
