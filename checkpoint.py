@@ -2,8 +2,8 @@
 
 A run's folder has checkpoint.pth, the newest state, and checkpoint_previous.pth, the one before; checkpoints/ckp-N.pth
 (kept after N epochs), last_good.pth (with --on_collapse recover), run.json (command, options with reasons, versions),
-run.lock (while a process trains), metrics.jsonl and log.txt. Keys of a checkpoint, for
-torch.load(path, map_location="cpu", weights_only=True):
+run.lock (while a process trains), metrics.jsonl and log.txt; checkpoint_damaged.pth, a newest state that was damaged.
+Keys of a checkpoint, for torch.load(path, map_location="cpu", weights_only=True):
     epoch, step         epochs and steps done
     step_of_epoch       steps done of the epoch after these; 0 at an epoch's end
     losses              of these steps, means over processes
@@ -24,7 +24,9 @@ import argparse
 import math
 import os
 import re
+import shlex
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -43,7 +45,9 @@ from processes import Votes
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
-NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+NEWEST, PREVIOUS, DAMAGED = "checkpoint.pth", "checkpoint_previous.pth", "checkpoint_damaged.pth"
+WRITER = "checkpoint writer"  # the name of the thread that writes
+WRITE_SECONDS = 20  # how long a run that fails waits for it; torchrun kills processes 30 s after another one failed
 
 
 # Write
@@ -82,7 +86,7 @@ def find_damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # zipfile raises whatever a damaged directory makes it run into
         return str(error) or "it ends early"
     return damaged and f"the checksum of {damaged} is wrong"
 
@@ -119,6 +123,16 @@ def on_host(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: on_host(part) for name, part in value.items()}
     return [on_host(part) for part in value] if isinstance(value, list) else value
+
+
+def finish_write() -> None:
+    """Give the write that is under way WRITE_SECONDS, for launch.at_exit. After a KeyboardInterrupt it is cut off."""
+    if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        return
+    for thread in (thread for thread in threading.enumerate() if thread.name == WRITER):
+        thread.join(WRITE_SECONDS)
+        if thread.is_alive():
+            log(f"warning: the newest state is not saved: the disk took more than {WRITE_SECONDS} seconds")
 
 
 class Saver:
@@ -180,7 +194,7 @@ class Saver:
             copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
             if copied:
                 copied.record()
-            self.thread = threading.Thread(target=self._write, args=(contents, copied, links), daemon=True)
+            self.thread = threading.Thread(target=self._write, args=(contents, copied, links), name=WRITER, daemon=True)
             self.thread.start()
         if self.stop:
             self.leave()
@@ -247,8 +261,8 @@ class Saver:
         self.votes.close()  # torchrun ends all processes with the first: wait until each has saved
         raise RunStopped(
             f"{what} at step {contents['step']} (epoch {contents['epoch']}), so the run stopped; checkpoint.pth is "
-            f"from before it; python train.py --replay {path} runs that step again and names the first bad tensor; "
-            "try a lower --base_lr, or --precision fp32",
+            f"from before it; python train.py --replay {shlex.quote(str(path))} runs that step again and names the "
+            "first bad tensor; try a lower --base_lr, or --precision fp32",
             code=4,
         )
 
@@ -328,7 +342,8 @@ def exists(dump: Path) -> bool:
 def find(dump: Path, quiet: bool = False) -> dict | None:
     """Find the newest state of a run whose bytes are whole; None if the folder holds no run.
 
-    A damaged or missing checkpoint.pth is reported (unless quiet), and checkpoint_previous.pth is used. Raises
+    If checkpoint.pth is damaged or missing, checkpoint_previous.pth is used. Unless quiet, this is reported, and a
+    damaged checkpoint.pth gets another name: the next save would put it in the place of the only whole file. Raises
     UserError if no file is left, so that a run never starts from scratch unasked.
     """
     problems = []
@@ -341,7 +356,10 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
         if not damage:
             if path.name == PREVIOUS and not quiet:
                 problem = problems[0] if problems else f"{dump / NEWEST} is missing"
-                log(f"warning: {problem}; using {path}, the state after step {contents['step']}")
+                kept = f"; the damaged file is now {DAMAGED}" if problems else ""
+                log(f"warning: {problem}; using {path}, the state after step {contents['step']}{kept}")
+                if problems:
+                    os.replace(dump / NEWEST, dump / DAMAGED)
             return contents
         problems.append(f"cannot resume from {path}: {damage}")
     if not problems:
@@ -427,9 +445,14 @@ def check_same_run(
 
     checkpoint: its newest state. settings: options and images of this run. affects: as in `changed_options`.
     resume_anyway: log the changes of an unfinished run instead, unless it is of another architecture.
+    BatchNorm's groups, where the user left them open, may change with the number of processes: that is logged.
     """
     options, changes = settings["options"], changed_options(settings["options"], checkpoint, affects)
     changes.pop("epochs", None)  # a run may become longer
+    typed = settings["user_options"].keys() | (checkpoint["user_options"] or {}).keys()
+    if "sync_bn" in changes and "sync_bn" not in typed:
+        before, now = changes.pop("sync_bn")
+        log(f"--sync_bn: now {now}, before {before}: it follows the number of processes and the batch")
     images_before, images_now = checkpoint.get("images"), settings["images"]
     if images_before is not None:
         changes.pop("data_path", None)  # a folder may move
@@ -442,13 +465,18 @@ def check_same_run(
     advice = f"write another --dump_path, or delete {dump}"
     if any(affects.get(name) == "model" for name in changes):
         raise UserError(f"--dump_path: {dump} holds a run of another architecture ({text}); {advice}")
+    batch, _ = changes.get("global_batch_size", (0, 0))
+    world_size = options["global_batch_size"] // options["batch_size"]
+    is_shared = batch >= 2 * world_size and batch % world_size == 0
+    keep_batch = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, "
+    first = keep_batch if is_shared else ""
     if checkpoint["epoch"] >= options["epochs"]:
         note = "; --resume_anyway does not apply, as all epochs are done" if resume_anyway else ""
-        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {advice}")
+        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {first}{advice}")
     if not resume_anyway:
         raise UserError(
-            f"--dump_path: {dump} holds an unfinished run with other options ({text}); write another --dump_path, "
-            f"add --resume_anyway to continue it with the new ones, or delete {dump}"
+            f"--dump_path: {dump} holds an unfinished run with other options ({text}); {first}write another "
+            f"--dump_path, add --resume_anyway to continue it with the new ones, or delete {dump}"
         )
     log(f"--resume_anyway: options changed: {text}")
 

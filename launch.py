@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -295,8 +296,8 @@ def workers_or_auto(text: str) -> int | str:
 
 
 def as_command_line(options: Mapping[str, object]) -> str:
-    """Options as a user would type them."""
-    return " ".join(f"--{n} {' '.join(map(str, v)) if isinstance(v, list) else v}" for n, v in options.items())
+    """Options as a user would type them in a shell."""
+    return " ".join(f"--{n} {shlex.join(map(str, v if isinstance(v, list) else [v]))}" for n, v in options.items())
 
 
 # Signals

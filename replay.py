@@ -20,7 +20,7 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
 
     data_path: where the images are now; None: as in the run. given: the Dataset of a run on --dataset python. Of
     several processes it runs the images of one, so codes are balanced over fewer images. Embeddings that the queue got
-    since the bad step are left out.
+    from the bad step on are left out.
     """
     contents = checkpoint.load(path)
     if "image_indices" not in contents:
@@ -38,8 +38,9 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
     dtype, model, criterion = machine.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)
     model.load_state_dict(contents["state_dict"])
     queue, filled = (contents["queue"][name] for name in ("queue", "queue_filled"))
-    criterion.queue = queue[:, contents["steps_since"] * len(keys) :]  # [A, Q, D], newest first
-    criterion.queue_filled = filled.clamp(max=criterion.queue.shape[1])
+    # [A, Q, D], newest first; without the bad step's own batch, which came after its codes were computed
+    criterion.queue = queue[:, (contents["steps_since"] + 1) * len(keys) :]
+    criterion.queue_filled = criterion.queue.shape[1] * (filled == queue.shape[1])  # codes use it only when it is full
     criterion.queue_started = contents["queue"]["_extra_state"]["started"]
     model, criterion = model.to(device), criterion.to(device)
     bad: list[str] = []

@@ -107,7 +107,7 @@ def write_facts(dump: Path, settings: Mapping[str, Any], reasons: Mapping[str, s
         "options": options,
         "images": settings["images"],
         "git": git_revision(),
-        "packages": {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
+        "packages": {name: version_of(name) for name in ("torch", "torchvision", "numpy", "pillow")},
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         **facts,
@@ -116,6 +116,13 @@ def write_facts(dump: Path, settings: Mapping[str, Any], reasons: Mapping[str, s
     with suppress(OSError):  # a full disk is reported where it loses something
         unfinished.write_text(json.dumps(contents, indent=1, default=str) + "\n")
         os.replace(unfinished, dump / "run.json")
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None if it is not known, as for Pillow where Pillow-SIMD takes its place."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def git_revision() -> str | None:

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -258,7 +259,7 @@ class Peak(NamedTuple):
         unit = " %" if self.measure == "kNN" else ""
         when = "" if self.measured == self.epoch else f" (measured after epoch {self.measured})"
         doubt = "" if self.measure == "kNN" else "; it needs no labels, and is not reliable on all images"
-        path = dump / "checkpoints" / f"ckp-{self.epoch}.pth"
+        path = shlex.quote(str(dump / "checkpoints" / f"ckp-{self.epoch}.pth"))
         return (
             f"quality peaked at epoch {self.epoch} of those kept{when}: {self.measure} {self.value:.3g}{unit}, "
             f"{self.last_value:.3g}{unit} at epoch {self.last_epoch}{doubt}; evaluate also: "

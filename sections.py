@@ -119,7 +119,7 @@ def facts_of(run: Run) -> list[tuple[str, object]]:
         ("Crops of an image", ", ".join(f"{count} of {size} x {size} pixels" for count, size in crops)),
     ]
     if facts:
-        packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items())
+        packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items() if version)
         lines.append(("Machine", f"{facts.get('host')}, {facts.get('device')}, {facts.get('world_size')} process(es)"))
         lines += [("Packages", packages), ("Code", facts.get("git") or "not in a git repository")]
         lines += [("Started", facts.get("started")), ("Command", facts.get("command"))]

@@ -13,6 +13,7 @@ Checkpoints and metrics.jsonl go to --dump_path. The same command resumes after 
 import argparse
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -139,7 +140,7 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
             run_folder.write_facts(dump, settings, reasons, **facts)
-        with launch.stop_signals() as requested_stop:
+        with launch.stop_signals() as requested_stop, launch.at_exit(checkpoint.finish_write):
             while True:
                 try:
                     train(args, images, settings, rank, world_size, device, dtype, requested_stop)
@@ -384,7 +385,8 @@ def log_end(dump: Path) -> None:
     peak = find_peak(read_rows(dump / "metrics.jsonl"), kept_epochs(dump))
     if peak:
         log(peak.describe(dump))
-    log(f"done; evaluate it with: python eval_linear.py {dump / 'checkpoint.pth'}; see it with: python look.py {dump}")
+    path, folder = (shlex.quote(str(name)) for name in (dump / "checkpoint.pth", dump))
+    log(f"done; evaluate it with: python eval_linear.py {path}; see it with: python look.py {folder}")
 
 
 def print_run_summary(

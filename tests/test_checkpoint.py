@@ -2,10 +2,13 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from itertools import count
 
@@ -84,6 +87,16 @@ def test_a_damaged_file_is_found_by_its_checksums(damage, tmp_path):
     assert checkpoint.find_damage(path)
 
 
+def test_any_damage_to_the_directory_of_a_file_is_found_without_an_error(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.write({"epoch": 1}, path)
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):  # zipfile raises errors of many kinds
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        damage = checkpoint.find_damage(path)
+        assert damage is None or isinstance(damage, str) and damage
+
+
 def test_bytes_that_the_disk_changed_are_not_taken(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     checkpoint.write({"epoch": 1}, path)
@@ -112,13 +125,33 @@ def test_a_damaged_or_missing_checkpoint_gives_way_to_the_previous_one(newest, i
     resumed = run_training(images, tmp_path / "run")
     out = capsys.readouterr().out
     reason = "missing" if newest == "missing" else "cannot resume from .*"
+    kept = "" if newest == "missing" else "; the damaged file is now checkpoint_damaged.pth"
     assert (
-        len(re.findall(f"^warning: .*{reason}; using .*checkpoint_previous.pth, the state after step 4$", out, re.M))
-        == 1
+        len(re.findall(f"^warning: .*{reason}; using .*_previous.pth, the state after step 4{kept}$", out, re.M)) == 1
     )
     assert "2 of 4 epochs done" in out
     straight["options"].pop("dump_path"), resumed["options"].pop("dump_path")
     assert_same(resumed, straight)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_only_whole_one(images, tmp_path, monkeypatch):
+    run_training(images, tmp_path, "--epochs", "2")
+    newest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_previous.pth"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    damaged, replace = newest.read_bytes(), os.replace
+
+    def killed_once_it_has_a_name(source, target):
+        replace(source, target)
+        if target in (newest, previous):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_once_it_has_a_name)
+        patch.setattr(threading, "excepthook", lambda _: None)
+        run_training(images, tmp_path, "--epochs", "2")
+    assert checkpoint.find(tmp_path)["epoch"] == 2
+    assert checkpoint.find_damage(newest) is None and checkpoint.load(previous)["epoch"] == 1
+    assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == damaged
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(images, tmp_path):
@@ -345,6 +378,48 @@ def test_another_number_of_processes_resumes_within_an_epoch(before, after, imag
     torch.testing.assert_close(*queues, rtol=1e-2, atol=1e-2)
 
 
+# An error while a checkpoint is written
+
+
+def fail_in_the_second_epoch(error: BaseException, write, images, dump, monkeypatch) -> None:
+    """Train until an error in the first step after the first save. write: in the place of checkpoint.write."""
+    place, calls = train.crops_to_device, count(1)
+
+    def place_or_fail(*args, **options):
+        if next(calls) == 3:  # an epoch has two steps
+            raise error
+        return place(*args, **options)
+
+    monkeypatch.setattr(train, "crops_to_device", place_or_fail)
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(type(error)):
+        run_training(images, dump)
+
+
+def test_an_error_lets_the_write_that_is_under_way_end(images, tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def slow(*args):
+        time.sleep(0.5)
+        write(*args)
+        assert (tmp_path / "run.lock").exists()
+
+    fail_in_the_second_epoch(RuntimeError("out of memory"), slow, images, tmp_path, monkeypatch)
+    assert load(tmp_path)["epoch"] == 1 and not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("error, is_said", [(RuntimeError(), True), (KeyboardInterrupt(), False)])
+def test_a_write_that_hangs_does_not_keep_a_run_from_ending(error, is_said, images, tmp_path, monkeypatch, capsys):
+    released = threading.Event()
+    monkeypatch.setattr(checkpoint, "WRITE_SECONDS", 0.1 if is_said else 1000)
+    fail_in_the_second_epoch(error, lambda *_: released.wait(100), images, tmp_path, monkeypatch)
+    assert ("the newest state is not saved: the disk took more than" in capsys.readouterr().out) == is_said
+    released.set()
+    (writing,) = [thread for thread in threading.enumerate() if thread.name == checkpoint.WRITER]
+    writing.join()
+    assert not (tmp_path / "run.lock").exists()
+
+
 # A full disk
 
 
@@ -490,6 +565,53 @@ def test_without_a_batch_size_the_batch_over_all_processes_stays(images, tmp_pat
             UserError, match=f"{world_size} processes cannot share .* of 8 images; expected 1, 2, 4 proc"
         ):
             train.resolve_options(train.parse_args(many), arrays, world_size, checkpoint.find(tmp_path))
+
+
+LARGE = ImageArrays(np.zeros((20_000, 20, 24, 3), np.uint8), np.zeros(20_000))
+
+
+def resolve_large(dump, world_size: int, *words: str, earlier: dict | None = None) -> dict:
+    """The settings of a run on a set whose options are those of large ones."""
+    args = train.parse_args(["--dump_path", str(dump), "--base_lr", "4.8", *words])
+    return train.resolve_options(args, LARGE, world_size, earlier)[0]
+
+
+@pytest.fixture
+def large_set(monkeypatch) -> None:
+    import defaults
+
+    monkeypatch.setattr(defaults, "LARGE_SET", 10_000)
+    monkeypatch.setattr(options, "LARGE_SET", 10_000)
+
+
+def as_checkpoint(settings: dict) -> dict:
+    return {"epoch": 1, "step": 4, **settings}
+
+
+def test_groups_of_batchnorm_that_nobody_set_follow_the_number_of_processes(large_set, tmp_path, capsys):
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256"))
+    assert earlier["options"]["sync_bn"] == "apex"
+    capsys.readouterr()
+    now = resolve_large(tmp_path, 4, "--batch_size", "512", earlier=earlier)
+    assert now["options"]["sync_bn"] == "pytorch"
+    assert (
+        "\n--sync_bn: now pytorch, before apex: it follows the number of processes and the batch\n"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="other options .sync_bn apex -> pytorch."):
+        resolve_large(tmp_path, 8, "--batch_size", "256", "--sync_bn", "pytorch", earlier=earlier)
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256", "--sync_bn", "apex"))
+    with pytest.raises(UserError, match="other options .sync_bn apex -> pytorch."):
+        resolve_large(tmp_path, 4, "--batch_size", "512", earlier=earlier)
+
+
+def test_a_batch_for_another_number_of_processes_is_said_how_to_write(large_set, tmp_path):
+    earlier = as_checkpoint(resolve_large(tmp_path, 8, "--batch_size", "256"))
+    changed = "global_batch_size 2048 -> 1024."
+    with pytest.raises(UserError, match=f"{changed}; write --batch_size 512 to keep the global batch of 2048 images, "):
+        resolve_large(tmp_path, 4, "--batch_size", "256", earlier=earlier)
+    with pytest.raises(UserError, match="global_batch_size 2048 -> 768.; write another --dump_path"):
+        resolve_large(tmp_path, 3, "--batch_size", "256", earlier=earlier)
 
 
 # Checkpoints of older versions

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from conftest import ROOT, TINY, script
 from PIL import Image
 
 import cache
+import checkpoint
 import data
 import launch
 import machine
@@ -264,6 +266,25 @@ def test_the_lock_is_removed_when_another_process_ends_a_run_whose_main_thread_h
     codes, consoles = run_machines(main, machines, SILENCE=2)
     assert 0 not in codes and "hangs" in consoles[0] and len(errors(consoles[0])) == 1, consoles
     assert not (machines / "0" / "run" / "run.lock").exists()
+
+
+def test_a_write_under_way_ends_before_another_process_ends_the_run(machines):
+    def main(rank):
+        def write():
+            time.sleep(3)
+            assert os.path.exists("run/run.lock")
+            Path("written").touch()
+
+        def hang(*_):
+            threading.Thread(target=write, name=checkpoint.WRITER, daemon=True).start()
+            signal.pause()
+
+        train.train = hang if rank == 0 else lambda *_: raise_error()
+        start_training()
+
+    codes, consoles = run_machines(main, machines)
+    assert codes == [2, 2] and len(errors(consoles[0])) == 1, consoles
+    assert (machines / "0" / "written").exists() and not (machines / "0" / "run" / "run.lock").exists()
 
 
 # Processes that die, hang or fail

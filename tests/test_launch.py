@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -153,6 +154,8 @@ def test_options_as_a_command_line():
     assert launch.as_command_line({"base_lr": 0.3, "nmb_crops": [2, 6], "stem": "small"}) == (
         "--base_lr 0.3 --nmb_crops 2 6 --stem small"
     )
+    words = launch.as_command_line({"data_path": "my photos", "dump_path": "runs/it's", "blur_sigma": [-0.1, 2.0]})
+    assert shlex.split(words) == ["--data_path", "my photos", "--dump_path", "runs/it's", "--blur_sigma", "-0.1", "2.0"]
 
 
 # Errors

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -144,6 +145,20 @@ def test_the_end_of_a_run_names_a_kept_checkpoint_that_was_better(images, tmp_pa
         f"python eval_linear.py {tmp_path / 'run' / 'checkpoints' / 'ckp-2.pth'}"
     )
     assert done.endswith(f"see it with: python look.py {tmp_path / 'run'}")
+
+
+def test_commands_that_a_run_prints_can_be_pasted_where_paths_have_spaces(images, tmp_path, monkeypatch, capsys):
+    values, dump = iter([{"knn": 50.0}, {"knn": 80.0}, {"knn": 60.0}, {"knn": 70.0}]), tmp_path / "my photos"
+    monkeypatch.setattr(train, "measure_knn", lambda *_: next(values))
+    run_training(images, dump, "--eval_every", "1")
+    commands = [shlex.split(words) for words in re.findall(r"python (.+?)(?:;|$)", capsys.readouterr().out, re.M)]
+    kept, newest = dump / "checkpoints" / "ckp-2.pth", dump / "checkpoint.pth"
+    assert commands == [["eval_linear.py", str(kept)], ["eval_linear.py", str(newest)], ["look.py", str(dump)]]
+    nan_at_step(1, "scores", monkeypatch)
+    with pytest.raises(RunStopped) as stopped:
+        run_training(images, tmp_path / "a b")
+    (words,) = re.findall("python (.+?) runs that step", str(stopped.value))
+    assert shlex.split(words) == ["train.py", "--replay", str(tmp_path / "a b" / "bad_step-0.pth")]
 
 
 def test_a_slow_run_is_warned_of_once(images, tmp_path, monkeypatch, capsys):
@@ -813,6 +828,28 @@ def test_replay_names_what_is_bad_in_forward_and_backward(images, tmp_path, monk
             warnings.simplefilter("error")  # a line says it, not torch's warning
             bad = train.replay(str(tmp_path / "bad_step-0.pth"), None, torch.device("cpu"))
         assert bad.startswith(name)
+
+
+# The queue holds 3 batches. The bad step is the newest, the one before, and the newest while the queue fills.
+@pytest.mark.parametrize("step, log_freq, is_full", [(7, 2, True), (7, 3, True), (2, 1, False)])
+def test_replay_has_the_queue_that_the_bad_step_had(step, log_freq, is_full, images, tmp_path, monkeypatch):
+    compute, queues = loss.SwAVLoss._loss, []
+
+    def watched(self, embeddings, scores, prototypes):
+        queues.append((self.queue.clone(), int(self.queue_filled)))
+        bad = math.nan if len(queues) == step else 1
+        return compute(self, embeddings * bad, scores * bad, prototypes)
+
+    monkeypatch.setattr(loss.SwAVLoss, "_loss", watched)
+    words = ["--batch_size", "2", "--epoch_queue_starts", "0", "--queue_length", "6", "--log_freq", str(log_freq)]
+    with pytest.raises(RunStopped, match=f" at step {step} "):
+        run_training(images, tmp_path, *words, "--epochs", "2")
+    queue, filled = queues[step - 1]
+    assert (filled == queue.shape[1]) == is_full
+    assert train.replay(str(tmp_path / "bad_step-0.pth"), None, torch.device("cpu")) is None
+    ours, our_filled = queues[-1]
+    assert len(ours[0]) >= 2 and torch.equal(ours, queue[:, : ours.shape[1]])
+    assert (our_filled == ours.shape[1]) == is_full
 
 
 def test_a_bad_step_in_parts_is_not_applied_and_replayed(images, tmp_path, monkeypatch, capsys):

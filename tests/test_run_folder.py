@@ -92,3 +92,17 @@ def test_run_json_has_the_command_and_the_reasons_of_options(images, tmp_path):
     assert facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["world_size"] == 1 and facts["sinkhorn"] in ("cpp", "torch") and facts["sinkhorn_ext"]["platform"]
     assert facts["command"] and facts["images"]["images"] == 10 and facts["device"] == "cpu"
+
+
+def test_a_package_that_is_not_found_has_no_version_and_ends_no_run(tmp_path, monkeypatch):
+    version = run_folder.metadata.version
+
+    def without_pillow(name):
+        if name == "pillow":  # Pillow-SIMD has another name
+            raise run_folder.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(run_folder.metadata, "version", without_pillow)
+    run_folder.write_facts(tmp_path, {"options": {}, "images": {}}, {})
+    packages = json.loads((tmp_path / "run.json").read_text())["packages"]
+    assert packages["pillow"] is None and packages["torch"]
