@@ -333,11 +333,12 @@ def test_processes_share_cached_images(images, tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["off", "on"])
-def test_a_run_reads_no_more_values_of_tensors_for_more_steps(unit, images, tmp_path):
+def test_a_run_reads_no_more_values_of_tensors_for_more_steps(unit, images, tmp_path, monkeypatch):
     """Reading a value makes the host wait for the GPU. A trace on a CPU shows it too.
 
     At the end of an epoch values may be read.
     """
+    monkeypatch.setattr(sinkhorn_ext, "_rows_are_in_range", lambda _: False)  # read on CPUs alone, in plain torch
     counts = []
     for batch_size in (4, 2):  # 2 and 5 steps
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
