@@ -272,11 +272,11 @@ def train(
     saver = checkpoint.Saver(dump, components | {"run_log": run_log}, settings, **saver_options)
     bad_images = BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
-    val_images, val_crop = open_validation(args, images)
-    costs = dict(images=len(images), multi_crop=build_multicrop(args), knn_size=val_crop.size if val_crop else 0)
+    validation = open_validation(args, images)
+    costs = dict(images=len(images), multi_crop=build_multicrop(args), knn_size=validation[1].size if validation else 0)
     measured_epochs = quality_epochs(args.epochs, args.eval_every, **costs)
     measures_quality = max(measured_epochs, default=0) > first_epoch
-    measured_on = images_to_measure(args, images, val_images, val_crop, rank, world_size) if measures_quality else None
+    measured_on = images_to_measure(args, images, validation, rank, world_size) if measures_quality else None
     part_size = args.batch_size // args.accumulate  # images that fit into memory
     print_run_summary(args, images, loader, model, device, dtype)
 
@@ -339,39 +339,30 @@ def train(
     log_end(dump)
 
 
-def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset, CentreCrop] | tuple[None, None]:
-    """(images with labels to measure kNN on, their transform): of a named set or beside train/, or (None, None)."""
+def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset, CentreCrop] | None:
+    """Images with labels to measure kNN on, of a named set or next to train/, and their transform; None without."""
     has_labels = has_validation_split(args.data_path) if args.dataset == "folder" else args.dataset != GIVEN
     if not has_labels or args.eval_every == 0:
-        return None, None
+        return None
     try:
         val_images = open_images(args.dataset, args.data_path, "val", value_range=images.value_range)
         side = typical_side(val_images)
     except UserError as error:
         log(f"no kNN while training: {error}")
-        return None, None
+        return None
     # Unlike in the evaluation, photographs are not enlarged, which would take four times as long.
-    options = vars(args) | {"min_scale_crops": [1.0]}
-    size, resize = choose_sizes(options, side, is_folder=args.dataset == "folder")
+    size, resize = choose_sizes(vars(args) | {"min_scale_crops": [1.0]}, side, is_folder=args.dataset == "folder")
     return val_images, CentreCrop(resize, size)
 
 
 def images_to_measure(
-    args: argparse.Namespace,
-    images: Dataset,
-    val_images: Dataset | None,
-    val_crop: CentreCrop | None,
-    rank: int,
-    world_size: int,
+    args: argparse.Namespace, images: Dataset, validation: tuple | None, rank: int, world_size: int
 ) -> tuple:
-    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None.
-
-    val_images, val_crop: of `open_validation`.
-    """
+    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None."""
     crops = quality_crops(images, build_multicrop(args), rank, world_size)
     if world_size > 1:
-        processes.check_same("comparing images", {"validation images": val_images and len(val_images)})
-    return crops, val_images and knn_images(images, val_images, val_crop, rank, world_size)
+        processes.check_same("comparing images", {"validation images": validation and len(validation[0])})
+    return crops, validation and knn_images(images, *validation, rank, world_size)
 
 
 def measure(model: SwAV, measured_on: tuple, device: torch.device, batch_size: int) -> dict[str, float | None]:
