@@ -687,7 +687,9 @@ def test_a_full_disk_does_not_end_a_run_that_prints(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "a\nb\nc\n"
 
 
-def test_the_log_has_all_lines_from_the_start_and_the_traceback_of_a_bug(tmp_path):
+def test_the_log_has_all_lines_from_the_start_and_the_traceback_of_a_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_log_file", None)  # of runs of other tests in this process
+
     def main():
         launch.log("before")
         launch.log_to(tmp_path / "log.txt")
