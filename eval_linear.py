@@ -114,12 +114,7 @@ def option_parser() -> OptionParser:
     add("lr", None, or_file(positive), "learning rate for the batches of all processes, not rescaled; several with "
         f"--sweep (default: 0.3; --sweep: {' '.join(map(str, SWEEP_LR))}; --finetune: for the backbone, "
         "0.01 * sqrt(batch / 256))", nargs="+")  # fmt: skip
-    add(
-        "lr_last_layer",
-        None,
-        positive,
-        "learning rate of the classifier in --finetune (default: 0.2 * sqrt(batch / 256))",
-    )
+    add("lr_last_layer", None, positive, "learning rate of --finetune's classifier (default: 0.2 * sqrt(batch / 256))")
     add("wd", None, or_file(nonnegative), "weight decay; several with --sweep (default: 1e-6; --finetune: 0; --sweep: "
         f"{' '.join(map(str, SWEEP_WD))})", nargs="+")  # fmt: skip
     add("knn_k", [20], or_file(positive_int), "Let this many neighbours vote; several are compared.", nargs="+",
@@ -494,7 +489,7 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
         contents = {"state_dict": weights, "classes": list(classes), "value_range": trained["value_range"]}
         contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
-        contents["options"] |= {"size_crops": [result["size"]]} | {n: trained[n] for n in ("arch",) if n in trained}
+        contents["options"] |= {"size_crops": [result["size"]], "arch": trained.get("arch", "")}
         files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
     if result.get("per_class"):
         if find_spec("matplotlib"):
