@@ -9,7 +9,7 @@ import sinkhorn_ext
 from bench import published
 from bench.measure import Times, fresh_process, measure, peak_bytes, prepare_for_peaks, report, run_in
 from bench.published import EPSILON, ITERATIONS, TEMPERATURE
-from bench.sinkhorn import random_scores
+from bench.sinkhorn import fallback, random_scores
 from loss import SwAVLoss
 
 CROPS = 8
@@ -76,7 +76,7 @@ def loss_candidates(scores: torch.Tensor) -> dict[str, Callable]:
     candidates = {
         "published": partial(gradient, published.loss, scores, potentials),
         "batched": partial(gradient, published.batched_loss, scores, potentials),
-        "fallback": partial(fallback_loss, scores, potentials),
+        **fallback(scores, partial(fallback_loss, scores, potentials)),
         "ours": partial(gradient, sinkhorn_ext.swav_loss, scores, potentials),
         "read+write": partial(out.copy_, scores),
     }

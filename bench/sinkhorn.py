@@ -48,12 +48,17 @@ def sinkhorn_candidates(scores: torch.Tensor) -> dict[str, Callable]:
     return {
         "published": lambda: published.sinkhorn(scores),
         **published.compiled(published.sinkhorn, lambda form: form(scores)),
-        "fallback": lambda: fallback_sinkhorn(scores, out),
+        **fallback(scores, lambda: fallback_sinkhorn(scores, out)),
         "ours": lambda: sinkhorn_ext.sinkhorn(scores, EPSILON, ITERATIONS, out=out),
         "new": lambda: sinkhorn_ext.sinkhorn(scores, EPSILON, ITERATIONS),
         "read+write": lambda: out.copy_(scores),
         "exp": lambda: torch.exp(scores, out=out),
     }
+
+
+def fallback(scores: torch.Tensor, form: Callable) -> dict[str, Callable]:
+    """Return the candidate "fallback", but not beside CUDA kernels, where torch.compile takes seconds for each size."""
+    return {} if sinkhorn_ext.backend(scores.device) == "cuda" else {"fallback": form}
 
 
 def fallback_sinkhorn(scores: torch.Tensor, out: torch.Tensor) -> None:

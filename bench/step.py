@@ -122,6 +122,7 @@ def step_times(programs: dict[str, ProcessPoolExecutor], repetitions: int) -> tu
     for repetition in range(repetitions + 1):
         for name, process in programs.items():
             seconds, seconds_of_parts = run_in(process, time_step), run_in(process, time_parts)
+            print(f"    turn {repetition}, {name}: {seconds * 1e3:.1f} ms per step", flush=True)  # it may be stopped
             if repetition:
                 times[name].append(seconds)
                 for part in PARTS:

@@ -432,12 +432,15 @@ def _load_kernels() -> str:
     built = importlib.machinery.PathFinder.find_spec(f"{__name__}._C", this_folder)
     if built is None:
         return "not built"
+    with open(built.origin, "rb") as file:
+        found = re.search(rb"sinkhorn_ext for torch ([\w.+]+)", file.read())
+    version = found[1].decode() if found else torch.__version__
     try:
+        if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+            raise ImportError(f"{built.origin} may crash with another release of torch")
         importlib.import_module(f"{__name__}._C")
     except ImportError as error:
-        with open(built.origin, "rb") as file:
-            version = re.search(rb"sinkhorn_ext for torch ([\w.+]+)", file.read())
-        fits = f"They were built for torch {version[1].decode()}, this is {torch.__version__}. " if version else ""
+        fits = f"They were built for torch {version}, this is {torch.__version__}. " if found else ""
         warnings.warn(
             f"sinkhorn_ext runs in plain torch, because its compiled kernels do not load. {fits}"
             f"To rebuild them: pip install --no-build-isolation -e . The reason: {error}",

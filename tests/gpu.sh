@@ -10,19 +10,20 @@ cd "$(dirname "$0")/.."
 # name, limit in seconds, what it does; in order of importance
 PARTS='
 build        110   compile the extension in place, strictly; the other parts need it
-cuda_tests    75   run the tests that need a GPU
-step         110   time a ResNet-50 training step, the original loop and ours (compiled)
-kernels       85   time Sinkhorn and the loss beside the original forms, as they are and compiled
-photos        60   train on the photographs in PHOTOS and evaluate the features
-images_per_s  40   train a ResNet-50 on JPEG files: images/s and data wait
+cuda_tests   100   run the tests that need a GPU
+kernels      120   time Sinkhorn and the loss beside the original forms, as they are and compiled
+step          90   time a ResNet-50 training step, the original loop and ours (not compiled)
+images_per_s  45   train a ResNet-50 on JPEG files: images/s and data wait
 '
 # these run only if they are named
 BY_NAME='
-imagenette   360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
-faults       300   out of memory; SIGTERM in the middle of an epoch; two processes on one GPU, resumed as one
-fused         90   the same kernels in plain torch, fused by torch.compile, with their tests
-memory       180   memory and time of --accumulate and --checkpoint_activations; their losses, compiled or not
-profile       60   time each kernel of the codes and the loss, and read the counters of the slowest one by ncu
+imagenette    360   train a ResNet-18 on IMAGENETTE as long as fits and evaluate it as lightly does
+faults        300   out of memory; SIGTERM in the middle of an epoch; two processes on one GPU, resumed as one
+step_compiled 260  the part step with torch.compile for ours, which takes minutes at the first step
+photos         60   train on the photographs in PHOTOS and evaluate the features
+fused         200   the same kernels in plain torch, fused by torch.compile, with their tests
+memory        400   memory and time of --accumulate and --checkpoint_activations; their losses, compiled or not
+profile        60   time each kernel of the codes and the loss, and read the counters of the slowest one by ncu
 '
 
 usage() {
@@ -56,12 +57,12 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_results}
 PYTHONUNBUFFERED=1 # so that the logs hold every line when a part is stopped
 device=${GPU_SH_DEVICE:-cuda}
-network='' run='' step='' kernels='--batch_size 64 256 1024 4096 --nmb_prototypes 3000 --repetitions 5' memory='--repetitions 3' files=64 links=150
+network='' run='' step='' kernels='--nmb_prototypes 3000 --repetitions 5' codes='64 256 1024 4096' crops='64 256' memory='--repetitions 2' files=64 links=150
 if [ "$device" = cpu ]; then
   network='--arch resnet18 --width 8 --blocks 1 1 1 1 --hidden_mlp 16 --feat_dim 8 --nmb_prototypes 10'
   run='--batch_size 8 --size_crops 32 16 --workers 1'
   step='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --images 4 --workers 1 --steps 2'
-  kernels='--batch_size 16 --nmb_prototypes 30 --repetitions 2'
+  kernels='--nmb_prototypes 30 --repetitions 2' codes=16 crops=16
   memory='--batch_size 4 --size_crops 32 16 --nmb_crops 2 1 --nmb_prototypes 10 --repetitions 2'
   files=4 links=4
 fi
@@ -81,27 +82,36 @@ part_cuda_tests() {
   # The tests that need a GPU, and no others: those with the mark needs_gpu of conftest.py.
   cat >"$temporary/gpu_tests_only.py" <<'END'
 def pytest_collection_modifyitems(items):
+    import sinkhorn_ext
+
+    sinkhorn_ext.fused.devices = ()  # float64 has no CUDA kernels, and to compile its tests takes minutes: part fused
     items[:] = [item for item in items if any(m.kwargs.get("reason") == "no GPU" for m in item.iter_markers("skipif"))]
 END
   # -v writes a line when a test ends. A test file that cannot be imported does not stop the others.
   local parallel=''
   if has_module xdist; then parallel='-n 4'; fi
   PYTHONPATH="$temporary:${PYTHONPATH:-}" $PYTHON -m pytest -v --tb=short --durations=5 -p no:cacheprovider \
-    -p gpu_tests_only --continue-on-collection-errors $parallel
+    -p gpu_tests_only --continue-on-collection-errors $parallel $(grep -lE 'needs_gpu|DEVICES' tests/test_*.py)
 }
 
 part_step() {
   # The steps of a turn have to be a multiple of the workers: their batches arrive in bursts.
-  $PYTHON -m bench step --device "$device" --repetitions 2 --steps 10 --workers 10 --json "$temporary/step.json" $step
+  $PYTHON -m bench step --device "$device" --repetitions 2 --steps 10 --workers 10 --compile "${1:-off}" \
+    --json "$temporary/step.json" $step
+}
+
+part_step_compiled() {
+  part_step on
 }
 
 part_kernels() {
-  $PYTHON -m bench sinkhorn loss --device "$device" --json "$temporary/kernels.json" $kernels
+  $PYTHON -m bench sinkhorn --device "$device" --batch_size $codes $kernels --json "$temporary/sinkhorn.json"
+  $PYTHON -m bench loss --device "$device" --batch_size $crops $kernels --json "$temporary/loss.json"
 }
 
 part_fused() {
-  # In these tables `fallback` is the fused form. It should not be slower than `published`.
-  SINKHORN_EXT=fused $PYTHON -m bench sinkhorn loss --device "$device" $kernels 2>&1 | tee "$temporary/fused.txt"
+  # In these tables `fallback` and `ours` are the fused form. It should not be slower than `published`.
+  SINKHORN_EXT=fused $PYTHON -m bench sinkhorn loss --device "$device" --batch_size $crops $kernels 2>&1 | tee "$temporary/fused.txt"
   if grep "does not work here" "$temporary/fused.txt"; then return 1; fi
   has_module pytest || return 0
   SINKHORN_EXT=fused $PYTHON -m pytest -q -p no:cacheprovider tests/test_sinkhorn.py \

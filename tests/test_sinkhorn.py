@@ -950,11 +950,16 @@ def test_kernels_that_do_not_load_cause_one_warning_with_the_reason(run_copy, tm
 
 
 @pytest.mark.skipif(not IS_COMPILED, reason="no compiled kernels to copy")
-def test_kernels_load_only_for_the_operators_that_they_were_compiled_for(run_copy, tmp_path):
+def test_kernels_load_only_for_the_torch_and_the_operators_that_they_were_compiled_for(run_copy, tmp_path):
     (library,) = (ROOT / "sinkhorn_ext").glob("_C.*")
     shutil.copy(library, tmp_path / "sinkhorn_ext")
     result = run_copy()
     assert lines_of(result)["backend on cpu"] == "cpp" and result.stderr == ""
+    copy, version = tmp_path / "sinkhorn_ext" / library.name, f"sinkhorn_ext for torch {torch.__version__[0]}".encode()
+    copy.write_bytes(library.read_bytes().replace(version, version[:-1] + b"1"))
+    result = run_copy()
+    assert lines_of(result)["backend on cpu"] == "torch" and "They were built for torch 1." in result.stderr
+    shutil.copy(library, copy)
     source = tmp_path / "sinkhorn_ext" / "__init__.py"
     source.write_text(source.read_text().replace("potentials(Tensor scores,", "potentials(int another, Tensor scores,"))
     result = run_copy()

@@ -621,7 +621,13 @@ class Steps {
   // for GPUs before compute capability 9.0, which later ones may run too, has no barrier of clusters.
   bool run_in_clusters(int64_t first, int64_t last) {
     cudaFuncAttributes code{};
-    if (!succeeded(cudaFuncGetAttributes(&code, kernel_)) || code.ptxVersion < 90 || problem_.rows < kCluster ||
+    const cudaError_t found = cudaFuncGetAttributes(&code, kernel_);
+    if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
+      (void)cudaGetLastError();
+      TORCH_CHECK(false, "sinkhorn_ext: its CUDA kernels were not compiled for this GPU. Build them again on this "
+                         "machine: pip install --no-build-isolation -e . Or set SINKHORN_EXT=torch in the environment");
+    }
+    if (!succeeded(found) || code.ptxVersion < 90 || problem_.rows < kCluster ||
         problem_.rows > kCluster * max_chunk_rows_)
       return false;
     divide(kCluster * problem_.problems);
@@ -636,7 +642,7 @@ class Steps {
            succeeded(cudaLaunchKernelEx(&config, kernel_, work, first, last, true));
   }
 
-  // All problems in one grid. It fails if there are more problems than blocks, or another program uses the GPU.
+  // All problems in one grid, if the GPU can run all its blocks at once. It may still fail if another program uses the GPU.
   bool run_cooperatively(int64_t first, int64_t last) {
     divide(problem_.blocks());
     cudaLaunchAttribute attribute{};
@@ -650,6 +656,9 @@ class Steps {
       divide(problem_.blocks() / kBlocksPerMultiprocessor);
       config = problem_.configure(kernel_, grid(), row_bytes(), &attribute);
     }
+    // A launch that fails would end the capture of a CUDA graph.
+    const int64_t multiprocessors = problem_.attribute(cudaDevAttrMultiProcessorCount);
+    if (grid().x > multiprocessors * std::max(resident, 1)) return false;
     return problem_.attribute(cudaDevAttrCooperativeLaunch) &&
            succeeded(cudaLaunchKernelEx(&config, kernel_, work, first, last, false));
   }

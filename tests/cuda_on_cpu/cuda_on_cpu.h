@@ -32,7 +32,14 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidClusterSize, cudaErrorCooperativeLaunchTooLarge };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidClusterSize,
+  cudaErrorCooperativeLaunchTooLarge,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorNoKernelImageForDevice,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -313,7 +320,7 @@ struct cudaFuncAttributes {
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* result, Kernel) {
   result->ptxVersion = 10 * cuda_on_cpu::device.major;
-  return cudaSuccess;
+  return cuda_on_cpu::device.major ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
 template <typename Kernel>

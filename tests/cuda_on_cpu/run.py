@@ -78,6 +78,13 @@ def main(library):
         for seed in (1, 2):  # of the order in which threads run
             gpu.set_device(*settings, seed)
             assert torch.equal(sinkhorn(scores), codes), f"{name}: results depend on the order of threads"
+    gpu.set_device(3, 0, 228 * KIB, True, 0)  # there is no code for a GPU of compute capability 0
+    try:
+        sinkhorn(scores)
+    except RuntimeError as error:
+        assert "not compiled for this GPU" in str(error)
+    else:
+        raise AssertionError("expected an error where the kernels were not compiled for the GPU")
 
 
 if __name__ == "__main__":
