@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
 from data import LEFT_OUT, CentreCrop, ordered_loader, readable_image, to_grey
@@ -124,21 +125,20 @@ def recompute_batchnorm(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     batch_size = max(2, batch_size)  # a single image may have no variance
     loader = ordered_loader(Subset(images, order), transform, batch_size, **loading)
-    norms = batchnorms(backbone)
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    backbone.train()
-    for step, (batch, labels) in enumerate(track(loader, "BatchNorm statistics")):
-        is_whole = len(batch) == batch_size or step == 0
-        batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
-        if is_whole and len(batch) > 1:
-            backbone(batch.to(device, memory_format=torch.channels_last))
-    backbone.eval()
+
+    def batches() -> Iterator[torch.Tensor]:
+        for step, (batch, labels) in enumerate(track(loader, "BatchNorm statistics")):
+            is_whole = len(batch) == batch_size or step == 0
+            batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
+            if is_whole and len(batch) > 1:
+                yield batch.to(device, memory_format=torch.channels_last)
+
+    update_bn(batches(), backbone)
     if dist.is_initialized():
-        for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
-            dist.all_reduce(statistic)
-            statistic /= dist.get_world_size()
+        for norm in batchnorms(backbone):
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()
 
 
 # What features are worth
@@ -175,22 +175,20 @@ def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Seque
     taken_for: the most frequent wrong class (None if there is none), taken_for_share: its share of the images in
     percent. top1 is None for a class without images.
     """
-    confusion, rows = confusion_matrix(scores, labels).cpu(), []
-    for label, name in enumerate(classes):
-        counts = confusion[label].clone()
-        images, right = int(counts.sum()), int(counts[label])
-        counts[label] = 0
-        wrong = int(counts.argmax())
-        row = {
+    confusion = confusion_matrix(scores, labels).cpu()
+    totals, hits = confusion.sum(1).tolist(), confusion.diag().tolist()
+    misses, taken_for = (column.tolist() for column in confusion.fill_diagonal_(0).max(1))
+    return [
+        {
             "class": name,
             "images": images,
             "top1": 100 * right / images if images else None,
             "top1_interval": wilson_interval(right / max(1, images), images),
-            "taken_for": classes[wrong] if counts[wrong] else None,
-            "taken_for_share": 100 * int(counts[wrong]) / max(1, images),
+            "taken_for": classes[other] if wrong else None,
+            "taken_for_share": 100 * wrong / max(1, images),
         }
-        rows.append(row)
-    return rows
+        for name, images, right, wrong, other in zip(classes, totals, hits, misses, taken_for, strict=True)
+    ]
 
 
 def confusion_matrix(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
