@@ -39,9 +39,8 @@ from features import (
     confusion_matrix,
     evaluate_features,
     extract_features,
-    features_of_splits,
+    features_and_knn,
     logistic_regression,
-    rate_features,
 )
 from images import DATASETS, BadImages, check_data_path, fingerprint, open_splits, typical_side
 from labels import ChosenImages, listed_images, stratified
@@ -267,14 +266,13 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     """Probe frozen features: (outcomes, (scores, labels) of the checkpoint's classifier, its weights if it trained)."""
     train_images, device, loading = setup.train_images, setup.device, setup.loading
     evaluation = train_images, setup.val_images, setup.transform, device
-    classes = len(train_images.classes)
-    options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature)
+    options = dict(knn_k=args.knn_k, knn_temperature=args.knn_temperature, **loading)
     log("checkpoint ...")
-    features, labels, val_features, val_labels = features_of_splits(setup.backbone, *evaluation, **loading)
-    row = rate_features(features, labels, val_features, val_labels, **options)
+    (features, labels, val_features, val_labels), row = features_and_knn(setup.backbone, *evaluation, **options)
     log_bad_images(setup.bad_images)  # all have been read once
     if args.cached:
-        scores, weights, outcomes = logistic_regression(features, labels, val_features, classes=classes), {}, {}
+        scores = logistic_regression(features, labels, val_features, classes=len(train_images.classes))
+        weights, outcomes = {}, {}
     else:
         del features  # may be large
         scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, (val_features, val_labels))
@@ -282,9 +280,8 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     rows = {"checkpoint": row}
     if args.compare == "on":
         if (start := start_backbone(setup.trained)) is not None:
-            rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options, **loading)
-        options |= dict(pixel_transform=setup.pixel_transform)
-        rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
+            rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options)
+        rows |= baselines(setup.random_backbone, *evaluation, pixel_transform=setup.pixel_transform, **options)
     return outcomes | {"rows": rows}, (scores, val_labels), weights
 
 
@@ -320,18 +317,13 @@ def probe(
             held_scores = heads(held_features)
         rows = [{"lr": lr, "wd": decay} for lr, decay in rates]
         for i, row in enumerate(rows):
-            row["held_out"] = accuracies_if_finite(held_scores[i], held_labels)
-            row["val"] = accuracies_if_finite(fitted["scores"][i], validation[1])
+            row["held_out"] = accuracies(held_scores[i], held_labels)
+            row["val"] = accuracies(fitted["scores"][i], validation[1])
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
     by_epoch = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
     weights = {f"fc.{name}": value.detach().cpu() for name, value in heads.heads[best].state_dict().items()}
     return fitted["scores"][best], weights, by_epoch, outcomes
-
-
-def accuracies_if_finite(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Accuracies of a classifier; one whose scores are inf or nan counts as wrong everywhere."""
-    return accuracies(scores, labels if scores.isfinite().all() else torch.full_like(labels, -1))
 
 
 def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:

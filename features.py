@@ -107,15 +107,8 @@ def batchnorms(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-@torch.no_grad()
 def recompute_batchnorm(
-    backbone: nn.Module,
-    images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    *,
-    batch_size: int,
-    **loading: int,
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, *, batch_size: int, **loading: int
 ) -> None:
     """Set the running statistics of every BatchNorm to their mean over the images of all processes.
 
@@ -147,9 +140,11 @@ def recompute_batchnorm(
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | list[float]]:
     """Top-1 and top-5 accuracy in percent, of scores [N, classes] and labels [N], each with its 95 % interval.
 
-    {"top1": ..., "top1_interval": [low, high], "top5": ..., "top5_interval": ...}, see `wilson_interval`.
+    {"top1": ..., "top1_interval": [low, high], "top5": ..., "top5_interval": ...}, see `wilson_interval`. A classifier
+    with a score that is inf or nan counts as wrong everywhere.
     """
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    ranked &= scores.isfinite().all()
     shares = {"top1": ranked[:, 0].double().mean().item(), "top5": ranked.any(1).double().mean().item()}
     values = {name: 100 * share for name, share in shares.items()}
     return values | {f"{name}_interval": wilson_interval(share, len(labels)) for name, share in shares.items()}
@@ -264,58 +259,46 @@ def logistic_regression(
         return linear((val_features - mean) * scale)
 
 
-def features_of_splits(
-    network: nn.Module,
-    train_images: Dataset,
-    val_images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    **loading: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Extract (features, labels) of the training images, then of the validation images, with BatchNorm's statistics.
-
-    loading: batch_size, rank, world_size and workers of `extract_features`.
-    """
-    network.to(device, memory_format=torch.channels_last).eval()
-    train = extract_features(network, train_images, transform, device, "training images", **loading)
-    return *train, *extract_features(network, val_images, transform, device, "validation images", **loading)
+Splits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def rate_features(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    val_features: torch.Tensor,
-    val_labels: torch.Tensor,
-    *,
-    classes: int,
-    knn_k: Sequence[int],
-    knn_temperature: float,
-) -> dict[str, dict | float]:
-    """{"knn": accuracies with the first k, "knn_by_k": {k: accuracies}, "spread": feature_std}."""
-    cosines, neighbours = nearest(features, val_features, max(knn_k))
-    by_k = {}
-    for k in knn_k:
-        scores = votes(cosines[:, :k], labels[neighbours[:, :k]], classes=classes, temperature=knn_temperature)
-        by_k[str(k)] = accuracies(scores, val_labels)
-    return {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
-
-
-def evaluate_features(
+def features_and_knn(
     network: nn.Module,
     train_images: Dataset,
     val_images: Dataset,
     transform: Callable,
     device: torch.device,
     *,
-    classes: int,
     knn_k: Sequence[int] = (20,),
     knn_temperature: float = 0.07,
     **loading: int,
+) -> tuple[Splits, dict[str, dict | float]]:
+    """Extract the features of two splits, with BatchNorm's statistics, and classify by kNN the one by the other.
+
+    Returns (features, labels, val_features, val_labels) and {"knn": accuracies with the first k, "knn_by_k":
+    {k: accuracies}, "spread": feature_std}. loading: batch_size, rank, world_size and workers of `extract_features`.
+    """
+    network.to(device, memory_format=torch.channels_last).eval()
+    features, labels = extract_features(network, train_images, transform, device, "training images", **loading)
+    val_split = extract_features(network, val_images, transform, device, "validation images", **loading)
+    cosines, neighbours = nearest(features, val_split[0], max(knn_k))
+    options, by_k = dict(classes=len(train_images.classes), temperature=knn_temperature), {}
+    for k in knn_k:
+        by_k[str(k)] = accuracies(votes(cosines[:, :k], labels[neighbours[:, :k]], **options), val_split[1])
+    row = {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
+    return (features, labels, *val_split), row
+
+
+def evaluate_features(
+    network: nn.Module, train_images: Dataset, *evaluation: object, **options: object
 ) -> dict[str, dict | float]:
-    """Evaluate a network's features: `rate_features` and, as "linear", accuracies of a logistic regression."""
-    splits = features_of_splits(network, train_images, val_images, transform, device, **loading)
-    row = rate_features(*splits, classes=classes, knn_k=knn_k, knn_temperature=knn_temperature)
-    return row | {"linear": accuracies(logistic_regression(*splits[:3], classes=classes), splits[3])}
+    """Evaluate a network's features: the row of `features_and_knn`, and accuracies of a logistic regression, "linear".
+
+    Takes what `features_and_knn` takes.
+    """
+    splits, row = features_and_knn(network, train_images, *evaluation, **options)
+    scores = logistic_regression(*splits[:3], classes=len(train_images.classes))
+    return row | {"linear": accuracies(scores, splits[3])}
 
 
 def baselines(
@@ -326,7 +309,6 @@ def baselines(
     device: torch.device,
     *,
     pixel_transform: CentreCrop,
-    classes: int,
     knn_k: Sequence[int],
     knn_temperature: float,
     **loading: int,
@@ -339,7 +321,7 @@ def baselines(
 
     def evaluated(name: str, network: nn.Module, transform: CentreCrop = transform) -> tuple[str, dict]:
         log(f"{name} ...")
-        options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
+        options = dict(knn_k=knn_k, knn_temperature=knn_temperature, **loading)
         return name, evaluate_features(network, train_images, val_images, transform, device, **options)
 
     yield evaluated(RANDOM, random_backbone)
