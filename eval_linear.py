@@ -62,7 +62,7 @@ from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults
 from processes import check_same, leave_processes, run_script, setup_processes
 
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
-RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
+RANDOM = "random init"  # the network with the same architecture and fresh weights
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
 
 
@@ -244,8 +244,8 @@ def open_labelled(
 class Setup(NamedTuple):
     """What is evaluated, and on what."""
 
-    backbone: nn.Module
-    random_backbone: nn.Module
+    networks: dict[str, nn.Module]  # the backbone of the "checkpoint" and, to compare, one of RANDOM weights
+    progress: dict[str, Progress]  # of what trains on each
     trained: dict  # options of the backbone's training
     train_images: Dataset
     val_images: Dataset
@@ -256,7 +256,6 @@ class Setup(NamedTuple):
     device: torch.device
     loading: dict[str, int]
     settings: dict
-    progress: dict[str, Progress]
 
 
 Rated = tuple[dict, tuple[torch.Tensor, torch.Tensor], dict]
@@ -268,7 +267,7 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     evaluation = train_images, setup.val_images, setup.transform, device
     options = dict(knn_k=args.knn_k, knn_temperature=args.knn_temperature, **loading)
     log("checkpoint ...")
-    (features, labels, val_features, val_labels), row = features_and_knn(setup.backbone, *evaluation, **options)
+    (features, labels, val_features, val_labels), row = features_and_knn(setup.networks["checkpoint"], *evaluation, **options)
     log_bad_images(setup.bad_images)  # all have been read once
     if args.cached:
         scores = logistic_regression(features, labels, val_features, classes=len(train_images.classes))
@@ -278,10 +277,10 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
         scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, (val_features, val_labels))
     row["linear"] = accuracies(scores, val_labels)
     rows = {"checkpoint": row}
-    if args.compare == "on":
+    if RANDOM in setup.networks:
         if (start := start_backbone(setup.trained)) is not None:
             rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options)
-        rows |= baselines(setup.random_backbone, *evaluation, pixel_transform=setup.pixel_transform, **options)
+        rows |= baselines(setup.networks[RANDOM], *evaluation, pixel_transform=setup.pixel_transform, **options)
     return outcomes | {"rows": rows}, (scores, val_labels), weights
 
 
@@ -305,13 +304,13 @@ def probe(
         if len(images) < setup.loading["world_size"]:
             raise UserError(f"--sweep: {len(images)} images are left for {setup.loading['world_size']} processes")
     heads, fitted = linear_probe(
-        setup.backbone, images, setup.crop, validation, setup.device,
+        setup.networks["checkpoint"], images, setup.crop, validation, setup.device,
         classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=args.seed,
         progress=setup.progress["checkpoint"], **setup.loading,
     )  # fmt: skip
     if held_out:
         held_features, held_labels = extract_features(
-            setup.backbone, held_out, setup.transform, setup.device, "held-out images", **setup.loading
+            setup.networks["checkpoint"], held_out, setup.transform, setup.device, "held-out images", **setup.loading
         )
         with torch.no_grad():
             held_scores = heads(held_features)
@@ -322,15 +321,14 @@ def probe(
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
     by_epoch = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
-    weights = {f"fc.{name}": value.detach().cpu() for name, value in heads.heads[best].state_dict().items()}
+    weights = {f"fc.{name}": value.cpu() for name, value in heads.heads[best].state_dict().items()}
     return fitted["scores"][best], weights, by_epoch, outcomes
 
 
 def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
     """Fine-tune the checkpoint, and random init: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
     rows, settings, rated, weights = {}, setup.settings, None, {}
-    networks = {"checkpoint": setup.backbone} | ({RANDOM_TUNED: setup.random_backbone} if args.compare == "on" else {})
-    for name, backbone in networks.items():
+    for name, backbone in setup.networks.items():
         network, fitted = fine_tune(
             backbone, setup.train_images, setup.val_images, setup.crop, setup.transform, setup.device,
             classes=len(setup.train_images.classes), lr=settings["lr"][0], lr_last_layer=settings["lr_last_layer"],
@@ -344,7 +342,7 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
             log_bad_images(setup.bad_images)  # all have been read once
             rated, weights = (scores, labels), network.backbone.state_dict()
             weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
-            weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
+            weights = {key: value.cpu() for key, value in weights.items()}
     return {"rows": rows}, rated, weights
 
 
@@ -356,16 +354,16 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     dataset, data_path = trained.get("dataset", "shapes"), trained.get("data_path")
     if args.dataset or args.data_path:
         dataset, data_path = args.dataset or "folder", args.data_path
-    value_range = trained.get("value_range")
-    train_images, val_images = splits = open_labelled(args, dataset, data_path, world_size, value_range)
-    most_bad = args.max_bad_images
-    bad_images = {"train": BadImages(train_images, most_bad), "val": BadImages(val_images, most_bad)}
+    train_images, val_images = open_labelled(args, dataset, data_path, world_size, trained.get("value_range"))
+    splits = {"train": train_images, "val": val_images}
+    bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
     found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
     check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
     side, asked = typical_side(val_images), dict(size=args.size, resize=args.resize)
     size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", **asked)
     reuse_freed_memory()
-    settings = settings_of(args, len(train_images), world_size) | {"size": size, "resize": resize}
+    settings = settings_of(args, len(train_images), world_size)
+    settings |= {"size": size, "resize": resize, "weights": weights_checksum(backbone)}
     batch_size = args.batch_size or max(1, settings.get("batch_size", 256) // world_size)
     workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
@@ -374,26 +372,25 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
         f"validation images of {len(train_images.classes)} classes, {size} pixels; {device}, {world_size} process(es)"
     )
-    torch.manual_seed(args.seed)
-    random_backbone = new_backbone(architecture)
-    # What decides the trained weights: neighbours and comparisons do not. Images may have moved.
+    networks = {"checkpoint": backbone}
+    if args.compare == "on":
+        torch.manual_seed(args.seed)
+        networks[RANDOM] = new_backbone(architecture)
+    # What decides the trained weights: neighbours do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
     deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
-    networks = {"checkpoint": backbone, RANDOM_TUNED: random_backbone} if args.finetune else {"checkpoint": backbone}
-    checksums = {name: weights_checksum(network) for name, network in networks.items()}  # before fine-tuning
     progress = {}
-    for name, checksum in checksums.items():
-        unfinished = f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"
-        progress[name] = Progress(path.with_suffix(unfinished), deciding | {"weights": checksum})
+    for name in networks:
+        unfinished = f".{settings['kind']}{'_random' * (name == RANDOM)}.unfinished"
+        progress[name] = Progress(path.with_suffix(unfinished), deciding)
     crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
-    setup = Setup(backbone, random_backbone, trained, *splits, bad_images, *crops, device, loading, settings, progress)
+    setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
     result = {
         "checkpoint": str(path),
         "dataset": dataset,
         "data_path": data_path,
         **settings,
-        "weights": checksums["checkpoint"],
         "images": {split: len(bad.images) for split, bad in bad_images.items()},
         "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
         **outcomes,
@@ -403,7 +400,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         result["per_class"] = accuracy_by_class(*rated, train_images.classes)
     print_result(result)
     if rank == 0:
-        save(result, path, rated, weights, train_images.classes, trained | {"value_range": value_range})
+        save(result, path, rated, weights, train_images.classes, trained)
         for file in progress.values():
             file.remove()
     return result
@@ -473,12 +470,12 @@ def print_result(result: dict) -> None:
 def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequence[str], trained: dict) -> None:
     """Write NAME.eval.json, the trained classifier and, where asked for, the confusion matrix next to NAME.
 
-    trained: options of the backbone's training, with value_range. What the weights expect goes along with them.
+    trained: options of the backbone's training. What the weights expect goes along with them.
     """
     files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
     if weights:
         name = "finetune" if result["kind"] == "finetune" else "linear"
-        contents = {"state_dict": weights, "classes": list(classes), "value_range": trained["value_range"]}
+        contents = {"state_dict": weights, "classes": list(classes), "value_range": trained.get("value_range")}
         contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
         contents["options"] |= {"size_crops": [result["size"]], "arch": trained.get("arch", "")}
