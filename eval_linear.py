@@ -17,8 +17,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import checkpoint
+import page
 from backbones import add_size_options, arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory
 from decode import shown
@@ -263,25 +264,25 @@ Rated = tuple[dict, tuple[torch.Tensor, torch.Tensor], dict]
 
 def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     """Probe frozen features: (outcomes, (scores, labels) of the checkpoint's classifier, its weights if it trained)."""
-    train_images, device, loading = setup.train_images, setup.device, setup.loading
-    evaluation = train_images, setup.val_images, setup.transform, device
-    options = dict(knn_k=args.knn_k, knn_temperature=args.knn_temperature, **loading)
+    evaluation = setup.train_images, setup.val_images, setup.transform, setup.device
+    options = dict(knn_k=args.knn_k, knn_temperature=args.knn_temperature, **setup.loading)
     log("checkpoint ...")
-    (features, labels, val_features, val_labels), row = features_and_knn(setup.networks["checkpoint"], *evaluation, **options)
+    splits, row = features_and_knn(setup.networks["checkpoint"], *evaluation, **options)
+    features, labels, *validation = splits
     log_bad_images(setup.bad_images)  # all have been read once
     if args.cached:
-        scores = logistic_regression(features, labels, val_features, classes=len(train_images.classes))
+        scores = logistic_regression(features, labels, validation[0], classes=len(setup.train_images.classes))
         weights, outcomes = {}, {}
     else:
-        del features  # may be large
-        scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, (val_features, val_labels))
-    row["linear"] = accuracies(scores, val_labels)
+        del splits, features  # may be large
+        scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, validation)
+    row["linear"] = accuracies(scores, validation[1])
     rows = {"checkpoint": row}
     if RANDOM in setup.networks:
         if (start := start_backbone(setup.trained)) is not None:
             rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options)
         rows |= baselines(setup.networks[RANDOM], *evaluation, pixel_transform=setup.pixel_transform, **options)
-    return outcomes | {"rows": rows}, (scores, val_labels), weights
+    return outcomes | {"rows": rows}, (scores, validation[1]), weights
 
 
 def probe(
@@ -357,10 +358,10 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     train_images, val_images = open_labelled(args, dataset, data_path, world_size, trained.get("value_range"))
     splits = {"train": train_images, "val": val_images}
     bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
-    found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
-    check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
-    side, asked = typical_side(val_images), dict(size=args.size, resize=args.resize)
-    size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", **asked)
+    found = {split: fingerprint(images) for split, images in splits.items()}
+    check_same("comparing images", {f"{split} {key}": value for split in found for key, value in found[split].items()})
+    side = typical_side(val_images)
+    size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", size=args.size, resize=args.resize)
     reuse_freed_memory()
     settings = settings_of(args, len(train_images), world_size)
     settings |= {"size": size, "resize": resize, "weights": weights_checksum(backbone)}
@@ -378,7 +379,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         networks[RANDOM] = new_backbone(architecture)
     # What decides the trained weights: neighbours do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
-    deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
+    deciding |= {"classes": list(train_images.classes), **found}
     progress = {}
     for name in networks:
         unfinished = f".{settings['kind']}{'_random' * (name == RANDOM)}.unfinished"
@@ -472,26 +473,31 @@ def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequenc
 
     trained: options of the backbone's training. What the weights expect goes along with them.
     """
-    files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
+    with logged(path.with_suffix(".eval.json")) as target:
+        write_result(result, target)
     if weights:
-        name = "finetune" if result["kind"] == "finetune" else "linear"
         contents = {"state_dict": weights, "classes": list(classes), "value_range": trained.get("value_range")}
         contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
         contents["options"] |= {"size_crops": [result["size"]], "arch": trained.get("arch", "")}
-        files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
-    if result.get("per_class"):
-        if find_spec("matplotlib"):
-            matrix = confusion_matrix(*rated).cpu()
-            files[path.with_suffix(f".{result['kind']}.confusion.png")] = lambda to: draw_confusion(matrix, classes, to)
-        else:
-            log("no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib")
-    for target, write in files.items():
-        try:
-            write(target)
-            log(f"written to {target}")
-        except OSError as error:
-            log(f"not written to {target}: {error.strerror}")
+        name = "finetune" if result["kind"] == "finetune" else "linear"
+        with logged(path.with_suffix(f".{name}.pth")) as target:
+            checkpoint.write(contents, target)
+    if "per_class" in result and find_spec("matplotlib"):
+        with logged(path.with_suffix(f".{result['kind']}.confusion.png")) as target:
+            target.write_bytes(page.confusion_chart(confusion_matrix(*rated).cpu().numpy(), classes))
+    elif "per_class" in result:
+        log("no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[Path]:
+    """Log that the block has written a file, or why it could not, which does not end the evaluation."""
+    try:
+        yield path
+        log(f"written to {path}")
+    except OSError as error:
+        log(f"not written to {path}: {error.strerror}")
 
 
 def key_of(result: dict) -> str:
@@ -525,28 +531,6 @@ def write_result(result: dict, path: Path) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-
-
-def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], path: Path) -> None:
-    """Draw [classes, classes] counts as shares of each row, with names and numbers where they fit."""
-    from matplotlib.figure import Figure
-
-    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
-    side = min(24.0, max(5.0, 2 + 0.45 * len(classes)))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues")
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
-    figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
-    if len(classes) <= 50:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 20:
-        for (row, column), value in np.ndenumerate(shares.numpy()):
-            if value >= 0.5:
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value > 50 else "k")
-    figure.savefig(path, dpi=100, format="png")
 
 
 def main(args: argparse.Namespace) -> dict:

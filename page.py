@@ -287,6 +287,25 @@ def scatter_chart(title: str, points: np.ndarray, names: Sequence[str | None]) -
     return _png(figure)
 
 
+def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Counts [classes, classes] as shares of each row, with names and numbers where they fit."""
+    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(24.0, max(5.0, 2 + 0.45 * len(classes)))
+    figure, axes = _new_figure(side, side)
+    picture = axes.imshow(shares, vmin=0, vmax=100, cmap="Blues")
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
+    if len(classes) <= 50:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for (row, column), value in np.ndenumerate(shares):
+            if value >= 0.5:
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value > 50 else "k")
+    return _png(figure)
+
+
 def thumbnail_map(points: np.ndarray, pixels: np.ndarray, cells: int = 24, side: int = 48) -> bytes:
     """A JPEG of images uint8 [N, H, W, 3] at their points [N, 2]: one image in each cell of a grid that holds any."""
     low, high = points.min(0), points.max(0)
