@@ -262,20 +262,20 @@ class Setup(NamedTuple):
 Rated = tuple[dict, tuple[torch.Tensor, torch.Tensor], dict]
 
 
-def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
+def evaluate_frozen(setup: Setup) -> Rated:
     """Probe frozen features: (outcomes, (scores, labels) of the checkpoint's classifier, its weights if it trained)."""
     evaluation = setup.train_images, setup.val_images, setup.transform, setup.device
-    options = dict(knn_k=args.knn_k, knn_temperature=args.knn_temperature, **setup.loading)
+    options = {name: setup.settings[name] for name in ("knn_k", "knn_temperature")} | setup.loading
     log("checkpoint ...")
     splits, row = features_and_knn(setup.networks["checkpoint"], *evaluation, **options)
     features, labels, *validation = splits
     log_bad_images(setup.bad_images)  # all have been read once
-    if args.cached:
+    if setup.settings["kind"] == "cached":
         scores = logistic_regression(features, labels, validation[0], classes=len(setup.train_images.classes))
         weights, outcomes = {}, {}
     else:
         del splits, features  # may be large
-        scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, validation)
+        scores, weights, row["linear_by_epoch"], outcomes = probe(setup, validation)
     row["linear"] = accuracies(scores, validation[1])
     rows = {"checkpoint": row}
     if RANDOM in setup.networks:
@@ -285,9 +285,7 @@ def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
     return outcomes | {"rows": rows}, (scores, validation[1]), weights
 
 
-def probe(
-    args: argparse.Namespace, setup: Setup, validation: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, dict, dict[str, float], dict]:
+def probe(setup: Setup, validation: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict, dict[str, float], dict]:
     """Train the linear probe, or those of a sweep: (scores of validation images, weights, top-1 by epoch, outcomes).
 
     The best of a sweep is chosen on training images that no classifier was trained on: validation images that choose
@@ -295,9 +293,9 @@ def probe(
     """
     images, settings, held_out, best, outcomes = setup.train_images, setup.settings, None, 0, {}
     rates = [(lr, decay) for lr in settings["lr"] for decay in settings["wd"]]
-    if args.sweep:
+    if settings["kind"] == "sweep":
         part = min(HELD_OUT[0], HELD_OUT[1] / len(images))
-        chosen = stratified(images.labels, part, args.seed, leave_one=True)
+        chosen = stratified(images.labels, part, settings["seed"], leave_one=True)
         if not len(chosen):
             raise UserError("--sweep: expected two training images or more of a class, to hold one out, found none")
         held_out = ChosenImages(images, chosen)
@@ -306,7 +304,7 @@ def probe(
             raise UserError(f"--sweep: {len(images)} images are left for {setup.loading['world_size']} processes")
     heads, fitted = linear_probe(
         setup.networks["checkpoint"], images, setup.crop, validation, setup.device,
-        classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=args.seed,
+        classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=settings["seed"],
         progress=setup.progress["checkpoint"], **setup.loading,
     )  # fmt: skip
     if held_out:
@@ -326,15 +324,15 @@ def probe(
     return fitted["scores"][best], weights, by_epoch, outcomes
 
 
-def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
+def evaluate_finetuned(setup: Setup) -> Rated:
     """Fine-tune the checkpoint, and random init: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
     rows, settings, rated, weights = {}, setup.settings, None, {}
     for name, backbone in setup.networks.items():
         network, fitted = fine_tune(
             backbone, setup.train_images, setup.val_images, setup.crop, setup.transform, setup.device,
             classes=len(setup.train_images.classes), lr=settings["lr"][0], lr_last_layer=settings["lr_last_layer"],
-            weight_decay=settings["wd"][0], epochs=settings["epochs"], seed=args.seed, title=f"fine-tuning {name}",
-            progress=setup.progress[name], **setup.loading,
+            weight_decay=settings["wd"][0], epochs=settings["epochs"], seed=settings["seed"],
+            title=f"fine-tuning {name}", progress=setup.progress[name], **setup.loading,
         )  # fmt: skip
         scores, labels = fitted["scores"][0], fitted["labels"]
         by_epoch = {str(epoch): top1 for epoch, (top1,) in fitted["history"].items()}
@@ -386,7 +384,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         progress[name] = Progress(path.with_suffix(unfinished), deciding)
     crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
-    outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
+    outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)
     result = {
         "checkpoint": str(path),
         "dataset": dataset,
