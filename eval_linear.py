@@ -320,7 +320,7 @@ def probe(setup: Setup, validation: Sequence[torch.Tensor]) -> tuple[torch.Tenso
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
     by_epoch = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
-    weights = {f"fc.{name}": value.cpu() for name, value in heads.heads[best].state_dict().items()}
+    weights = {name: value.cpu() for name, value in heads.heads[best].state_dict(prefix="fc.").items()}
     return fitted["scores"][best], weights, by_epoch, outcomes
 
 
@@ -340,7 +340,7 @@ def evaluate_finetuned(setup: Setup) -> Rated:
         if name == "checkpoint":
             log_bad_images(setup.bad_images)  # all have been read once
             rated, weights = (scores, labels), network.backbone.state_dict()
-            weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
+            weights |= network.heads.heads[0].state_dict(prefix="fc.")
             weights = {key: value.cpu() for key, value in weights.items()}
     return {"rows": rows}, rated, weights
 
