@@ -72,7 +72,7 @@ def extract_features(
         features[done : done + len(batch_features)] = batch_features
         done += len(batch_features)
         labels.append(batch_labels.to(device))
-    features, labels = gather_rows(features, len(images)), gather_rows(torch.cat(labels), len(images))
+    features, labels = gather_rows(features), gather_rows(torch.cat(labels))
     is_finite = torch.cat([chunk.isfinite().all(1) for chunk in features.split(2**13)])
     if not is_finite.all():
         count = len(features) - int(is_finite.sum())
@@ -85,12 +85,14 @@ def extract_features(
     return features[is_read], labels[is_read]
 
 
-def gather_rows(share: torch.Tensor, total: int) -> torch.Tensor:
+def gather_rows(share: torch.Tensor) -> torch.Tensor:
     """Put together the rows that processes hold as rank, rank + world_size, ..."""
     if not dist.is_initialized():
         return share
+    total = torch.tensor(len(share), device=share.device)
+    dist.all_reduce(total)
     world_size = dist.get_world_size()
-    longest = math.ceil(total / world_size)
+    longest = math.ceil(total.item() / world_size)
     gathered = share.new_zeros(longest, world_size, *share.shape[1:])
     for start in range(0, longest, 2**13):  # a part at a time, as two copies of all may not fit
         part = share[start : start + 2**13]
@@ -99,7 +101,7 @@ def gather_rows(share: torch.Tensor, total: int) -> torch.Tensor:
         parts = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(parts, padded)
         gathered[start : start + len(padded)] = torch.stack(parts, dim=1)
-    return gathered.flatten(0, 1)[:total]
+    return gathered.flatten(0, 1)[: total.item()]
 
 
 def batchnorms(network: nn.Module) -> list[nn.Module]:
