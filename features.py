@@ -43,26 +43,16 @@ def bf16_on_gpus(device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module,
-    images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    title: str,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extract pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
 
-    Each process computes its share. title: of the progress line. batch_size: per process. Images that cannot be read
-    are left out (images.new_bad_images tells which). Raises UserError if there are no others, RunStopped if features
-    are inf or nan.
+    Each process computes its share. title: of the progress line. loading: batch_size of each process, and rank,
+    world_size and workers of data.ordered_loader. Images that cannot be read are left out (images.new_bad_images tells
+    which). Raises UserError if there are no others, RunStopped if features are inf or nan.
     """
     features, labels, done = None, [], 0
-    sharing = dict(rank=rank, world_size=world_size, workers=workers)
-    loader = ordered_loader(images, transform, batch_size, pin_memory=device.type == "cuda", **sharing)
+    loader = ordered_loader(images, transform, pin_memory=device.type == "cuda", **loading)
     for batch, batch_labels in track(loader, title):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
         with bf16_on_gpus(device):
@@ -114,8 +104,7 @@ def recompute_batchnorm(
 ) -> None:
     """Set the running statistics of every BatchNorm to their mean over the images of all processes.
 
-    In random order, so that batches mix classes; leaves out a smaller last batch. loading: rank, world_size and workers
-    of `extract_features`.
+    In random order, so that batches mix classes; leaves out a smaller last batch. loading: as in `extract_features`.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     batch_size = max(2, batch_size)  # a single image may have no variance
@@ -275,10 +264,10 @@ def features_and_knn(
     knn_temperature: float = 0.07,
     **loading: int,
 ) -> tuple[Splits, dict[str, dict | float]]:
-    """Extract the features of two splits, with BatchNorm's statistics, and classify by kNN the one by the other.
+    """Extract the features of two splits, with BatchNorm's running statistics, and rate them by kNN.
 
     Returns (features, labels, val_features, val_labels) and {"knn": accuracies with the first k, "knn_by_k":
-    {k: accuracies}, "spread": feature_std}. loading: batch_size, rank, world_size and workers of `extract_features`.
+    {k: accuracies}, "spread": feature_std}. loading: as in `extract_features`.
     """
     network.to(device, memory_format=torch.channels_last).eval()
     features, labels = extract_features(network, train_images, transform, device, "training images", **loading)
