@@ -297,8 +297,9 @@ def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     axes.set_ylabel("class")
     figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
     if len(classes) <= 50:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [name.replace("$", r"\$") for name in classes]  # no formulas
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
     if len(classes) <= 20:
         for (row, column), value in np.ndenumerate(shares):
             if value >= 0.5:
