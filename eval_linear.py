@@ -63,7 +63,7 @@ from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults
 from processes import check_same, leave_processes, run_script, setup_processes
 
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
-RANDOM = "random init"  # the network with the same architecture and fresh weights
+RANDOM = "random init"  # a network of the same architecture with fresh weights
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
 
 
@@ -218,7 +218,7 @@ def weights_checksum(network: nn.Module) -> str:
     """CRC-32 of a network's weights and statistics, in hexadecimal: the same for the same file."""
     checksum = 0
     for tensor in network.state_dict().values():
-        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
     return f"{checksum:08x}"
 
 
@@ -378,10 +378,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     # What decides the trained weights: neighbours do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
     deciding |= {"classes": list(train_images.classes), **found}
-    progress = {}
-    for name in networks:
-        unfinished = f".{settings['kind']}{'_random' * (name == RANDOM)}.unfinished"
-        progress[name] = Progress(path.with_suffix(unfinished), deciding)
+    unfinished = {"checkpoint": f".{settings['kind']}.unfinished", RANDOM: f".{settings['kind']}_random.unfinished"}
+    progress = {name: Progress(path.with_suffix(unfinished[name]), deciding) for name in networks}
     crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)
@@ -408,8 +406,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
 def settings_of(args: argparse.Namespace, images: int, world_size: int) -> dict:
     """What tells one result of a checkpoint from another, in addition to images and sizes."""
     kind = "finetune" if args.finetune else "cached" if args.cached else "sweep" if args.sweep else "linear"
-    settings = {"kind": kind, "labels": args.labels, "subset": args.subset, "val_share": args.val_share}
-    settings |= {"val_labels": args.val_labels, "seed": args.seed}
+    settings = {"kind": kind}
+    settings |= {name: getattr(args, name) for name in ("labels", "subset", "val_share", "val_labels", "seed")}
     batch_size = None if args.batch_size is None else args.batch_size * world_size
     if args.finetune:
         epochs, batch_size, lr, lr_last_layer = fine_tuning_defaults(images, args.epochs, batch_size)

@@ -250,9 +250,6 @@ def logistic_regression(
         return linear((val_features - mean) * scale)
 
 
-Splits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 def features_and_knn(
     network: nn.Module,
     train_images: Dataset,
@@ -263,7 +260,7 @@ def features_and_knn(
     knn_k: Sequence[int] = (20,),
     knn_temperature: float = 0.07,
     **loading: int,
-) -> tuple[Splits, dict[str, dict | float]]:
+) -> tuple[tuple[torch.Tensor, ...], dict[str, dict | float]]:
     """Extract the features of two splits, with BatchNorm's running statistics, and rate them by kNN.
 
     Returns (features, labels, val_features, val_labels) and {"knn": accuracies with the first k, "knn_by_k":
