@@ -176,7 +176,6 @@ class Source(NamedTuple):
     """What an export of images reads."""
 
     path: Path  # of the checkpoint
-    contents: Mapping  # of the checkpoint
     backbone: nn.Module
     trained: dict  # options of its training, {} if unknown
     images: ImageFiles
@@ -185,10 +184,9 @@ class Source(NamedTuple):
     device: torch.device
 
 
-def open_source(args: argparse.Namespace, folder: str) -> Source:
-    """Load the backbone and list the images below a folder. Raises UserError."""
+def open_source(args: argparse.Namespace, folder: str, contents: Mapping | None = None) -> Source:
+    """Load the backbone and list the images below a folder. contents: of the checkpoint, if read. Raises UserError."""
     device, path = choose_device(args.device), checkpoint_of(args.run)
-    contents = read_file(path)
     backbone, architecture, trained = load_backbone(path, None, contents)
     images = ImageFiles(folder, trained.get("value_range"))
     size, resize = choose_sizes(trained, typical_side(images), is_folder=True, size=args.size, resize=args.resize)
@@ -197,7 +195,7 @@ def open_source(args: argparse.Namespace, folder: str) -> Source:
     log(f"images: {exchange.describe_preprocessing(crop)}")
     names = [os.path.relpath(str(image), images.root) for image in images.paths]
     backbone.to(device, memory_format=torch.channels_last).eval()
-    return Source(path, contents, backbone, trained, images, names, crop, device)
+    return Source(path, backbone, trained, images, names, crop, device)
 
 
 @torch.no_grad()
@@ -268,8 +266,10 @@ def export_features(args: argparse.Namespace) -> None:
 def export_clusters(args: argparse.Namespace) -> None:
     """Write the nearest prototype of each image, how certain it is, and the second nearest, as .csv."""
     folder, out = args.paths[0], Path(args.paths[1])
-    source = open_source(args, folder)
-    head, prototypes = exchange.load_head(source.contents, source.path)
+    path = checkpoint_of(args.run)
+    contents = read_file(path)
+    head, prototypes = exchange.load_head(contents, path)
+    source = open_source(args, folder, contents)
     temperature = source.trained.get("temperature", 0.1)
     log(f"{prototypes.out_features} prototypes; certainty at temperature {temperature:g}")
 
