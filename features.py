@@ -23,8 +23,6 @@ from data import LEFT_OUT, CentreCrop, ordered_loader, readable_image, to_grey
 from launch import RunStopped, UserError, log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
-RANDOM, RANDOM_STATISTICS = "random init, BatchNorm untouched", "random init, BatchNorm of the training images"
-PIXELS = "raw pixels"
 
 
 def some_images(total: int, count: int) -> list[int]:
@@ -312,14 +310,14 @@ def baselines(
         options = dict(knn_k=knn_k, knn_temperature=knn_temperature, **loading)
         return name, evaluate_features(network, train_images, val_images, transform, device, **options)
 
-    yield evaluated(RANDOM, random_backbone)
+    yield evaluated("random init, BatchNorm untouched", random_backbone)
     if batchnorms(random_backbone):
         recompute_batchnorm(random_backbone, train_images, transform, device, **loading)
-        yield evaluated(RANDOM_STATISTICS, random_backbone)
+        yield evaluated("random init, BatchNorm of the training images", random_backbone)
     if (len(train_images) + len(val_images)) * 3 * pixel_transform.size**2 > MAX_PIXEL_TABLE:
-        log(f"{PIXELS}: left out, they do not fit into memory")
+        log("raw pixels: left out, they do not fit into memory")
     else:
-        yield evaluated(PIXELS, nn.Flatten(), pixel_transform)
+        yield evaluated("raw pixels", nn.Flatten(), pixel_transform)
 
 
 # What the images are, for defaults.derive
