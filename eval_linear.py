@@ -17,8 +17,8 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import checkpoint
+import page
 from backbones import add_size_options, arch_name, choose_sizes, describe, load_backbone, new_backbone, start_backbone
 from data import CentreCrop, ProbeCrop, reuse_freed_memory
 from decode import shown
@@ -39,9 +40,8 @@ from features import (
     confusion_matrix,
     evaluate_features,
     extract_features,
-    features_of_splits,
+    features_and_knn,
     logistic_regression,
-    rate_features,
 )
 from images import DATASETS, BadImages, check_data_path, fingerprint, open_splits, typical_side
 from labels import ChosenImages, listed_images, stratified
@@ -63,7 +63,7 @@ from probes import SWEEP_LR, SWEEP_WD, Progress, fine_tune, fine_tuning_defaults
 from processes import check_same, leave_processes, run_script, setup_processes
 
 HELD_OUT = 0.1, 10_000  # share of the training images that choose the best of a sweep, and at most so many
-RANDOM_TUNED = "random init"  # the row of a network that was trained on the labels alone
+RANDOM = "random init"  # a network of the same architecture with fresh weights
 OUTCOMES = ("checkpoint", "images", "left_out", "rows", "sweep", "chosen", "per_class", "seconds", "results")
 
 
@@ -218,7 +218,7 @@ def weights_checksum(network: nn.Module) -> str:
     """CRC-32 of a network's weights and statistics, in hexadecimal: the same for the same file."""
     checksum = 0
     for tensor in network.state_dict().values():
-        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), checksum)
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
     return f"{checksum:08x}"
 
 
@@ -245,8 +245,8 @@ def open_labelled(
 class Setup(NamedTuple):
     """What is evaluated, and on what."""
 
-    backbone: nn.Module
-    random_backbone: nn.Module
+    networks: dict[str, nn.Module]  # the backbone of the "checkpoint" and, to compare, one of RANDOM weights
+    progress: dict[str, Progress]  # of what trains on each
     trained: dict  # options of the backbone's training
     train_images: Dataset
     val_images: Dataset
@@ -257,40 +257,35 @@ class Setup(NamedTuple):
     device: torch.device
     loading: dict[str, int]
     settings: dict
-    progress: dict[str, Progress]
 
 
 Rated = tuple[dict, tuple[torch.Tensor, torch.Tensor], dict]
 
 
-def evaluate_frozen(args: argparse.Namespace, setup: Setup) -> Rated:
+def evaluate_frozen(setup: Setup) -> Rated:
     """Probe frozen features: (outcomes, (scores, labels) of the checkpoint's classifier, its weights if it trained)."""
-    train_images, device, loading = setup.train_images, setup.device, setup.loading
-    evaluation = train_images, setup.val_images, setup.transform, device
-    classes = len(train_images.classes)
-    options = dict(classes=classes, knn_k=args.knn_k, knn_temperature=args.knn_temperature)
+    evaluation = setup.train_images, setup.val_images, setup.transform, setup.device
+    options = {name: setup.settings[name] for name in ("knn_k", "knn_temperature")} | setup.loading
     log("checkpoint ...")
-    features, labels, val_features, val_labels = features_of_splits(setup.backbone, *evaluation, **loading)
-    row = rate_features(features, labels, val_features, val_labels, **options)
+    splits, row = features_and_knn(setup.networks["checkpoint"], *evaluation, **options)
+    features, labels, *validation = splits
     log_bad_images(setup.bad_images)  # all have been read once
-    if args.cached:
-        scores, weights, outcomes = logistic_regression(features, labels, val_features, classes=classes), {}, {}
+    if setup.settings["kind"] == "cached":
+        scores = logistic_regression(features, labels, validation[0], classes=len(setup.train_images.classes))
+        weights, outcomes = {}, {}
     else:
-        del features  # may be large
-        scores, weights, row["linear_by_epoch"], outcomes = probe(args, setup, (val_features, val_labels))
-    row["linear"] = accuracies(scores, val_labels)
+        del splits, features  # may be large
+        scores, weights, row["linear_by_epoch"], outcomes = probe(setup, validation)
+    row["linear"] = accuracies(scores, validation[1])
     rows = {"checkpoint": row}
-    if args.compare == "on":
+    if RANDOM in setup.networks:
         if (start := start_backbone(setup.trained)) is not None:
-            rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options, **loading)
-        options |= dict(pixel_transform=setup.pixel_transform)
-        rows |= baselines(setup.random_backbone, *evaluation, **options, **loading)
-    return outcomes | {"rows": rows}, (scores, val_labels), weights
+            rows[f"the start, {setup.trained['init']}"] = evaluate_features(start, *evaluation, **options)
+        rows |= baselines(setup.networks[RANDOM], *evaluation, pixel_transform=setup.pixel_transform, **options)
+    return outcomes | {"rows": rows}, (scores, validation[1]), weights
 
 
-def probe(
-    args: argparse.Namespace, setup: Setup, validation: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, dict, dict[str, float], dict]:
+def probe(setup: Setup, validation: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict, dict[str, float], dict]:
     """Train the linear probe, or those of a sweep: (scores of validation images, weights, top-1 by epoch, outcomes).
 
     The best of a sweep is chosen on training images that no classifier was trained on: validation images that choose
@@ -298,9 +293,9 @@ def probe(
     """
     images, settings, held_out, best, outcomes = setup.train_images, setup.settings, None, 0, {}
     rates = [(lr, decay) for lr in settings["lr"] for decay in settings["wd"]]
-    if args.sweep:
+    if settings["kind"] == "sweep":
         part = min(HELD_OUT[0], HELD_OUT[1] / len(images))
-        chosen = stratified(images.labels, part, args.seed, leave_one=True)
+        chosen = stratified(images.labels, part, settings["seed"], leave_one=True)
         if not len(chosen):
             raise UserError("--sweep: expected two training images or more of a class, to hold one out, found none")
         held_out = ChosenImages(images, chosen)
@@ -308,42 +303,36 @@ def probe(
         if len(images) < setup.loading["world_size"]:
             raise UserError(f"--sweep: {len(images)} images are left for {setup.loading['world_size']} processes")
     heads, fitted = linear_probe(
-        setup.backbone, images, setup.crop, validation, setup.device,
-        classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=args.seed,
+        setup.networks["checkpoint"], images, setup.crop, validation, setup.device,
+        classes=len(images.classes), rates=rates, epochs=settings["epochs"], seed=settings["seed"],
         progress=setup.progress["checkpoint"], **setup.loading,
     )  # fmt: skip
     if held_out:
         held_features, held_labels = extract_features(
-            setup.backbone, held_out, setup.transform, setup.device, "held-out images", **setup.loading
+            setup.networks["checkpoint"], held_out, setup.transform, setup.device, "held-out images", **setup.loading
         )
         with torch.no_grad():
             held_scores = heads(held_features)
         rows = [{"lr": lr, "wd": decay} for lr, decay in rates]
         for i, row in enumerate(rows):
-            row["held_out"] = accuracies_if_finite(held_scores[i], held_labels)
-            row["val"] = accuracies_if_finite(fitted["scores"][i], validation[1])
+            row["held_out"] = accuracies(held_scores[i], held_labels)
+            row["val"] = accuracies(fitted["scores"][i], validation[1])
         best = max(range(len(rates)), key=lambda i: rows[i]["held_out"]["top1"])
         outcomes = {"sweep": rows, "chosen": {"lr": rates[best][0], "wd": rates[best][1], "held_out": len(held_out)}}
     by_epoch = {str(epoch): top1[best] for epoch, top1 in fitted["history"].items()}
-    weights = {f"fc.{name}": value.detach().cpu() for name, value in heads.heads[best].state_dict().items()}
+    weights = {name: value.cpu() for name, value in heads.heads[best].state_dict(prefix="fc.").items()}
     return fitted["scores"][best], weights, by_epoch, outcomes
 
 
-def accuracies_if_finite(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Accuracies of a classifier; one whose scores are inf or nan counts as wrong everywhere."""
-    return accuracies(scores, labels if scores.isfinite().all() else torch.full_like(labels, -1))
-
-
-def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
+def evaluate_finetuned(setup: Setup) -> Rated:
     """Fine-tune the checkpoint, and random init: (outcomes, (scores, labels) of the checkpoint, all its weights)."""
     rows, settings, rated, weights = {}, setup.settings, None, {}
-    networks = {"checkpoint": setup.backbone} | ({RANDOM_TUNED: setup.random_backbone} if args.compare == "on" else {})
-    for name, backbone in networks.items():
+    for name, backbone in setup.networks.items():
         network, fitted = fine_tune(
             backbone, setup.train_images, setup.val_images, setup.crop, setup.transform, setup.device,
             classes=len(setup.train_images.classes), lr=settings["lr"][0], lr_last_layer=settings["lr_last_layer"],
-            weight_decay=settings["wd"][0], epochs=settings["epochs"], seed=args.seed, title=f"fine-tuning {name}",
-            progress=setup.progress[name], **setup.loading,
+            weight_decay=settings["wd"][0], epochs=settings["epochs"], seed=settings["seed"],
+            title=f"fine-tuning {name}", progress=setup.progress[name], **setup.loading,
         )  # fmt: skip
         scores, labels = fitted["scores"][0], fitted["labels"]
         by_epoch = {str(epoch): top1 for epoch, (top1,) in fitted["history"].items()}
@@ -351,8 +340,8 @@ def evaluate_finetuned(args: argparse.Namespace, setup: Setup) -> Rated:
         if name == "checkpoint":
             log_bad_images(setup.bad_images)  # all have been read once
             rated, weights = (scores, labels), network.backbone.state_dict()
-            weights |= {f"fc.{key}": value for key, value in network.heads.heads[0].state_dict().items()}
-            weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
+            weights |= network.heads.heads[0].state_dict(prefix="fc.")
+            weights = {key: value.cpu() for key, value in weights.items()}
     return {"rows": rows}, rated, weights
 
 
@@ -364,16 +353,16 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     dataset, data_path = trained.get("dataset", "shapes"), trained.get("data_path")
     if args.dataset or args.data_path:
         dataset, data_path = args.dataset or "folder", args.data_path
-    value_range = trained.get("value_range")
-    train_images, val_images = splits = open_labelled(args, dataset, data_path, world_size, value_range)
-    most_bad = args.max_bad_images
-    bad_images = {"train": BadImages(train_images, most_bad), "val": BadImages(val_images, most_bad)}
-    found = {"training": fingerprint(train_images), "validation": fingerprint(val_images)}
-    check_same("comparing images", {f"{part} {key}": value for part in found for key, value in found[part].items()})
-    side, asked = typical_side(val_images), dict(size=args.size, resize=args.resize)
-    size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", **asked)
+    train_images, val_images = open_labelled(args, dataset, data_path, world_size, trained.get("value_range"))
+    splits = {"train": train_images, "val": val_images}
+    bad_images = {split: BadImages(images, args.max_bad_images) for split, images in splits.items()}
+    found = {split: fingerprint(images) for split, images in splits.items()}
+    check_same("comparing images", {f"{split} {key}": value for split in found for key, value in found[split].items()})
+    side = typical_side(val_images)
+    size, resize = choose_sizes(trained, side, is_folder=dataset == "folder", size=args.size, resize=args.resize)
     reuse_freed_memory()
-    settings = settings_of(args, len(train_images), world_size) | {"size": size, "resize": resize}
+    settings = settings_of(args, len(train_images), world_size)
+    settings |= {"size": size, "resize": resize, "weights": weights_checksum(backbone)}
     batch_size = args.batch_size or max(1, settings.get("batch_size", 256) // world_size)
     workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * size**2)
     loading = dict(rank=rank, world_size=world_size, workers=workers, batch_size=batch_size)
@@ -382,26 +371,23 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         f"{dataset}{f' in {data_path}' if data_path else ''}: {len(train_images)} training and {len(val_images)} "
         f"validation images of {len(train_images.classes)} classes, {size} pixels; {device}, {world_size} process(es)"
     )
-    torch.manual_seed(args.seed)
-    random_backbone = new_backbone(architecture)
-    # What decides the trained weights: neighbours and comparisons do not. Images may have moved.
+    networks = {"checkpoint": backbone}
+    if args.compare == "on":
+        torch.manual_seed(args.seed)
+        networks[RANDOM] = new_backbone(architecture)
+    # What decides the trained weights: neighbours do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
-    deciding |= {"classes": list(train_images.classes), "train": found["training"], "val": found["validation"]}
-    networks = {"checkpoint": backbone, RANDOM_TUNED: random_backbone} if args.finetune else {"checkpoint": backbone}
-    checksums = {name: weights_checksum(network) for name, network in networks.items()}  # before fine-tuning
-    progress = {}
-    for name, checksum in checksums.items():
-        unfinished = f".{settings['kind']}{'_random' * (name == RANDOM_TUNED)}.unfinished"
-        progress[name] = Progress(path.with_suffix(unfinished), deciding | {"weights": checksum})
+    deciding |= {"classes": list(train_images.classes), **found}
+    unfinished = {"checkpoint": f".{settings['kind']}.unfinished", RANDOM: f".{settings['kind']}_random.unfinished"}
+    progress = {name: Progress(path.with_suffix(unfinished[name]), deciding) for name in networks}
     crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
-    setup = Setup(backbone, random_backbone, trained, *splits, bad_images, *crops, device, loading, settings, progress)
-    outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(args, setup)
+    setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
+    outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)
     result = {
         "checkpoint": str(path),
         "dataset": dataset,
         "data_path": data_path,
         **settings,
-        "weights": checksums["checkpoint"],
         "images": {split: len(bad.images) for split, bad in bad_images.items()},
         "left_out": {split: len(bad.reasons) for split, bad in bad_images.items()},
         **outcomes,
@@ -411,7 +397,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         result["per_class"] = accuracy_by_class(*rated, train_images.classes)
     print_result(result)
     if rank == 0:
-        save(result, path, rated, weights, train_images.classes, trained | {"value_range": value_range})
+        save(result, path, rated, weights, train_images.classes, trained)
         for file in progress.values():
             file.remove()
     return result
@@ -420,8 +406,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
 def settings_of(args: argparse.Namespace, images: int, world_size: int) -> dict:
     """What tells one result of a checkpoint from another, in addition to images and sizes."""
     kind = "finetune" if args.finetune else "cached" if args.cached else "sweep" if args.sweep else "linear"
-    settings = {"kind": kind, "labels": args.labels, "subset": args.subset, "val_share": args.val_share}
-    settings |= {"val_labels": args.val_labels, "seed": args.seed}
+    settings = {"kind": kind}
+    settings |= {name: getattr(args, name) for name in ("labels", "subset", "val_share", "val_labels", "seed")}
     batch_size = None if args.batch_size is None else args.batch_size * world_size
     if args.finetune:
         epochs, batch_size, lr, lr_last_layer = fine_tuning_defaults(images, args.epochs, batch_size)
@@ -481,28 +467,33 @@ def print_result(result: dict) -> None:
 def save(result: dict, path: Path, rated: tuple, weights: dict, classes: Sequence[str], trained: dict) -> None:
     """Write NAME.eval.json, the trained classifier and, where asked for, the confusion matrix next to NAME.
 
-    trained: options of the backbone's training, with value_range. What the weights expect goes along with them.
+    trained: options of the backbone's training. What the weights expect goes along with them.
     """
-    files = {path.with_suffix(".eval.json"): lambda to: write_result(result, to)}
+    with logged(path.with_suffix(".eval.json")) as target:
+        write_result(result, target)
     if weights:
-        name = "finetune" if result["kind"] == "finetune" else "linear"
-        contents = {"state_dict": weights, "classes": list(classes), "value_range": trained["value_range"]}
+        contents = {"state_dict": weights, "classes": list(classes), "value_range": trained.get("value_range")}
         contents["sizes"] = [result["size"], result["resize"]]
         contents["options"] = {name: value for name, value in result.items() if name not in OUTCOMES}
         contents["options"] |= {"size_crops": [result["size"]], "arch": trained.get("arch", "")}
-        files[path.with_suffix(f".{name}.pth")] = lambda to: checkpoint.write(contents, to)
-    if result.get("per_class"):
-        if find_spec("matplotlib"):
-            matrix = confusion_matrix(*rated).cpu()
-            files[path.with_suffix(f".{result['kind']}.confusion.png")] = lambda to: draw_confusion(matrix, classes, to)
-        else:
-            log("no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib")
-    for target, write in files.items():
-        try:
-            write(target)
-            log(f"written to {target}")
-        except OSError as error:
-            log(f"not written to {target}: {error.strerror}")
+        name = "finetune" if result["kind"] == "finetune" else "linear"
+        with logged(path.with_suffix(f".{name}.pth")) as target:
+            checkpoint.write(contents, target)
+    if "per_class" in result and find_spec("matplotlib"):
+        with logged(path.with_suffix(f".{result['kind']}.confusion.png")) as target:
+            target.write_bytes(page.confusion_chart(confusion_matrix(*rated).cpu().numpy(), classes))
+    elif "per_class" in result:
+        log("no picture of the confusion matrix, as matplotlib is not installed: pip install matplotlib")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[Path]:
+    """Log that the block has written a file, or why it could not, which does not end the evaluation."""
+    try:
+        yield path
+        log(f"written to {path}")
+    except OSError as error:
+        log(f"not written to {path}: {error.strerror}")
 
 
 def key_of(result: dict) -> str:
@@ -536,28 +527,6 @@ def write_result(result: dict, path: Path) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-
-
-def draw_confusion(confusion: torch.Tensor, classes: Sequence[str], path: Path) -> None:
-    """Draw [classes, classes] counts as shares of each row, with names and numbers where they fit."""
-    from matplotlib.figure import Figure
-
-    shares = 100 * confusion / confusion.sum(1, keepdim=True).clamp_min(1)
-    side = min(24.0, max(5.0, 2 + 0.45 * len(classes)))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues")
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
-    figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
-    if len(classes) <= 50:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 20:
-        for (row, column), value in np.ndenumerate(shares.numpy()):
-            if value >= 0.5:
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value > 50 else "k")
-    figure.savefig(path, dpi=100, format="png")
 
 
 def main(args: argparse.Namespace) -> dict:

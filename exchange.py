@@ -21,7 +21,7 @@ from torch import nn
 import checkpoint
 from data import MEAN, STD, CentreCrop
 from launch import RunStopped, UserError, user_errors
-from model import ResNet, head_weights
+from model import ResNet, SwAV, head_weights
 
 NAMINGS = ("torchvision", "timm", "swav")
 TOLERANCE = 1e-4  # of the largest feature: by this an exported network may differ from ours
@@ -75,19 +75,15 @@ def load_head(contents: Mapping, path: Path) -> tuple[nn.Module, nn.Linear]:
     """
     with user_errors(f"RUN: {path} holds a backbone alone: "):
         weights, sizes = head_weights(contents)
-    hidden, dim = sizes["hidden_mlp"], sizes["feat_dim"]
-    first = weights["projection_head.0.weight" if hidden else "projection_head.weight"]
-    head = nn.Linear(first.shape[1], hidden or dim)
-    if hidden:
-        head = nn.Sequential(head, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
-    prototypes = nn.Linear(dim, sizes["nmb_prototypes"], bias=False)
+    no_backbone, first = nn.Identity(), "projection_head.0.weight" if sizes["hidden_mlp"] else "projection_head.weight"
+    no_backbone.num_features = weights[first].shape[1] if first in weights else 1  # 1: loading says what is missing
+    model = SwAV(backbone=no_backbone, **sizes)
     try:
-        nn.ModuleDict({"projection_head": head, "prototypes": prototypes}).load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"RUN: {path} holds no whole projection head: {error}".replace("\n", " ")) from None
-    with torch.no_grad():
-        prototypes.weight.copy_(nn.functional.normalize(prototypes.weight, dim=1))
-    return head.eval(), prototypes
+    model.normalize_prototypes()
+    return model.projection_head.eval(), model.prototypes
 
 
 def rename_weights(

@@ -16,7 +16,7 @@ import csv
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -95,20 +95,7 @@ def option_parser() -> OptionParser:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line, in `_` or `-` spelling. Raises UserError."""
-    return option_parser().parse_args(_paths_first(argv))
-
-
-def _paths_first(argv: Sequence[str]) -> list[str]:
-    """Put options after the paths: argparse takes all paths at once. Every option but help has one value."""
-    paths, options, words = [], [], iter(argv)
-    for word in words:
-        if not word.startswith("-"):
-            paths.append(word)
-        else:
-            options.append(word)
-            if "=" not in word and not word.startswith(("-h", "--help")):
-                options += [value for value in [next(words, None)] if value is not None]
-    return paths + options
+    return option_parser().parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -138,8 +125,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def options_without_effect(args: argparse.Namespace) -> list[str]:
     """A line for each option that the user set and that this command does not take."""
-    default, takes = option_parser().get_default, {"size", "resize", *COMMANDS[args.what][2]}
-    others = {"k", "to", *READS_IMAGES} - takes
+    default, others = option_parser().get_default, {"k", "to", *READS_IMAGES}.difference(COMMANDS[args.what][2])
     idle = [name for name in vars(args) if name in others and getattr(args, name) != default(name)]
     return [f"--{name} {getattr(args, name)} has no effect on {args.what}" for name in idle]
 
@@ -193,64 +179,52 @@ class Source(NamedTuple):
     backbone: nn.Module
     trained: dict  # options of its training, {} if unknown
     images: ImageFiles
+    names: list[str]  # of the images, relative to their folder
     crop: CentreCrop
     device: torch.device
 
 
-def open_source(args: argparse.Namespace, folder: str, contents: object = None) -> Source:
+def open_source(args: argparse.Namespace, folder: str, contents: Mapping | None = None) -> Source:
     """Load the backbone and list the images below a folder. contents: of the checkpoint, if read. Raises UserError."""
     device, path = choose_device(args.device), checkpoint_of(args.run)
     backbone, architecture, trained = load_backbone(path, None, contents)
-    value_range = trained.get("value_range")
-    images = ImageFiles(folder, value_range)
-    sizes = choose_sizes(trained, typical_side(images), is_folder=True, size=args.size, resize=args.resize)
-    crop = CentreCrop(sizes[1], sizes[0], images.value_range)
+    images = ImageFiles(folder, trained.get("value_range"))
+    size, resize = choose_sizes(trained, typical_side(images), is_folder=True, size=args.size, resize=args.resize)
+    crop = CentreCrop(resize, size, images.value_range)
     log(f"{shown(path)}: {architecture['arch']}; {shown(folder)}: {len(images):,} images; {device}")
     log(f"images: {exchange.describe_preprocessing(crop)}")
-    return Source(path, backbone, trained, images, crop, device)
-
-
-def names_of(images: ImageFiles) -> list[str]:
-    """Paths of the images relative to their folder."""
-    return [os.path.relpath(str(path), images.root) for path in images.paths]
+    names = [os.path.relpath(str(image), images.root) for image in images.paths]
+    backbone.to(device, memory_format=torch.channels_last).eval()
+    return Source(path, backbone, trained, images, names, crop, device)
 
 
 @torch.no_grad()
-def outputs(
-    network: nn.Module, source: Source, args: argparse.Namespace, title: str
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield (indices of images, rows float32 [B, F] of the network) batch by batch, for the images that can be read.
+def features_of(source: Source, args: argparse.Namespace) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices of images, features float32 [B, F]) batch by batch, for the images that can be read.
 
-    Logs which cannot. Raises RunStopped if these are too many, or if rows are inf or nan.
+    Logs which cannot. Raises RunStopped if these are too many, or if features are inf or nan.
     """
-    images, crop, device = source.images, source.crop, source.device
+    images, device = source.images, source.device
     reuse_freed_memory()
-    network.to(device, memory_format=torch.channels_last).eval()
     batch_size = min(args.batch_size, len(images))
-    workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * crop.size**2)
-    loader = ordered_loader(images, crop, batch_size, workers=workers, pin_memory=device.type == "cuda")
+    workers = workers_that_fit(set_threads_and_workers(args.workers, device), 12 * batch_size * source.crop.size**2)
+    loader = ordered_loader(images, source.crop, batch_size, workers=workers, pin_memory=device.type == "cuda")
     bad, done = BadImages(images, args.max_bad_images), 0
-    for batch, labels in track(loader, title):
+    for batch, labels in track(loader, args.what):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
         with bf16_on_gpus(device):
-            rows = network(batch).float().cpu()
+            features = source.backbone(batch).float().cpu()
         bad.update()
         is_read = labels != LEFT_OUT
-        if not rows[is_read].isfinite().all():
-            raise RunStopped(f"{title}: values are inf or nan: the network overflows", code=4)
-        yield (done + is_read.nonzero().flatten()).tolist(), rows[is_read]
+        if not features[is_read].isfinite().all():
+            raise RunStopped(f"{args.what}: features are inf or nan: the network overflows", code=4)
+        yield (done + is_read.nonzero().flatten()).tolist(), features[is_read]
         done += len(batch)
     if bad.reasons:
         some = "; ".join(f"{shown(path)} ({reason})" for path, reason in list(bad.reasons.items())[:3])
         log(f"left out, as they cannot be read: {len(bad.reasons)} of {len(images)} images: {some}")
     if len(bad.reasons) == len(images):
         raise UserError(f"DIR: none of the {len(images)} images can be read; python images.py DIR tells why")
-
-
-def rows_of(batches: Iterable[tuple[list[int], torch.Tensor]], names: Sequence[str]) -> Iterator[tuple[str, list]]:
-    """Yield (name, row) of each image, from `outputs`."""
-    for indices, rows in batches:
-        yield from zip((names[i] for i in indices), rows.tolist(), strict=True)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -268,16 +242,19 @@ def export_features(args: argparse.Namespace) -> None:
     """Write a feature vector of each image, as .npz or .csv."""
     folder, out = args.paths[0], Path(args.paths[1])
     source = open_source(args, folder)
-    names, width = names_of(source.images), source.backbone.num_features
+    names, width = source.names, source.backbone.num_features
+
+    def rows() -> Iterator[list]:
+        for indices, features in features_of(source, args):
+            for i, row in zip(indices, features.tolist(), strict=True):
+                yield [names[i], *map("{:.9g}".format, row)]  # float32, exactly
+
     with complete_file(out, source.path) as path:
-        batches = outputs(source.backbone, source, args, "features")
         if out.suffix.lower() == ".csv":
-            header = ["file", *(f"feature_{i}" for i in range(width))]
-            rows = ([name, *map("{:.9g}".format, row)] for name, row in rows_of(batches, names))  # float32, exactly
-            write_csv(path, header, rows)
+            write_csv(path, ["file", *(f"feature_{i}" for i in range(width))], rows())
             return
         features, read = np.empty((len(names), width), np.float32), []
-        for indices, part in batches:
+        for indices, part in features_of(source, args):
             features[len(read) : len(read) + len(part)] = part
             read += indices
         facts = {"root": os.path.abspath(folder), "checkpoint": os.path.abspath(source.path)}
@@ -286,55 +263,52 @@ def export_features(args: argparse.Namespace) -> None:
         log(f"{len(read):,} images of {width} features")
 
 
-class NearestPrototypes(nn.Module):
-    """Images [B, 3, S, S] -> [B, 3]: nearest prototype by cosine, its certainty, the second nearest (-1: none).
-
-    Certainty is the softmax of the cosines over all prototypes, divided by the temperature, as in the loss (section 3.1
-    of the paper, equation 2).
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, prototypes: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.backbone, self.head, self.prototypes, self.temperature = backbone, head, prototypes, temperature
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        projections = self.head(self.backbone(images)).float()
-        with torch.autocast(images.device.type, enabled=False):
-            cosines = self.prototypes(F.normalize(projections, dim=1))  # [B, K]
-        nearest = F.pad(cosines, (0, 1), value=-torch.inf).topk(2, dim=1).indices  # [B, 2], K stands for none
-        certainty = (cosines / self.temperature).softmax(1).amax(1, keepdim=True)
-        nearest = torch.where(nearest < cosines.shape[1], nearest, -1)
-        return torch.cat([nearest[:, :1], certainty, nearest[:, 1:]], dim=1)
-
-
 def export_clusters(args: argparse.Namespace) -> None:
     """Write the nearest prototype of each image, how certain it is, and the second nearest, as .csv."""
     folder, out = args.paths[0], Path(args.paths[1])
     path = checkpoint_of(args.run)
-    contents = checkpoint.load(path)
+    contents = read_file(path)
     head, prototypes = exchange.load_head(contents, path)
     source = open_source(args, folder, contents)
     temperature = source.trained.get("temperature", 0.1)
     log(f"{prototypes.out_features} prototypes; certainty at temperature {temperature:g}")
-    network, names = NearestPrototypes(source.backbone, head, prototypes, temperature), names_of(source.images)
+
+    def rows() -> Iterator[list]:
+        for indices, features in features_of(source, args):
+            found = nearest_prototypes(features, head, prototypes, temperature)
+            for i, first, certainty, second in zip(indices, *found, strict=True):
+                yield [source.names[i], first, f"{certainty:.4f}", second]
+
     with complete_file(out, source.path) as path:
-        batches = outputs(network, source, args, "clusters")
-        rows = ([name, int(a), f"{certainty:.4f}", int(b)] for name, (a, certainty, b) in rows_of(batches, names))
-        write_csv(path, ["file", "prototype", "certainty", "second_choice"], rows)
+        write_csv(path, ["file", "prototype", "certainty", "second_choice"], rows())
+
+
+@torch.no_grad()
+def nearest_prototypes(
+    features: torch.Tensor, head: nn.Module, prototypes: nn.Linear, temperature: float
+) -> tuple[list[int], list[float], list[int]]:
+    """For features [B, F]: the nearest prototype by cosine, its certainty, the second nearest (-1: there is one alone).
+
+    Certainty is the softmax of the cosines over all prototypes, divided by the temperature, as in the loss (section 3.1
+    of the paper, equation 2).
+    """
+    cosines = prototypes(F.normalize(head(features), dim=1))  # [B, K]
+    nearest = cosines.topk(min(2, cosines.shape[1]), dim=1).indices  # [B, 2], of one prototype [B, 1]
+    second = nearest[:, 1].tolist() if cosines.shape[1] > 1 else [-1] * len(nearest)
+    return nearest[:, 0].tolist(), (cosines / temperature).softmax(1).amax(1).tolist(), second
 
 
 def print_similar(args: argparse.Namespace) -> None:
     """Print the k images that are nearest to one by the cosine similarity of features; the image itself is left out."""
     image, folder = args.paths
-    source = open_source(args, folder)
+    source, similar = open_source(args, folder), []
     try:
         pixels = read_image(image, source.images.value_range)
     except UnreadableImage as error:
         raise UserError(f"IMAGE: {str(error).removeprefix('data_path: ')}") from None
-    backbone, similar = source.backbone.to(source.device).eval(), []
     with torch.no_grad(), bf16_on_gpus(source.device):
-        query = backbone(source.crop(pixels)[None].to(source.device)).float().cpu()  # [1, F]
-    for indices, features in outputs(backbone, source, args, "features"):
+        query = source.backbone(source.crop(pixels)[None].to(source.device)).float().cpu()  # [1, F]
+    for indices, features in features_of(source, args):
         similar += zip(F.cosine_similarity(features, query).tolist(), indices, strict=True)
     paths = [str(path) for path in source.images.paths]
     others = [(cosine, paths[i]) for cosine, i in similar if not is_same_file(paths[i], image)]

@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
 from data import LEFT_OUT, CentreCrop, ordered_loader, readable_image, to_grey
 from launch import RunStopped, UserError, log, track
 
 MAX_PIXEL_TABLE = 2**30  # numbers; raw pixels of larger sets are not compared
-RANDOM, RANDOM_STATISTICS = "random init, BatchNorm untouched", "random init, BatchNorm of the training images"
-PIXELS = "raw pixels"
 
 
 def some_images(total: int, count: int) -> list[int]:
@@ -42,26 +41,16 @@ def bf16_on_gpus(device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module,
-    images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    title: str,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, title: str, **loading: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extract pooled features [N, F] float32 and labels [N] of all images, in their order, on every process.
 
-    Each process computes its share. title: of the progress line. batch_size: per process. Images that cannot be read
-    are left out (images.new_bad_images tells which). Raises UserError if there are no others, RunStopped if features
-    are inf or nan.
+    Each process computes its share. title: of the progress line. loading: batch_size of each process, and rank,
+    world_size and workers of data.ordered_loader. Images that cannot be read are left out (images.new_bad_images tells
+    which). Raises UserError if there are no others, RunStopped if features are inf or nan.
     """
     features, labels, done = None, [], 0
-    sharing = dict(rank=rank, world_size=world_size, workers=workers)
-    loader = ordered_loader(images, transform, batch_size, pin_memory=device.type == "cuda", **sharing)
+    loader = ordered_loader(images, transform, pin_memory=device.type == "cuda", **loading)
     for batch, batch_labels in track(loader, title):
         batch = batch.to(device, non_blocking=True, memory_format=torch.channels_last)
         with bf16_on_gpus(device):
@@ -71,7 +60,7 @@ def extract_features(
         features[done : done + len(batch_features)] = batch_features
         done += len(batch_features)
         labels.append(batch_labels.to(device))
-    features, labels = gather_rows(features, len(images)), gather_rows(torch.cat(labels), len(images))
+    features, labels = gather_rows(features), gather_rows(torch.cat(labels))
     is_finite = torch.cat([chunk.isfinite().all(1) for chunk in features.split(2**13)])
     if not is_finite.all():
         count = len(features) - int(is_finite.sum())
@@ -84,12 +73,14 @@ def extract_features(
     return features[is_read], labels[is_read]
 
 
-def gather_rows(share: torch.Tensor, total: int) -> torch.Tensor:
+def gather_rows(share: torch.Tensor) -> torch.Tensor:
     """Put together the rows that processes hold as rank, rank + world_size, ..."""
     if not dist.is_initialized():
         return share
+    total = torch.tensor(len(share), device=share.device)
+    dist.all_reduce(total)
     world_size = dist.get_world_size()
-    longest = math.ceil(total / world_size)
+    longest = math.ceil(total.item() / world_size)
     gathered = share.new_zeros(longest, world_size, *share.shape[1:])
     for start in range(0, longest, 2**13):  # a part at a time, as two copies of all may not fit
         part = share[start : start + 2**13]
@@ -98,7 +89,7 @@ def gather_rows(share: torch.Tensor, total: int) -> torch.Tensor:
         parts = [torch.empty_like(padded) for _ in range(world_size)]
         dist.all_gather(parts, padded)
         gathered[start : start + len(padded)] = torch.stack(parts, dim=1)
-    return gathered.flatten(0, 1)[:total]
+    return gathered.flatten(0, 1)[: total.item()]
 
 
 def batchnorms(network: nn.Module) -> list[nn.Module]:
@@ -106,39 +97,30 @@ def batchnorms(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-@torch.no_grad()
 def recompute_batchnorm(
-    backbone: nn.Module,
-    images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    *,
-    batch_size: int,
-    **loading: int,
+    backbone: nn.Module, images: Dataset, transform: Callable, device: torch.device, *, batch_size: int, **loading: int
 ) -> None:
     """Set the running statistics of every BatchNorm to their mean over the images of all processes.
 
-    In random order, so that batches mix classes; leaves out a smaller last batch. loading: rank, world_size and workers
-    of `extract_features`.
+    In random order, so that batches mix classes; leaves out a smaller last batch. loading: as in `extract_features`.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     batch_size = max(2, batch_size)  # a single image may have no variance
     loader = ordered_loader(Subset(images, order), transform, batch_size, **loading)
-    norms = batchnorms(backbone)
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    backbone.train()
-    for step, (batch, labels) in enumerate(track(loader, "BatchNorm statistics")):
-        is_whole = len(batch) == batch_size or step == 0
-        batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
-        if is_whole and len(batch) > 1:
-            backbone(batch.to(device, memory_format=torch.channels_last))
-    backbone.eval()
+
+    def batches() -> Iterator[torch.Tensor]:
+        for step, (batch, labels) in enumerate(track(loader, "BatchNorm statistics")):
+            is_whole = len(batch) == batch_size or step == 0
+            batch = batch[labels != LEFT_OUT]  # without the images that cannot be read
+            if is_whole and len(batch) > 1:
+                yield batch.to(device, memory_format=torch.channels_last)
+
+    update_bn(batches(), backbone)
     if dist.is_initialized():
-        for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
-            dist.all_reduce(statistic)
-            statistic /= dist.get_world_size()
+        for norm in batchnorms(backbone):
+            for statistic in (norm.running_mean, norm.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()
 
 
 # What features are worth
@@ -147,9 +129,11 @@ def recompute_batchnorm(
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | list[float]]:
     """Top-1 and top-5 accuracy in percent, of scores [N, classes] and labels [N], each with its 95 % interval.
 
-    {"top1": ..., "top1_interval": [low, high], "top5": ..., "top5_interval": ...}, see `wilson_interval`.
+    {"top1": ..., "top1_interval": [low, high], "top5": ..., "top5_interval": ...}, see `wilson_interval`. A classifier
+    with a score that is inf or nan counts as wrong everywhere.
     """
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    ranked &= scores.isfinite().all()
     shares = {"top1": ranked[:, 0].double().mean().item(), "top5": ranked.any(1).double().mean().item()}
     values = {name: 100 * share for name, share in shares.items()}
     return values | {f"{name}_interval": wilson_interval(share, len(labels)) for name, share in shares.items()}
@@ -175,22 +159,20 @@ def accuracy_by_class(scores: torch.Tensor, labels: torch.Tensor, classes: Seque
     taken_for: the most frequent wrong class (None if there is none), taken_for_share: its share of the images in
     percent. top1 is None for a class without images.
     """
-    confusion, rows = confusion_matrix(scores, labels).cpu(), []
-    for label, name in enumerate(classes):
-        counts = confusion[label].clone()
-        images, right = int(counts.sum()), int(counts[label])
-        counts[label] = 0
-        wrong = int(counts.argmax())
-        row = {
+    confusion = confusion_matrix(scores, labels).cpu()
+    totals, hits = confusion.sum(1).tolist(), confusion.diag().tolist()
+    misses, taken_for = (column.tolist() for column in confusion.fill_diagonal_(0).max(1))
+    return [
+        {
             "class": name,
             "images": images,
             "top1": 100 * right / images if images else None,
             "top1_interval": wilson_interval(right / max(1, images), images),
-            "taken_for": classes[wrong] if counts[wrong] else None,
-            "taken_for_share": 100 * int(counts[wrong]) / max(1, images),
+            "taken_for": classes[other] if wrong else None,
+            "taken_for_share": 100 * wrong / max(1, images),
         }
-        rows.append(row)
-    return rows
+        for name, images, right, wrong, other in zip(classes, totals, hits, misses, taken_for, strict=True)
+    ]
 
 
 def confusion_matrix(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -266,58 +248,43 @@ def logistic_regression(
         return linear((val_features - mean) * scale)
 
 
-def features_of_splits(
-    network: nn.Module,
-    train_images: Dataset,
-    val_images: Dataset,
-    transform: Callable,
-    device: torch.device,
-    **loading: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Extract (features, labels) of the training images, then of the validation images, with BatchNorm's statistics.
-
-    loading: batch_size, rank, world_size and workers of `extract_features`.
-    """
-    network.to(device, memory_format=torch.channels_last).eval()
-    train = extract_features(network, train_images, transform, device, "training images", **loading)
-    return *train, *extract_features(network, val_images, transform, device, "validation images", **loading)
-
-
-def rate_features(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    val_features: torch.Tensor,
-    val_labels: torch.Tensor,
-    *,
-    classes: int,
-    knn_k: Sequence[int],
-    knn_temperature: float,
-) -> dict[str, dict | float]:
-    """{"knn": accuracies with the first k, "knn_by_k": {k: accuracies}, "spread": feature_std}."""
-    cosines, neighbours = nearest(features, val_features, max(knn_k))
-    by_k = {}
-    for k in knn_k:
-        scores = votes(cosines[:, :k], labels[neighbours[:, :k]], classes=classes, temperature=knn_temperature)
-        by_k[str(k)] = accuracies(scores, val_labels)
-    return {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
-
-
-def evaluate_features(
+def features_and_knn(
     network: nn.Module,
     train_images: Dataset,
     val_images: Dataset,
     transform: Callable,
     device: torch.device,
     *,
-    classes: int,
     knn_k: Sequence[int] = (20,),
     knn_temperature: float = 0.07,
     **loading: int,
+) -> tuple[tuple[torch.Tensor, ...], dict[str, dict | float]]:
+    """Extract the features of two splits, with BatchNorm's running statistics, and rate them by kNN.
+
+    Returns (features, labels, val_features, val_labels) and {"knn": accuracies with the first k, "knn_by_k":
+    {k: accuracies}, "spread": feature_std}. loading: as in `extract_features`.
+    """
+    network.to(device, memory_format=torch.channels_last).eval()
+    features, labels = extract_features(network, train_images, transform, device, "training images", **loading)
+    val_split = extract_features(network, val_images, transform, device, "validation images", **loading)
+    cosines, neighbours = nearest(features, val_split[0], max(knn_k))
+    options, by_k = dict(classes=len(train_images.classes), temperature=knn_temperature), {}
+    for k in knn_k:
+        by_k[str(k)] = accuracies(votes(cosines[:, :k], labels[neighbours[:, :k]], **options), val_split[1])
+    row = {"knn": by_k[str(knn_k[0])], "knn_by_k": by_k, "spread": feature_std(features)}
+    return (features, labels, *val_split), row
+
+
+def evaluate_features(
+    network: nn.Module, train_images: Dataset, *evaluation: object, **options: object
 ) -> dict[str, dict | float]:
-    """Evaluate a network's features: `rate_features` and, as "linear", accuracies of a logistic regression."""
-    splits = features_of_splits(network, train_images, val_images, transform, device, **loading)
-    row = rate_features(*splits, classes=classes, knn_k=knn_k, knn_temperature=knn_temperature)
-    return row | {"linear": accuracies(logistic_regression(*splits[:3], classes=classes), splits[3])}
+    """Evaluate a network's features: the row of `features_and_knn`, and accuracies of a logistic regression, "linear".
+
+    Takes what `features_and_knn` takes.
+    """
+    splits, row = features_and_knn(network, train_images, *evaluation, **options)
+    scores = logistic_regression(*splits[:3], classes=len(train_images.classes))
+    return row | {"linear": accuracies(scores, splits[3])}
 
 
 def baselines(
@@ -328,7 +295,6 @@ def baselines(
     device: torch.device,
     *,
     pixel_transform: CentreCrop,
-    classes: int,
     knn_k: Sequence[int],
     knn_temperature: float,
     **loading: int,
@@ -341,17 +307,17 @@ def baselines(
 
     def evaluated(name: str, network: nn.Module, transform: CentreCrop = transform) -> tuple[str, dict]:
         log(f"{name} ...")
-        options = dict(classes=classes, knn_k=knn_k, knn_temperature=knn_temperature, **loading)
+        options = dict(knn_k=knn_k, knn_temperature=knn_temperature, **loading)
         return name, evaluate_features(network, train_images, val_images, transform, device, **options)
 
-    yield evaluated(RANDOM, random_backbone)
+    yield evaluated("random init, BatchNorm untouched", random_backbone)
     if batchnorms(random_backbone):
         recompute_batchnorm(random_backbone, train_images, transform, device, **loading)
-        yield evaluated(RANDOM_STATISTICS, random_backbone)
+        yield evaluated("random init, BatchNorm of the training images", random_backbone)
     if (len(train_images) + len(val_images)) * 3 * pixel_transform.size**2 > MAX_PIXEL_TABLE:
-        log(f"{PIXELS}: left out, they do not fit into memory")
+        log("raw pixels: left out, they do not fit into memory")
     else:
-        yield evaluated(PIXELS, nn.Flatten(), pixel_transform)
+        yield evaluated("raw pixels", nn.Flatten(), pixel_transform)
 
 
 # What the images are, for defaults.derive

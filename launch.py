@@ -204,11 +204,11 @@ class OptionParser(argparse.ArgumentParser):
             lines += read_option_file(word[1:]) if word.startswith(self.file_marks) else [("", [word])]
         lines = [(place, list(map(_underscored, words))) for place, words in lines]
         try:
-            return super().parse_args([word for _, words in lines for word in words])
+            return super().parse_intermixed_args([word for _, words in lines for word in words])
         except UserError as error:
             for end, (place, _) in enumerate(lines, 1):  # the first line with which the error comes
                 try:
-                    super().parse_args([word for _, words in lines[:end] for word in words])
+                    super().parse_intermixed_args([word for _, words in lines[:end] for word in words])
                 except UserError as same:
                     if place and str(same) == str(error):
                         raise UserError(f"{place}: {error}") from None

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import webbrowser
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -239,6 +240,8 @@ def main(args: argparse.Namespace) -> Path:
         unfinished.write_bytes(content)
         os.replace(unfinished, output)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise UserError(f"--output: cannot write {shown(output)}: {error.strerror}") from None
     log(f"written to {shown(output)}, {len(content) / 2**20:.1f} MB")
     if args.open and not webbrowser.open(output.absolute().as_uri()):

@@ -13,7 +13,6 @@ from copy import copy
 from itertools import islice
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
@@ -141,10 +140,7 @@ def measure_quality(
             batch_embeddings, _ = model([batch.contiguous(memory_format=torch.channels_last)])
         embeddings.append(batch_embeddings.float().unflatten(0, (-1, QUALITY_CROPS)))
     model.train(is_training)
-    total = torch.tensor(len(crops[0]), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    embeddings, seen = (gather_rows(torch.cat(parts), int(total)) for parts in (embeddings, seen))  # [N, Q, ...]
+    embeddings, seen = (gather_rows(torch.cat(parts)) for parts in (embeddings, seen))  # [N, Q, ...]
     if not embeddings.isfinite().all():
         return dict.fromkeys(QUALITY)
     if device.type in NO_FLOAT64:
@@ -216,10 +212,7 @@ def measure_knn(
             batch = normalize(part.to(device).float()).contiguous(memory_format=torch.channels_last)
             with torch.compiler.set_stance("force_eager"), bf16_on_gpus(device):
                 parts.append(model.features(batch).float())
-        total = torch.tensor(len(labels), device=device)
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        features, labels = (gather_rows(rows, int(total)) for rows in (torch.cat(parts), labels.to(device)))
+        features, labels = gather_rows(torch.cat(parts)), gather_rows(labels.to(device))
         splits.append((features[labels >= 0], labels[labels >= 0]))
     model.train(is_training)
     (features, labels), (val_features, val_labels) = splits

@@ -139,9 +139,9 @@ def grid(figures: Iterable[str]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def jpeg(image: Image.Image, quality: int = 82) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
+    image.convert("RGB").save(buffer, "JPEG", quality=82, optimize=True)
     return buffer.getvalue()
 
 
@@ -284,6 +284,26 @@ def scatter_chart(title: str, points: np.ndarray, names: Sequence[str | None]) -
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11, loc="left")
     axes.legend(fontsize=9, markerscale=1.6, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False)
+    return _png(figure)
+
+
+def confusion_chart(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Counts [classes, classes] as shares of each row, with names and numbers where they fit."""
+    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(24.0, max(5.0, 2 + 0.45 * len(classes)))
+    figure, axes = _new_figure(side, side)
+    picture = axes.imshow(shares, vmin=0, vmax=100, cmap="Blues")
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    figure.colorbar(picture, ax=axes, label="% of the class's images", shrink=0.6)
+    if len(classes) <= 50:
+        names = [name.replace("$", r"\$") for name in classes]  # no formulas
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(classes) <= 20:
+        for (row, column), value in np.ndenumerate(shares):
+            if value >= 0.5:
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value > 50 else "k")
     return _png(figure)
 
 

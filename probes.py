@@ -9,6 +9,7 @@ resume from a file: see `Progress`.
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -20,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import checkpoint
 from data import start_epoch, training_loader
@@ -59,11 +60,12 @@ class Progress:
     """
 
     def __init__(self, path: Path | None = None, settings: Mapping[str, object] | None = None) -> None:
-        self.path, self.settings, self.is_writable = path, dict(settings or {}), True
+        self.path = path if environment("RANK", 0) == 0 else None
+        self.settings, self.is_writable = dict(settings or {}), True
 
     def load(self) -> dict | None:
         """The state that was saved, on every process; None if there is none or its settings differ, which is logged."""
-        state = [self._read() if self.path and environment("RANK", 0) == 0 else None]
+        state = [self._read() if self.path else None]
         if dist.is_initialized():
             dist.broadcast_object_list(state, src=0)
         return state[0]
@@ -85,7 +87,7 @@ class Progress:
         return state
 
     def save(self, state: dict) -> None:
-        if self.path is None or not self.is_writable or environment("RANK", 0) != 0:
+        if self.path is None or not self.is_writable:
             return
         try:
             checkpoint.write(state | {"settings": self.settings}, self.path)
@@ -95,7 +97,7 @@ class Progress:
 
     def remove(self) -> None:
         """Delete the file, once the result is written."""
-        if self.path is not None and environment("RANK", 0) == 0:
+        if self.path is not None:
             with suppress(OSError):  # a folder that cannot be written
                 self.path.unlink()
 
@@ -105,22 +107,30 @@ def _fit(
     trained: nn.Module,
     optimizer: torch.optim.Optimizer,
     factor: Callable[[int], float],
-    loader: DataLoader,
+    images: Dataset,
+    transform: Callable,
     validate: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
     progress: Progress,
     *,
     title: str,
     epochs: int,
+    batch_size: int,
+    world_size: int = 1,
     layout: torch.memory_format = torch.channels_last,
+    **loading: int,
 ) -> dict:
     """Train classifiers by cross-entropy, each with its share of the optimizer's parameters; resumes.
 
     network: images [B, 3, S, S] -> scores [H, B, classes]. trained: holds all that is trained. factor: epoch -> what
     multiplies each learning rate. validate: () -> (scores [H, N, classes], labels [N]); called each VALIDATE_EVERY
-    epochs, or tenth of them if that is more, and at the end. Returns {"scores", "labels", "history"}: of the last call,
-    and {epoch: top-1 of each classifier}. Raises RunStopped when every loss is inf or nan.
+    epochs, or tenth of them if that is more, and at the end. loading: seed, rank and workers. Returns {"scores",
+    "labels", "history"}: of the last call, and {epoch: top-1 of each classifier}. Raises RunStopped when every loss is
+    inf or nan.
     """
+    batch_size = min(batch_size, len(images) // world_size)
+    loading |= dict(world_size=world_size, pin_memory=device.type == "cuda")
+    loader = training_loader(images, transform, batch_size, **loading)
     first, history = 0, {}
     if state := progress.load():
         trained.load_state_dict(state["state_dict"])
@@ -132,9 +142,8 @@ def _fit(
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor(epoch)
         total = torch.zeros((), device=device)
-        for images, labels in track(start_epoch(loader, epoch), f"{title}, epoch {epoch + 1}/{epochs}"):
-            images = images.to(device, non_blocking=True, memory_format=layout)
-            scores = network(images)  # [H, B, classes]
+        for batch, labels in track(start_epoch(loader, epoch), f"{title}, epoch {epoch + 1}/{epochs}"):
+            scores = network(batch.to(device, non_blocking=True, memory_format=layout))  # [H, B, classes]
             labels = labels.to(device, non_blocking=True).repeat(len(scores))
             losses = F.cross_entropy(scores.flatten(0, 1), labels, reduction="none").view(len(scores), -1).mean(1)
             optimizer.zero_grad()
@@ -152,8 +161,8 @@ def _fit(
         left = timedelta(seconds=round((time.perf_counter() - start) / (epoch + 1 - first) * (epochs - epoch - 1)))
         if is_due or (epoch + 1) % math.ceil(epochs / 100) == 0:
             log(f"{line}  ETA {left}")
-        state = dict(state_dict=trained.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1)
-        progress.save(state | {"history": history})
+        state = {"state_dict": trained.state_dict(), "optimizer": optimizer.state_dict()}
+        progress.save(state | {"epoch": epoch + 1, "history": history})
     scores, labels = validate()
     history[epochs] = top1_of(scores, labels)
     return {"scores": scores, "labels": labels, "history": history}
@@ -163,11 +172,6 @@ def top1_of(scores: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Top-1 in percent of each classifier, of scores [H, N, classes]; 0 for one whose scores are inf or nan."""
     right = (scores.argmax(2) == labels).double().mean(1) * scores.isfinite().all(2).all(1)
     return (100 * right).tolist()
-
-
-def _loader(images: Dataset, transform: Callable, batch_size: int, device: torch.device, **options: int) -> DataLoader:
-    batch_size = min(batch_size, len(images) // options["world_size"])
-    return training_loader(images, transform, batch_size, pin_memory=device.type == "cuda", **options)
 
 
 def _wrapped(module: nn.Module, device: torch.device) -> nn.Module:
@@ -187,18 +191,15 @@ def linear_probe(
     classes: int,
     rates: Sequence[tuple[float, float]] = ((0.3, 1e-6),),
     epochs: int = 100,
-    batch_size: int = 256,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
     progress: Progress | None = None,
+    **loading: int,
 ) -> tuple[Heads, dict]:
     """Train the paper's linear probe: SGD on random crops, cosine schedule per epoch. Returns (heads, of `_fit`).
 
     rates: (learning rate, weight decay) of each classifier; all see the same batches, and the backbone runs once.
     backbone: has num_features, is on the device and in evaluation mode. validation: (features [N, F], labels [N]).
-    batch_size is per process, learning rates are for the batches of all.
+    loading: batch_size of each process, rank, world_size and workers. Learning rates are for the batches of all.
     """
     torch.manual_seed(seed)
     heads = Heads(backbone.num_features, classes, len(rates)).to(device)
@@ -219,23 +220,10 @@ def linear_probe(
         features, labels = validation
         return heads(features), labels
 
-    sharing = dict(seed=seed, rank=rank, world_size=world_size, workers=workers)
-    loader = _loader(images, transform, batch_size, device, **sharing)
     return heads, _fit(
-        network, heads, optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs)), loader, validate,
-        device, progress or Progress(), title="linear probe", epochs=epochs,
+        network, heads, optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs)), images, transform,
+        validate, device, progress or Progress(), title="linear probe", epochs=epochs, seed=seed, **loading,
     )  # fmt: skip
-
-
-class Classifier(nn.Module):
-    """A backbone with a linear classifier: images [B, 3, S, S] -> scores [B, classes]."""
-
-    def __init__(self, backbone: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, Heads(backbone.num_features, classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.heads(self.backbone(images))[0]
 
 
 def fine_tune(
@@ -251,22 +239,19 @@ def fine_tune(
     lr_last_layer: float = 0.2,
     weight_decay: float = 0.0,
     epochs: int = 20,
-    batch_size: int = 256,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
     title: str = "fine-tuning",
     progress: Progress | None = None,
-) -> tuple[Classifier, dict]:
+    **loading: int,
+) -> tuple[nn.Sequential, dict]:
     """Train a backbone and a classifier on its features with labels: SGD on random crops. Returns (network, of `_fit`).
 
-    lr: of the backbone, which changes in place; its BatchNorm trains, with statistics of all processes. batch_size is
-    per process, learning rates are for the batches of all. They fall to GAMMA after each of DECAYS, as in the
-    published program for 1 % and 10 % of ImageNet's labels (epochs 12 and 16 of 20).
+    network: `backbone`, which changes in place, then `heads`, the classifier. lr: of the backbone; its BatchNorm
+    trains, with statistics of all processes. loading: as in `linear_probe`. Learning rates fall to GAMMA after each of
+    DECAYS, as in the published program for 1 % and 10 % of ImageNet's labels (epochs 12 and 16 of 20).
     """
     torch.manual_seed(seed)
-    network = Classifier(backbone, classes).to(device)
+    network = nn.Sequential(OrderedDict(backbone=backbone, heads=Heads(backbone.num_features, classes))).to(device)
     if dist.is_initialized():
         sync_batchnorm(network)
     layout = memory_layout(network, device)
@@ -277,23 +262,22 @@ def fine_tune(
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
     wrapped = _wrapped(network, device)
-    sharing = dict(rank=rank, world_size=world_size, workers=workers)
 
     def scores_of(batch: torch.Tensor) -> torch.Tensor:
         network.train()
         with bf16_on_gpus(device):
-            return wrapped(batch).float().unsqueeze(0)
+            return wrapped(batch).float()
 
     def validate() -> tuple[torch.Tensor, torch.Tensor]:
         network.eval()
-        options = dict(batch_size=batch_size, **sharing)
-        scores, labels = extract_features(network, val_images, val_transform, device, "validation images", **options)
+        images_to_scores = nn.Sequential(network, nn.Flatten(0, 1))  # [1, B, classes] -> [B, classes]
+        evaluated = val_images, val_transform, device, "validation images"
+        scores, labels = extract_features(images_to_scores, *evaluated, **loading)
         return scores.unsqueeze(0), labels
 
-    loader = _loader(images, transform, batch_size, device, seed=seed, **sharing)
     return network, _fit(
-        scores_of, network, optimizer, lambda epoch: decay_factor(epoch, epochs), loader, validate,
-        device, progress or Progress(), title=title, epochs=epochs, layout=layout,
+        scores_of, network, optimizer, lambda epoch: decay_factor(epoch, epochs), images, transform, validate,
+        device, progress or Progress(), title=title, epochs=epochs, seed=seed, layout=layout, **loading,
     )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def do_peer(run: PeerRun, threads: int) -> None:
     steps, seconds, loss = train_for(ours["seconds"], loader, step, optimizer, schedule=schedule, dtype=dtype)
     side = typical_side(val_images)
     size, resize = choose_sizes(options, side, is_folder=options["dataset"] == "folder")
-    evaluation = dict(device=torch.device("cpu"), classes=len(train_images.classes), batch_size=256)
+    evaluation = dict(device=torch.device("cpu"), batch_size=256)
     result = evaluate_features(backbone, train_images, val_images, CentreCrop(resize, size), **evaluation)
     result = {kind: result[kind]["top1"] for kind in ("knn", "linear")}
     if run.peer == "with labels":

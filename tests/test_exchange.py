@@ -96,6 +96,12 @@ def test_published_names_have_the_whole_model_and_come_back(hidden_mlp, tmp_path
     torch.testing.assert_close(scores, whole([images])[1])
 
 
+def test_a_head_of_other_layers_is_refused():
+    weights = {"projection_head.1.weight": torch.ones(4, 6), "projection_head.1.bias": torch.ones(4)}
+    with pytest.raises(UserError, match="RUN: w.pth holds no whole projection head: .*projection_head.weight"):
+        exchange.load_head(weights | {"prototypes.weight": torch.ones(7, 4)}, "w.pth")
+
+
 @pytest.mark.parametrize("naming", ["torchvision", "timm"])
 @pytest.mark.parametrize(
     "options, message",

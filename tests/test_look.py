@@ -190,6 +190,7 @@ def test_a_set_of_which_nothing_can_be_read_any_more_is_said(images, tmp_path):
 def test_errors_name_what_was_given_and_what_is_accepted(words, message, run, images):
     with pytest.raises(UserError, match=message):
         looked_at(*(word.format(run=run, images=images) for word in words))
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_other_programs_checkpoints_are_refused(tmp_path):

@@ -124,6 +124,15 @@ def test_points_of_many_names_and_of_none_are_drawn():
     assert amount(pixels, page.OTHERS) > 50 and amount(pixels, page.COLOURS[0]) > 50
 
 
+def test_a_confusion_matrix_is_drawn_in_shares_of_its_rows_with_any_names():
+    pytest.importorskip("matplotlib")
+    diagonal, row = (drawn(page.confusion_chart(np.array(counts), ["$_^$", "b"])) for counts in ([[9, 0], [0, 1]],
+        [[9, 0], [1, 0]]))  # fmt: skip
+    dark = "#08306b"  # of Blues, for all of a row
+    assert amount(diagonal, dark) > 1000 and amount(diagonal, dark) == pytest.approx(amount(row, dark), rel=0.05)
+    assert page.confusion_chart(np.zeros((60, 60), int), ["x"] * 60)  # without names
+
+
 def test_a_map_has_images_at_their_places():
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     pixels[0, ..., 0], pixels[1, ..., 1], pixels[2, ..., 2] = 255, 255, 255
