@@ -241,6 +241,18 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_shares(share: torch.Tensor) -> torch.Tensor:
+    """Join the shares [rank::world_size] of all processes, in order, on the CPU. Every process must call it."""
+    shares = [share.cpu()]
+    if dist.is_initialized():
+        shares *= dist.get_world_size()
+        dist.all_gather_object(shares, share.cpu())
+    joined = torch.empty(sum(map(len, shares)), dtype=share.dtype)
+    for rank, part in enumerate(shares):
+        joined[rank :: len(shares)] = part
+    return joined
+
+
 class Votes:
     """Lets all processes act after the same step: each gives a number, and all get the largest a step later.
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from launch import environment, log, show_progress
 from processes import mean_over_processes
@@ -210,24 +209,14 @@ class RunLog:
         )
 
     def log_codes(self, prototypes: torch.Tensor, certainties: torch.Tensor) -> None:
-        """Log the codes of the images that a run tracks, after an epoch. Every process must call it.
+        """Log the codes of the images that a run tracks, after an epoch.
 
-        prototypes: of this process's share of them, int64 [N]. certainties: their largest code entries, [N].
+        prototypes: of all of them, int64 [N]. certainties: their largest code entries, [N].
         """
-        share = [prototypes.tolist(), [float(f"{certainty:.3g}") for certainty in certainties.tolist()]]
-        shares = [share]
-        if dist.is_initialized():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, share)
-        if self.codes is None:
-            return
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
-        for column, name in enumerate(("prototypes", "certainties")):
-            values = [None] * sum(len(part[column]) for part in shares)
-            for rank, part in enumerate(shares):
-                values[rank :: len(shares)] = part[column]
-            row[name] = values
-        self.codes.append(row)
+        if self.codes is not None:
+            row = {"epoch": self.epoch + 1, "step": self.step, "prototypes": prototypes.tolist()}
+            row["certainties"] = [float(f"{certainty:.3g}") for certainty in certainties.tolist()]
+            self.codes.append(row)
 
     def _write(self, row: dict) -> None:
         if self.metrics is None or not self.metrics.append(row) or self.board is None:

@@ -326,7 +326,8 @@ def train(
 
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
-        codes, certainties = assigned_prototypes(model, criterion.codes, tracked, part_size)
+        assigned = assigned_prototypes(model, criterion.codes, tracked, part_size)
+        codes, certainties = map(processes.gather_shares, assigned)
         quality = measure(model, measured_on, device, part_size) if epoch + 1 in measured_epochs else {}
         run_log.log_codes(codes, certainties)
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, run_processes, script
 
 import processes
@@ -86,6 +87,18 @@ def test_the_backend_is_nccl_for_gpus_and_gloo_on_request(monkeypatch):
         processes.backend_of("cuda")
     monkeypatch.setenv("SWAV_BACKEND", "")
     assert (processes.backend_of("cuda"), processes.backend_of("cpu")) == ("nccl", "gloo")
+
+
+# Shares
+
+
+def gathered_shares(rank: int, world_size: int) -> list[torch.Tensor]:
+    return [processes.gather_shares(whole[rank::world_size]) for whole in (torch.arange(5), torch.arange(4) / 10)]
+
+
+def test_shares_are_joined_in_order():
+    for integers, floats in [gathered_shares(0, 1), *run_processes(gathered_shares, 2)]:
+        assert torch.equal(integers, torch.arange(5)) and torch.equal(floats, torch.arange(4) / 10)
 
 
 # Votes
