@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, forked
 
 import eval_linear
 import launch
@@ -75,7 +75,7 @@ def test_help_all_shows_every_option_with_a_help_text(name, word, capsys):
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_help_of_a_script_exits_with_0(name):
-    done = script(sys.executable, ROOT / name, "--help")
+    done = forked(ROOT / name, "--help")
     assert done.returncode == 0 and done.stdout == PARSERS[name]().format_help() and not done.stderr
 
 
