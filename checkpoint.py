@@ -209,6 +209,7 @@ class Saver:
         }
 
     def _write(self, contents: dict, copied: Any, links: Sequence[str]) -> None:
+        self.unsaved = "see the error above"  # of another kind than the system's: a bug, or too little memory
         if copied:
             copied.synchronize()
         try:

@@ -150,7 +150,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_only_whole_one(images
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed_once_it_has_a_name)
         patch.setattr(threading, "excepthook", lambda _: None)
-        run_training(images, tmp_path, "--epochs", "2")
+        with pytest.raises(RunStopped):
+            run_training(images, tmp_path, "--epochs", "2")
     assert checkpoint.find(tmp_path)["epoch"] == 2
     assert checkpoint.find_damage(newest) is None and checkpoint.load(previous)["epoch"] == 1
     assert (tmp_path / "checkpoint_damaged.pth").read_bytes() == damaged
@@ -439,6 +440,20 @@ def test_a_run_stopped_on_a_full_disk_is_exit_code_3(images, tmp_path, monkeypat
     with pytest.raises(RunStopped, match=message) as stopped:
         run_training(images, tmp_path)
     assert stopped.value.code == 3
+
+
+def test_a_write_that_ends_with_a_bug_is_exit_code_3(images, tmp_path, monkeypatch):
+    def buggy(contents, file):
+        raise TypeError("this is a bug")
+
+    seen = []
+    monkeypatch.setattr(torch, "save", buggy)
+    monkeypatch.setattr(threading, "excepthook", lambda error: seen.append(error.exc_type))
+    with pytest.raises(
+        RunStopped, match="complete, but its last state is not saved .*: see the error above"
+    ) as stopped:
+        run_training(images, tmp_path, "--epochs", "1")
+    assert stopped.value.code == 3 and seen == [TypeError]
 
 
 def test_the_size_limit_of_files_is_a_full_disk_too(images, tmp_path):
