@@ -187,14 +187,14 @@ class OptionParser(argparse.ArgumentParser):
 
     def format_help(self, all_options: bool = False) -> str:
         """The text of --help, or of --help-all."""
-        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        if all_options:
+            return super().format_help()
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        for title, actions in groups if all_options else [("options", self.common)]:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
+        formatter.start_section("options")
+        formatter.add_arguments(self.common)
+        formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
