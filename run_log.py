@@ -119,9 +119,9 @@ class RunLog:
         return self.step / self.total_steps
 
     def timed_steps(self, epoch: int, batches: Iterator, first: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield (step, batch) for an epoch's steps from its `first` on; step counts from the start of the run, from 0.
+        """Yield (step, batch) for an epoch's steps from its `first` on.
 
-        Both count from 0. batches: of these steps.
+        step: of the whole run, from 0, as first is of the epoch. batches: of these steps.
         """
         self.epoch = epoch
         if not first:
