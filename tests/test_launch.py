@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -182,6 +183,18 @@ def test_a_progress_line_is_overwritten_only_on_a_terminal(on_terminal, expected
     launch.show_progress("one")
     launch.show_progress("two", keep=True)
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_long_loop_shows_how_long_the_rest_takes(on_terminal, tmp_path, monkeypatch, capsys):
+    ticks = count(0, 10)  # seconds
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(launch, "write_to_log", logged := [].append)
+    assert list(launch.track("abcd", "measuring")) == list("abcd")
+    out = capsys.readouterr().out
+    assert re.search(r"measuring: batch 2/4  ETA 0:\d\d:\d\d", out) and "batch 4" in launch.activity[0]
+    assert out.endswith("\r\033[2K" if on_terminal else "\n") and bool(logged.__self__) != on_terminal
 
 
 def test_only_the_first_process_logs(monkeypatch, capsys):
