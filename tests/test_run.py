@@ -534,8 +534,6 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--accumulate 3", r"--accumulate: expected 1, 2 \(equal parts of 2 .* of the --batch_size 4\), got 3"),
         ("--batch_size 6 --accumulate 6", r"--accumulate: expected 1, 2, 3 \(equal parts .* --batch_size 6\), got 6"),
         ("--batch_size 11", r"--batch_size: expected at most 10 \(10 images"),
-        ("--workers -1", "--workers: expected .* from 0, got -1"),
-        ("--dump_path {tmp}/file/run", "--dump_path: expected a folder that can be written, got .*run"),
         ("--dataset shapes --data_path {tmp}", "--data_path: expected none for --dataset shapes.* --dataset folder"),
         ("--data_path {tmp}/one", "--data_path: expected 2 images or more .* got 1"),
         ("--dist_url tcp://x", "--dist_url: .*torchrun --nproc_per_node"),
@@ -543,9 +541,6 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--rank 0", "--rank: .*torchrun"),
         ("--local_rank 0", "--local_rank: .*torchrun"),
         ("--precision fp16", "--precision fp16: .*GPU"),
-        ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
-        ("--base_lr much", "--base_lr: expected a number above 0, got much"),
-        ("@{tmp}/none.args", "none.args"),
         ("--dataset cifar10 --data_path {tmp} --epochs 1", "data_path: cifar10 is not in"),
     ],
 )
@@ -553,7 +548,6 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
     monkeypatch.setattr(
         torchvision.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(RuntimeError("no net"))
     )
-    (tmp_path / "file").touch()
     (tmp_path / "one").mkdir()
     if "one" in words:
         Image.new("RGB", (20, 20)).save(tmp_path / "one" / "0.png")
