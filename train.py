@@ -49,15 +49,7 @@ from data import (
 )
 from defaults import APEX_GROUP_SIZE, DERIVED
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import (
-    GIVEN,
-    BadImages,
-    GivenImages,
-    fingerprint,
-    has_validation_split,
-    open_images,
-    typical_side,
-)
+from images import GIVEN, BadImages, GivenImages, fingerprint, has_validation_split, open_images, typical_side
 from launch import UserError, log
 from model import SwAV, batchnorm_group, data_parallel, memory_layout, statistics_kept, sync_batchnorm
 from monitor import (
