@@ -38,10 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from defaults import CROP_LISTS, DERIVED
 from launch import STOP_CODES, RunStopped, UserError, environment, log, show_progress
-from processes import Votes
+from processes import Votes, exchange
 
 # Options that --on_collapse recover changes, one group at a time
 RECOVERABLE = ("relative_epsilon", "epsilon"), ("queue_length",), ("base_lr", "final_lr", "start_warmup")
@@ -78,7 +78,12 @@ def write(contents: dict, path: Path, previous: Path | None = None) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    with suppress(OSError):  # make the renames permanent; Windows and some network disks cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def find_damage(path: Path) -> str | None:
@@ -89,16 +94,6 @@ def find_damage(path: Path) -> str | None:
     except Exception as error:  # zipfile raises whatever a damaged directory makes it run into
         return str(error) or "it ends early"
     return damaged and f"the checksum of {damaged} is wrong"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder permanent, where the system can."""
-    with suppress(OSError):  # not on Windows, nor on some network disks
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def link(source: Path, target: Path) -> None:
@@ -156,6 +151,7 @@ class Saver:
         requested_stop: Callable[[], str | None],
     ) -> None:
         self.dump, self.parts, self.settings, self.sampler = dump, parts, settings, sampler
+        self.run_log = parts["run_log"]
         self.seconds, self.requested_stop = 60 * minutes, requested_stop
         self.votes, self.is_first = Votes(), environment("RANK", 0) == 0
         self.stop: str | None = None  # the signal that all processes agreed on
@@ -174,35 +170,30 @@ class Saver:
             wish = wish or "save"
         agreed = wishes[self.votes.largest(wishes.index(wish))]
         self.stop = agreed if agreed in STOP_CODES else self.stop
-        run_log = self.parts["run_log"]
-        if agreed and run_log.step_of_epoch < run_log.steps_per_epoch:  # else the epoch's end saves
-            self._save(epoch=run_log.epoch, step_of_epoch=run_log.step_of_epoch)
+        if agreed and self.run_log.step_of_epoch < self.run_log.steps_per_epoch:  # else the epoch's end saves
+            self._save()
 
     def save_epoch(self, keep: bool, is_good: bool) -> None:
         """After an epoch: save; also as last_good.pth (is_good), also as checkpoints/ckp-N.pth (keep)."""
-        epoch = self.parts["run_log"].epoch + 1
-        links = ["last_good.pth"] * is_good + [f"checkpoints/ckp-{epoch}.pth"] * keep
-        self._save(epoch=epoch, step_of_epoch=0, links=links)
+        kept = f"checkpoints/ckp-{self.run_log.epoch + 1}.pth"
+        self._save(["last_good.pth"] * is_good + [kept] * keep)
 
-    def _save(self, epoch: int, step_of_epoch: int, links: Sequence[str] = ()) -> None:
+    def _save(self, links: Sequence[str] = ()) -> None:
         self.stop_on_bad_step()
-        contents = self.state(epoch, step_of_epoch)
+        contents = self._state()
         self.last_save = time.monotonic()
         if self.is_first:
             self.wait()
             contents = on_host(contents)
-            copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
-            if copied:
-                copied.record()
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
             self.thread = threading.Thread(target=self._write, args=(contents, copied, links), name=WRITER, daemon=True)
             self.thread.start()
         if self.stop:
-            self.leave()
+            self.finish()
 
-    def state(self, epoch: int, step_of_epoch: int) -> dict:
-        """The contents of a checkpoint. Every process must call it."""
-        parts = self.parts
-        run_log = parts["run_log"]
+    def _state(self) -> dict:
+        parts, run_log = self.parts, self.run_log
+        epoch, step_of_epoch = divmod(run_log.step, run_log.steps_per_epoch)
         return {
             "epoch": epoch,
             "step": run_log.step,
@@ -218,6 +209,7 @@ class Saver:
         }
 
     def _write(self, contents: dict, copied: Any, links: Sequence[str]) -> None:
+        self.unsaved = "see the error above"  # of another kind than the system's: a bug, or too little memory
         if copied:
             copied.synchronize()
         try:
@@ -241,17 +233,17 @@ class Saver:
         process saves them in bad_step-RANK.pth with its image indices. In fp16, where gradients that overflow are
         normal, later steps may have changed them.
         """
-        run_log, optimizer = self.parts["run_log"], self.parts["optimizer"]
-        losses, skipped = run_log.read_losses(), int(optimizer.skipped) if optimizer.skipped is not None else 0
-        bad = [i - len(losses) + 1 for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        run_log, skipped = self.run_log, self.parts["optimizer"].skipped
+        losses, skipped = run_log.read_losses(), 0 if skipped is None else int(skipped)
+        bad = [i for i, loss in enumerate(reversed(losses)) if not math.isfinite(loss)]  # steps since then
         if not bad and not skipped:
             return
-        steps_ago = min(bad + [1 - skipped] * (skipped > 0))
-        loss = losses[steps_ago - 1]
+        steps_since = max([*bad, skipped - 1])
+        loss = losses[-1 - steps_since]
         what = "gradients are inf or nan" if math.isfinite(loss) else f"the loss is {loss}"
-        index = run_log.step_of_epoch - 1 + steps_ago
+        index = run_log.step_of_epoch - 1 - steps_since
         keys = list(self.sampler)[index - self.sampler.first_step]
-        contents = {"epoch": run_log.epoch + 1, "step": run_log.step + steps_ago, "steps_since": -steps_ago}
+        contents = {"epoch": run_log.epoch + 1, "step": run_log.step - steps_since, "steps_since": steps_since}
         contents |= {"image_indices": [image for _, image in keys], "reason": what, **self.settings}
         contents |= {"state_dict": self.parts["model"].state_dict(), "queue": self.parts["criterion"].state_dict()}
         path = self.dump / f"bad_step-{environment('RANK', 0)}.pth"
@@ -271,25 +263,20 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
 
-    def leave(self) -> None:
-        """Stop as a signal asked for: wait until the state is on the disk, and raise RunStopped with how to resume."""
-        self.wait()
-        self.votes.close()
-        stopped = f"{self.stop}: stopped after step {self.parts['run_log'].step}"
-        if self.unsaved:
-            raise RunStopped(f"{stopped}, whose state is not saved: {self.unsaved}", code=3)
-        raise RunStopped(f"{stopped}, saved in {self.dump / NEWEST}; the same command resumes", STOP_CODES[self.stop])
-
     def finish(self) -> None:
-        """At the end of a run: wait for the last write. Raises RunStopped, with exit code 3, if it failed."""
+        """Wait for the last write. Raises RunStopped if it failed (exit code 3), or if a signal ends the run early."""
         self.wait()
         self.votes.close()
+        stopped = self.stop and f"{self.stop}: stopped after step {self.run_log.step}"
         if self.unsaved:
             raise RunStopped(
-                f"the run is complete, but its last state is not saved in {self.dump}: {self.unsaved}; make room and "
-                "run the same command again, which repeats what came after the newest checkpoint",
+                f"{stopped or 'the run is complete'}, but its last state is not saved in {self.dump}: {self.unsaved}; "
+                "make room and run the same command again, which repeats what came after the newest checkpoint",
                 code=3,
             )
+        if stopped:
+            text = f"{stopped}, saved in {self.dump / NEWEST}; the same command resumes"
+            raise RunStopped(text, STOP_CODES[self.stop])
 
 
 # Read
@@ -321,17 +308,15 @@ def load(path: str | Path) -> dict:
 
 def load_run(path: Path) -> dict:
     """Load a checkpoint of train.py, also one of an older version. Raises UserError for anything else."""
-    checkpoint = load(path)
-    try:
-        _, _, options = (checkpoint[key] for key in ("state_dict", "epoch", "options"))
-        for name, value in (("color_strength", 1.0), ("accumulate", 1)):  # of versions without these options
-            options.setdefault(name, value)
-    except (LookupError, TypeError, AttributeError):
-        raise UserError("it is not a checkpoint of train.py") from None
-    # Older versions kept these two among the options.
-    recovered, asked = options.pop("recovered", []), options.pop("asked", None)
-    defaults = {"recovered": recovered, "user_options": asked, "step_of_epoch": 0, "losses": [], "guard": None}
-    return defaults | checkpoint
+    contents = load(path)
+    options = contents.get("options") if isinstance(contents, dict) else None
+    if not isinstance(options, dict) or not {"state_dict", "epoch"} <= contents.keys():
+        raise UserError("it is not a checkpoint of train.py")
+    for name, value in (("color_strength", 1.0), ("accumulate", 1)):  # which older versions do not have
+        options.setdefault(name, value)
+    older = {"recovered": options.pop("recovered", []), "user_options": options.pop("asked", None)}
+    older |= {"step_of_epoch": 0, "losses": [], "guard": None}
+    return older | contents
 
 
 def exists(dump: Path) -> bool:
@@ -346,22 +331,24 @@ def find(dump: Path, quiet: bool = False) -> dict | None:
     damaged checkpoint.pth gets another name: the next save would put it in the place of the only whole file. Raises
     UserError if no file is left, so that a run never starts from scratch unasked.
     """
-    problems = []
-    for path in (path for path in (dump / NEWEST, dump / PREVIOUS) if path.exists()):
+    newest, previous, problems = dump / NEWEST, dump / PREVIOUS, []
+    for path in filter(Path.exists, (newest, previous)):
         try:
             contents = load_run(path)
             damage = find_damage(path)
         except UserError as error:
             damage = str(error).removeprefix(f"checkpoint: cannot read {path}: ")
-        if not damage:
-            if path.name == PREVIOUS and not quiet:
-                problem = problems[0] if problems else f"{dump / NEWEST} is missing"
-                kept = f"; the damaged file is now {DAMAGED}" if problems else ""
-                log(f"warning: {problem}; using {path}, the state after step {contents['step']}{kept}")
-                if problems:
-                    os.replace(dump / NEWEST, dump / DAMAGED)
-            return contents
-        problems.append(f"cannot resume from {path}: {damage}")
+        if damage:
+            problems.append(f"cannot resume from {path}: {damage}")
+            continue
+        if path == previous and not quiet:
+            using = f"using {path}, the state after step {contents['step']}"
+            if problems:
+                log(f"warning: {problems[0]}; {using}; the damaged file is now {DAMAGED}")
+                os.replace(newest, dump / DAMAGED)
+            else:
+                log(f"warning: {newest} is missing; {using}")
+        return contents
     if not problems:
         return None
     raise UserError(
@@ -398,19 +385,14 @@ def changed_options(options: Mapping[str, object], checkpoint: dict, affects: Ma
 
 
 def inherited_options(
-    checkpoint: dict,
-    user_options: Mapping[str, object],
-    *,
-    derived: Sequence[str],
-    crop_lists: Sequence[str],
-    world_size: int,
+    checkpoint: dict, user_options: Mapping[str, object], world_size: int
 ) -> dict[str, tuple[object, str]]:
     """{name: (value, reason)} of options that a resumed run takes from its checkpoint.
 
-    These are the `derived` ones that the user did not set, and those that a recovery changed, unless the user sets
-    others now. Not inherited, as they follow from what the user may have changed: the batch per process, BatchNorm's
-    groups, one of epsilon and its unit where the other is set, and which crops get codes where other crops are set.
-    Raises UserError if the processes cannot share the global batch.
+    These are the ones of defaults.DERIVED that the user did not set, and those that a recovery changed, unless the user
+    sets others now. Not inherited, as they follow from what the user may have changed: the batch per process,
+    BatchNorm's groups, one of epsilon and its unit where the other is set, and which crops get codes where other crops
+    are set. Raises UserError if the processes cannot share the global batch.
     """
     before, user_before = checkpoint["options"], checkpoint["user_options"]
     inherited: dict[str, tuple[object, str]] = {}
@@ -422,9 +404,9 @@ def inherited_options(
     left_out = {"batch_size", "sync_bn"}
     if {"epsilon", "relative_epsilon"} & given.keys():
         left_out |= {"epsilon", "relative_epsilon"}
-    if any(name in given and given[name] != before.get(name) for name in crop_lists):
+    if any(name in given and given[name] != before.get(name) for name in CROP_LISTS):
         left_out.add("crops_for_assign")
-    for name in derived:
+    for name in DERIVED:
         if name not in given and name not in left_out and before.get(name) is not None:
             inherited[name] = before[name], "as in the run so far"
     if (global_batch := before.get("global_batch_size")) and "batch_size" not in given:
@@ -453,12 +435,11 @@ def check_same_run(
     if "sync_bn" in changes and "sync_bn" not in typed:
         before, now = changes.pop("sync_bn")
         log(f"--sync_bn: now {now}, before {before}: it follows the number of processes and the batch")
-    images_before, images_now = checkpoint.get("images"), settings["images"]
-    if images_before is not None:
+    before, now = checkpoint.get("images"), settings["images"]
+    if before is not None:
         changes.pop("data_path", None)  # a folder may move
-        if images_before != images_now:
-            both = images_before, images_now
-            changes["images"] = tuple(f"{known['images']} ({known['paths'][:8]})" for known in both)
+        if before != now:
+            changes["images"] = tuple(f"{known['images']} ({known['paths'][:8]})" for known in (before, now))
     if not changes:
         return
     text = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
@@ -467,15 +448,17 @@ def check_same_run(
         raise UserError(f"--dump_path: {dump} holds a run of another architecture ({text}); {advice}")
     batch, _ = changes.get("global_batch_size", (0, 0))
     world_size = options["global_batch_size"] // options["batch_size"]
-    is_shared = batch >= 2 * world_size and batch % world_size == 0
-    keep_batch = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, "
-    first = keep_batch if is_shared else ""
+    keep_batch = ""
+    if batch >= 2 * world_size and batch % world_size == 0:
+        keep_batch = f"write --batch_size {batch // world_size} to keep the global batch of {batch} images, "
     if checkpoint["epoch"] >= options["epochs"]:
         note = "; --resume_anyway does not apply, as all epochs are done" if resume_anyway else ""
-        raise UserError(f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {first}{advice}")
+        raise UserError(
+            f"--dump_path: {dump} holds a finished run with other options ({text}){note}; {keep_batch}{advice}"
+        )
     if not resume_anyway:
         raise UserError(
-            f"--dump_path: {dump} holds an unfinished run with other options ({text}); {first}write another "
+            f"--dump_path: {dump} holds an unfinished run with other options ({text}); {keep_batch}write another "
             f"--dump_path, add --resume_anyway to continue it with the new ones, or delete {dump}"
         )
     log(f"--resume_anyway: options changed: {text}")
@@ -493,13 +476,10 @@ def resume(
     """
     checkpoint = find(dump, quiet=True)
     step = 0 if checkpoint is None else checkpoint["step"]
-    if dist.is_initialized():
-        steps_seen = [None] * dist.get_world_size()
-        dist.all_gather_object(steps_seen, step)
-        if len(set(steps_seen)) > 1:
-            raise UserError(
-                f"--dump_path: expected a folder that all machines share, but they see different runs in {dump}"
-            )
+    if len(set(exchange("comparing the runs to resume", step))) > 1:
+        raise UserError(
+            f"--dump_path: expected a folder that all machines share, but they see different runs in {dump}"
+        )
     if checkpoint is None:
         if environment("RANK", 0) == 0:
             (dump / "last_good.pth").unlink(missing_ok=True)  # of a run whose checkpoint was deleted
@@ -547,8 +527,7 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
     """
     good, path, renamed = dump / "last_good.pth", dump / NEWEST, None
     contents = load_run(good) if good.exists() else None
-    if dist.is_initialized():
-        dist.barrier()  # all have read it
+    exchange("going back", None)  # all have read it
     if environment("RANK", 0) == 0:
         (dump / PREVIOUS).unlink(missing_ok=True)
         if contents:
@@ -556,6 +535,5 @@ def roll_back(dump: Path, settings: dict) -> tuple[int, Path | None]:
         elif path.exists():
             renamed = next(name for i in count(1) if not (name := dump / f"collapsed-{i}.pth").exists())
             os.replace(path, renamed)
-    if dist.is_initialized():
-        dist.barrier()
+    exchange("going back", None)
     return contents["epoch"] if contents else 0, renamed

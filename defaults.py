@@ -83,24 +83,25 @@ def crop_options(choose: Choose, *, images: int, image_side: int, resolutions: i
     """
     large = min(224, max(32, 16 * round(0.75 * image_side / 16)))
     small = max(16, 8 * round(large * 96 / 224 / 8))
-    has_small = resolutions not in (None, 1)
-    reason = f"for {images:,} images of {image_side} pixels"
     color_strength, why = 1.0, "as in the paper"
     if images >= LARGE_SET and image_side >= PAPER_SIDE:
-        crops, reason = ([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14]), "as in the paper, for a million images"
-        scales_reason = reason
-    elif kind == "photographs":
-        crops = ([2, 4], [large, small], [0.14, 0.05], [1.0, 0.14]) if has_small else ([4], [large], [0.14], [1.0])
-        scales_reason = "as in the paper: these look like photographs, of which small parts tell much"
-        color_strength, why = 0.5, "half the paper's, which is better for photographs"
+        counts, sizes, reason = [2, 6], [224, 96], "as in the paper, for a million images"
+        least, most, scales_reason = [0.14, 0.05], [1.0, 0.14], reason
     else:
-        crops = ([2, 4], [large, small], [0.4, 0.15], [1.0, 0.5]) if has_small else ([4], [large], [0.4], [1.0])
-        scales_reason = "milder crops than the paper's" + (f", for {kind}" if kind != "unknown" else "")
-    reasons = reason, reason, scales_reason, scales_reason
-    nmb_crops, size_crops, *_ = (
-        choose(name, values[:resolutions], text) for name, values, text in zip(CROP_LISTS, crops, reasons, strict=True)
-    )
-    side = max(size_crops)
+        resolutions = resolutions or 1
+        counts, sizes = [4] if resolutions == 1 else [2, 4], [large, small]
+        reason = f"for {images:,} images of {image_side} pixels"
+        if kind == "photographs":
+            least, most = [0.14, 0.05], [1.0, 0.14]
+            scales_reason = "as in the paper: these look like photographs, of which small parts tell much"
+            color_strength, why = 0.5, "half the paper's, which is better for photographs"
+        else:
+            least, most = [0.4, 0.15], [1.0, 0.5]
+            scales_reason = "milder crops than the paper's" + (f", for {kind}" if kind != "unknown" else "")
+    nmb_crops = choose("nmb_crops", counts[:resolutions], reason)
+    side = max(choose("size_crops", sizes[:resolutions], reason))
+    choose("min_scale_crops", least[:resolutions], scales_reason)
+    choose("max_scale_crops", most[:resolutions], scales_reason)
     if images >= LARGE_SET:
         choose("crops_for_assign", [0, 1], "as in the paper")
     else:
@@ -128,14 +129,13 @@ def paper_options(choose: Choose, *, images: int, world_size: int, epochs: int) 
     nmb_prototypes = choose("nmb_prototypes", 3000, reason)
     choose("temperature", 0.1, reason)
     choose_epsilon(choose, choose("relative_epsilon", "off", reason))
+    too_small = f"the batch of {global_batch} is smaller than {nmb_prototypes} prototypes"
     if global_batch >= nmb_prototypes:
         choose_queue(choose, epochs, 0, f"the batch of {global_batch} is at least {nmb_prototypes} prototypes")
+    elif in_thousands:
+        choose_queue(choose, epochs, global_batch, too_small, starts=0)
     else:
-        too_small = f"the batch of {global_batch} is smaller than {nmb_prototypes} prototypes"
-        if in_thousands:
-            choose_queue(choose, epochs, global_batch, too_small, starts=0)
-        else:
-            choose_queue(choose, epochs, 3840 - 3840 % global_batch, too_small)
+        choose_queue(choose, epochs, 3840 - 3840 % global_batch, too_small)
     frozen = 313 if in_thousands else -(-images // global_batch)  # an epoch: 313 steps of 4096, in the paper
     tenth = epochs * images // global_batch // 10
     choose("freeze_prototypes_niters", min(frozen, tenth), "as in the paper, at most a tenth of the run")

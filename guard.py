@@ -46,10 +46,9 @@ class CollapseGuard:
         self.used = torch.zeros(nmb_prototypes, device=device)  # [K], 1 where a code had its largest entry
         self.counted = 0  # codes of this process since the last log line
         self.previous_codes: torch.Tensor | None = None  # of `share_changed`
-        self.resumed_codes: torch.Tensor | None = None  # of all processes, from before an interruption
         self.recent_stds: deque[float] = deque(maxlen=STREAK_LINES)  # embedding_std of the latest log lines
         self.last_row: dict[str, float] = {}
-        self.streak: list[tuple[float, int]] = []  # (share of the run, step) of the latest log lines, all stuck
+        self.streak: list[list[float]] = []  # [share of the run, step] of the latest log lines, all stuck
         self.knows_that_run_is_slow = False
 
     @torch.no_grad()
@@ -84,23 +83,20 @@ class CollapseGuard:
         exact = torch.float32 if embeddings.device.type in NO_FLOAT64 else torch.float64
         embeddings = embeddings.to(exact)
         entropies = -torch.special.xlogy(codes, codes).sum(2)  # [A, B]
-        sizes = embeddings.new_tensor([entropies.numel(), len(embeddings), self.counted])
-        sums = torch.cat(
-            [
-                sizes,
-                entropies.sum(dtype=exact).view(1),
-                codes.sum((0, 1), dtype=exact),
-                self.used.to(exact),
-                embeddings.sum(0),
-                embeddings.square().sum().view(1),
-            ]
-        )
+        parts = [
+            embeddings.new_tensor([entropies.numel(), len(embeddings), self.counted]),
+            entropies.sum(dtype=exact).view(1),
+            codes.sum((0, 1), dtype=exact),
+            self.used.to(exact),
+            embeddings.sum(0),
+            embeddings.square().sum().view(1),
+        ]
+        sums = torch.cat(parts)
         if dist.is_initialized():
             dist.all_reduce(sums)
+        counts, entropy, mean_code, used, embedding, squares = sums.split([len(part) for part in parts])
+        nmb_codes, images, counted = counts
         k = len(self.used)
-        nmb_codes, images, counted, entropy, mean_code, used, embedding, squares = sums.split(
-            [1, 1, 1, 1, k, k, embeddings.shape[1], 1]
-        )
         mean_code = mean_code / nmb_codes
         variance = squares / images - (embedding / images).square().sum()  # summed over dimensions
         in_use = (used > 0).to(exact).sum()
@@ -129,7 +125,7 @@ class CollapseGuard:
         if not is_stuck(self.last_row) or (share_done < GRACE_SHARE and step < GRACE_STEPS):
             self.streak = []
             return False
-        self.streak.append((share_done, step))
+        self.streak.append([share_done, step])
         was_long, is_long = (_is_long(streak) for streak in (self.streak[:-1], self.streak))
         return is_long and not was_long
 
@@ -149,67 +145,44 @@ class CollapseGuard:
     def share_changed(self, codes: torch.Tensor) -> float | None:
         """Share of tracked images whose largest code entry is on another prototype than at the last call.
 
-        codes: index of that prototype for this process's share of the images, int64 [N]. None at the first call. Every
-        process must call it.
+        codes: index of that prototype for each of the images, int64 [N], on the CPU, the same in all processes. None at
+        the first call, or for another number of images.
         """
         before, self.previous_codes = self.previous_codes, codes
-        if self.resumed_codes is not None:
-            before, self.resumed_codes = _share(self.resumed_codes, _total(len(codes))), None
-        if before is None:
+        if before is None or len(before) != len(codes):
             return None
-        changed = torch.stack([(before != codes).sum(), torch.tensor(len(before), device=before.device)])
-        if dist.is_initialized():
-            dist.all_reduce(changed)
-        changed, images = changed.tolist()
-        return changed / images
+        return (before != codes).sum().item() / len(codes)
 
     def gather(self) -> dict[str, Any]:
         """Gather what the guards of all processes remember, for a checkpoint. Every process must call it."""
-        used, codes = self.used.clone(), self.resumed_codes
+        used, counted = self.used.clone(), self.counted
         if dist.is_initialized():
+            total = torch.tensor(counted, device=used.device)
+            dist.all_reduce(total)
             dist.all_reduce(used, dist.ReduceOp.MAX)
-        if self.previous_codes is not None:
-            rank, world_size = _rank_and_world_size()
-            codes = self.previous_codes.new_zeros(_total(len(self.previous_codes)))
-            codes[rank::world_size] = self.previous_codes
-            if dist.is_initialized():
-                dist.all_reduce(codes)
-        counted, names = _total(self.counted), ("last_row", "knows_that_run_is_slow")
-        remembered = {name: getattr(self, name) for name in names}
-        streak, stds = [list(line) for line in self.streak], list(self.recent_stds)
-        return {"used": used, "counted": counted, "codes": codes, "streak": streak, "recent_stds": stds, **remembered}
+            counted = int(total)
+        return {
+            "used": used,
+            "counted": counted,
+            "codes": self.previous_codes,
+            "streak": list(self.streak),
+            "recent_stds": list(self.recent_stds),
+            "last_row": self.last_row,
+            "knows_that_run_is_slow": self.knows_that_run_is_slow,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Load what `gather` gave, also if the number of processes has changed."""
         if len(state["used"]) == len(self.used):
             self.used.copy_(state["used"])
-            self.counted = state["counted"] if _rank_and_world_size()[0] == 0 else 0
-        self.resumed_codes = state["codes"] if state["codes"] is None else state["codes"].to(self.used.device)
-        self.streak = [tuple(line) for line in state["streak"]]
+            is_first = not dist.is_initialized() or dist.get_rank() == 0
+            self.counted = state["counted"] if is_first else 0
+        self.previous_codes, self.streak = state["codes"], list(state["streak"])
         self.recent_stds.extend(state["recent_stds"])
         self.last_row, self.knows_that_run_is_slow = state["last_row"], state["knows_that_run_is_slow"]
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _total(number: int) -> int:
-    """The sum over processes."""
-    if not dist.is_initialized():
-        return number
-    numbers = [0] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    return sum(numbers)
-
-
-def _share(codes: torch.Tensor, total: int) -> torch.Tensor | None:
-    """This process's share of the codes of all; None if there are other images now."""
-    rank, world_size = _rank_and_world_size()
-    return codes[rank::world_size] if len(codes) == total else None
-
-
-def _is_long(streak: list[tuple[float, int]]) -> bool:
+def _is_long(streak: list[list[float]]) -> bool:
     if len(streak) < STREAK_LINES:
         return False
     (first, first_step), (last, step) = streak[0], streak[-1]

@@ -151,8 +151,8 @@ class OptionParser(argparse.ArgumentParser):
         self.affects: dict[str, str] = {}
         self.common: list[argparse.Action] = []
         self.start_group("help")
-        self.group.add_argument("-h", "--help", action=_ShowHelp, help="Show the common options.")
-        self.group.add_argument("--help_all", action=_ShowHelp, help="Show all options.")
+        self.group.add_argument("-h", "--help", action="help", help="Show the common options.")
+        self.group.add_argument("--help_all", action="help", help="Show all options.")
 
     def start_group(self, title: str, affects: str = "learning") -> None:
         """Put the options that are added next into a group of --help-all. affects: their default in `add`."""
@@ -187,14 +187,14 @@ class OptionParser(argparse.ArgumentParser):
 
     def format_help(self, all_options: bool = False) -> str:
         """The text of --help, or of --help-all."""
-        groups = [(group.title, group._group_actions) for group in self._action_groups]
+        if all_options:
+            return super().format_help()
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        for title, actions in groups if all_options else [("options", self.common)]:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
+        formatter.start_section("options")
+        formatter.add_arguments(self.common)
+        formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
 
@@ -202,13 +202,18 @@ class OptionParser(argparse.ArgumentParser):
         lines = []  # (the file and line, or "", and its words)
         for word in argv:
             lines += read_option_file(word[1:]) if word.startswith(self.file_marks) else [("", [word])]
-        lines = [(place, list(map(_underscored, words))) for place, words in lines]
+        words = [_underscored(word) for _, words in lines for word in words]
+        if "--help_all" in words:
+            print(self.format_help(all_options=True), end="")
+            self.exit()
         try:
-            return super().parse_intermixed_args([word for _, words in lines for word in words])
+            return super().parse_intermixed_args(words)
         except UserError as error:
-            for end, (place, _) in enumerate(lines, 1):  # the first line with which the error comes
+            end = 0
+            for place, of_line in lines:  # the first line with which the error comes
+                end += len(of_line)
                 try:
-                    super().parse_intermixed_args([word for _, words in lines[:end] for word in words])
+                    super().parse_intermixed_args(words[:end])
                 except UserError as same:
                     if place and str(same) == str(error):
                         raise UserError(f"{place}: {error}") from None
@@ -246,15 +251,6 @@ def read_option_file(path: str) -> list[tuple[str, list[str]]]:
 OPTION_WORD = re.compile(
     r"""\s+|\#.*|(?P<name>(?:--[\w-]+=)?)(?:(?P<quoted>(?:".*?"|'.*?')(?=\s|$))|(?P<open>["'].*))|(?P<plain>\S+)"""
 )
-
-
-class _ShowHelp(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
-
-    def __call__(self, parser: OptionParser, *_: object) -> None:
-        print(parser.format_help(all_options="--help_all" in self.option_strings), end="")
-        parser.exit()
 
 
 def _underscored(word: str) -> str:
@@ -388,32 +384,32 @@ def show_progress(line: str, keep: bool = False, *, to_file: bool = True) -> Non
     log(f"\r\033[2K{line}" if on_terminal else line, end="" if on_terminal and not keep else "\n", to_file=to_file)
 
 
-def track(batches: Iterable, title: str, unit: str = "batch") -> Iterator:
-    """Yield the batches, with a progress line: each second on a terminal, every 30 s in a file."""
-    on_terminal = sys.stdout.isatty()
-    start = last_line = time.perf_counter()
-    for done, batch in enumerate(batches, 1):
+def track(batches: Iterable[T], title: str, unit: str = "batch") -> Iterator[T]:
+    """Yield the batches, with a progress line that says how long the others take. See `with_progress`."""
+    start = time.monotonic()
+
+    def line(numbered: tuple[int, T]) -> str:
+        done, _ = numbered
+        left = timedelta(seconds=round((time.monotonic() - start) / done * (len(batches) - done)))
+        return f"{title}: {unit} {done}/{len(batches)}  ETA {left}"
+
+    for done, batch in with_progress(enumerate(batches, 1), line):
         note_activity(f"{title}: {unit} {done}")
         yield batch
-        now = time.perf_counter()
-        if now - last_line > (1 if on_terminal else 30):
-            left = timedelta(seconds=round((now - start) / done * (len(batches) - done)))
-            show_progress(f"{title}: {unit} {done}/{len(batches)}  ETA {left}", to_file=not on_terminal)
-            last_line = now
-    if on_terminal and last_line > start:
-        log("\r\033[2K", end="", to_file=False)
 
 
-def with_progress(items: Iterable[T], line: Callable[[T], str], last: Callable[[], str]) -> Iterator[T]:
-    """Yield the items, with a progress line each second on a terminal, every 30 s in a file; `last` ends these."""
-    pause = 1 if sys.stdout.isatty() else 30
+def with_progress(items: Iterable[T], line: Callable[[T], str], last: Callable[[], str] = lambda: "") -> Iterator[T]:
+    """Yield the items, with a progress line: each second on a terminal, every 30 s in a file. `last` replaces it."""
+    on_terminal = sys.stdout.isatty()
+    pause = 1 if on_terminal else 30
     has_line, next_line = False, time.monotonic() + pause
     for item in items:
         yield item
         if time.monotonic() > next_line:
             text = line(item)
             note_activity(text)
-            show_progress(text)
+            show_progress(text, to_file=not on_terminal)
             has_line, next_line = True, time.monotonic() + pause
-    if has_line:
-        show_progress(last(), keep=True)
+    text = last() if has_line else ""
+    if text or (has_line and on_terminal):
+        show_progress(text, keep=bool(text), to_file=bool(text))

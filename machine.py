@@ -20,6 +20,7 @@ from launch import OptionParser, UserError, environment, log, workers_or_auto
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MIN_STEPS, COMPILE_MIN_CROP = 10_000, 128  # steps and pixels from which torch.compile repays its first minutes
+PREFETCH = 2  # batches that each loader worker loads ahead, as in torch.utils.data.DataLoader
 
 
 # Device, precision, torch.compile
@@ -209,9 +210,9 @@ def shared_memory_left() -> float:
         return math.inf
 
 
-def shared_memory_needed(workers: int, batch_bytes: int, prefetch: int = 2) -> int:
+def shared_memory_needed(workers: int, batch_bytes: int) -> int:
     """Bytes of /dev/shm that loader workers of all processes of this machine need, as in `workers_that_fit`."""
-    return environment("LOCAL_WORLD_SIZE", 1) * (prefetch * workers + 1) * batch_bytes if workers else 0
+    return environment("LOCAL_WORLD_SIZE", 1) * (PREFETCH * workers + 1) * batch_bytes if workers else 0
 
 
 def largest_file() -> float:
@@ -224,24 +225,24 @@ def largest_file() -> float:
     return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
-def workers_that_fit(workers: int, batch_bytes: int, prefetch: int = 2) -> int:
+def workers_that_fit(workers: int, batch_bytes: int) -> int:
     """How many of the loader's workers /dev/shm holds the batches of; says so if these are fewer than `workers`.
 
-    batch_bytes: of a batch of one process. Each worker loads `prefetch` batches ahead, and one more is in use.
+    batch_bytes: of a batch of one process. Each worker loads some batches ahead, and one more is in use.
     """
     if workers and batch_bytes > largest_file():
         largest = f"{largest_file() / 2**20:.1f} MiB"
         log(f"--workers: 0 in place of {workers}, as files may have {largest} at most (ulimit -f)")
         return 0
     free, fit = shared_memory_left(), workers
-    while shared_memory_needed(fit, batch_bytes, prefetch) > free:
+    while shared_memory_needed(fit, batch_bytes) > free:
         fit -= 1
     if fit < workers:
         processes = environment("LOCAL_WORLD_SIZE", 1)
         of_each = f" in each of {processes} processes" if processes > 1 else ""
         log(
             f"--workers: {fit} in place of {workers}{of_each}, as /dev/shm has {free / 2**20:.0f} MiB free and each "
-            f"worker needs {prefetch} batches of {batch_bytes / 2**20:.1f} MiB there; more: docker run --shm-size=8g"
+            f"worker needs {PREFETCH} batches of {batch_bytes / 2**20:.1f} MiB there; more: docker run --shm-size=8g"
         )
     return fit
 

@@ -18,7 +18,7 @@ import launch
 import machine
 from backbones import choose_sizes
 from data import MultiCrop, UnreadableImage
-from defaults import APEX_GROUP_SIZE, CROP_LISTS, DERIVED, LARGE_SET, derive
+from defaults import APEX_GROUP_SIZE, DERIVED, LARGE_SET, derive
 from features import describe_images
 from images import DATASETS, GIVEN, check_data_path, fingerprint, typical_side
 from launch import UserError, epoch_count, log, nonnegative, nonnegative_int, number, positive, positive_int
@@ -266,9 +266,7 @@ def resolve_options(
     chosen, recovered = {}, []
     if earlier:
         recovered = earlier["recovered"]
-        chosen = checkpoint.inherited_options(
-            earlier, user_options, derived=DERIVED, crop_lists=CROP_LISTS, world_size=world_size
-        )
+        chosen = checkpoint.inherited_options(earlier, user_options, world_size)
     given = {name: user_options[name] for name in DERIVED if name in user_options}
     given |= {name: value for name, (value, _) in chosen.items()}
     if args.arch.startswith(backbones.TIMM):  # it has a stem of its own

@@ -195,8 +195,11 @@ def exchange(doing: str, value: object) -> list:
 
     Waits up to START_TIMEOUT, unlike a collective of the group, and logs whom it waits for. doing: what this is for.
     """
-    if _peers is not None:
-        return _peers.exchange(doing, value)
+    return _gather(value) if _peers is None else _peers.exchange(doing, value)
+
+
+def _gather(value: object) -> list:
+    """The values of all processes, in order of rank, through the process group."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -239,6 +242,15 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def gather_shares(share: torch.Tensor) -> torch.Tensor:
+    """Join the shares [rank::world_size] of all processes, in order, on the CPU. Every process must call it."""
+    shares = _gather(share.cpu())
+    joined = torch.empty(sum(map(len, shares)), dtype=share.dtype)
+    for rank, part in enumerate(shares):
+        joined[rank :: len(shares)] = part
+    return joined
 
 
 class Votes:

@@ -127,18 +127,9 @@ def version_of(package: str) -> str | None:
 
 def git_revision() -> str | None:
     """The revision of this code, with "+" if files differ from it; None outside of a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    command = "git describe --always --dirty=+ --abbrev=40 --exclude=*".split()
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, timeout=10, stderr=subprocess.DEVNULL
+        ).strip()
+    return None

@@ -11,13 +11,12 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from launch import environment, log, show_progress
 from processes import mean_over_processes
@@ -120,16 +119,16 @@ class RunLog:
         return self.step / self.total_steps
 
     def timed_steps(self, epoch: int, batches: Iterator, first: int = 0) -> Iterator[tuple[int, Any]]:
-        """Yield (step, batch) for an epoch's steps from its `first` on; step counts from the start of the run, from 0.
+        """Yield (step, batch) for an epoch's steps from its `first` on.
 
-        Both count from 0. batches: of these steps.
+        step: of the whole run, from 0, as first is of the epoch. batches: of these steps.
         """
         self.epoch = epoch
         if not first:
             self.epoch_losses = []
-        self.unread_losses, self.epoch_steps = [], 0
-        self.epoch_start = time.perf_counter()
-        self._start_interval(self.epoch_start)
+        self.unread_losses, self.epoch_steps = [], self.steps_per_epoch - first
+        epoch_start = time.perf_counter()
+        self._start_interval(epoch_start)
         for step_of_epoch in range(first + 1, self.steps_per_epoch + 1):
             self.step_of_epoch = step_of_epoch
             is_last = step_of_epoch == self.steps_per_epoch
@@ -138,9 +137,8 @@ class RunLog:
             batch = next(batches)
             self.waited += time.perf_counter() - wait_start
             self.interval_steps += 1
-            self.epoch_steps += 1
             yield self.step - 1, batch
-        self.epoch_seconds = time.perf_counter() - self.epoch_start
+        self.epoch_seconds = time.perf_counter() - epoch_start
 
     def _start_interval(self, now: float) -> None:
         self.interval_start, self.interval_steps, self.waited = now, 0, 0.0
@@ -210,24 +208,14 @@ class RunLog:
         )
 
     def log_codes(self, prototypes: torch.Tensor, certainties: torch.Tensor) -> None:
-        """Log the codes of the images that a run tracks, after an epoch. Every process must call it.
+        """Log the codes of the images that a run tracks, after an epoch.
 
-        prototypes: of this process's share of them, int64 [N]. certainties: their largest code entries, [N].
+        prototypes: of all of them, int64 [N]. certainties: their largest code entries, [N].
         """
-        share = [prototypes.tolist(), [float(f"{certainty:.3g}") for certainty in certainties.tolist()]]
-        shares = [share]
-        if dist.is_initialized():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, share)
-        if self.codes is None:
-            return
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step}
-        for column, name in enumerate(("prototypes", "certainties")):
-            values = [None] * sum(len(part[column]) for part in shares)
-            for rank, part in enumerate(shares):
-                values[rank :: len(shares)] = part[column]
-            row[name] = values
-        self.codes.append(row)
+        if self.codes is not None:
+            row = {"epoch": self.epoch + 1, "step": self.step, "prototypes": prototypes.tolist()}
+            row["certainties"] = [float(f"{certainty:.3g}") for certainty in certainties.tolist()]
+            self.codes.append(row)
 
     def _write(self, row: dict) -> None:
         if self.metrics is None or not self.metrics.append(row) or self.board is None:
@@ -267,33 +255,29 @@ class Peak(NamedTuple):
         )
 
 
-# By key of a row: name, and the least that a peak must be. kNN of 1,000 images has a standard error of about a point.
-PEAKS = {"knn": ("kNN", lambda last: last + 1), "lidar": ("LiDAR", lambda last: 1.05 * last)}
-
-
 def kept_epochs(dump: Path) -> list[int]:
     """The epochs N of a run's checkpoints/ckp-N.pth."""
     names = [path.stem.removeprefix("ckp-") for path in dump.glob("checkpoints/ckp-*.pth")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def find_peak(rows: Iterable[Mapping], kept: Sequence[int]) -> Peak | None:
+def find_peak(rows: Sequence[Mapping], kept: Sequence[int]) -> Peak | None:
     """The kept epoch at which quality peaked; None if that is the last one, or cannot be told.
 
     By kNN, else by LiDAR. A kept epoch has the value of the nearest measured epoch that no other kept epoch is nearer
     to. rows: of metrics.jsonl.
     """
-    rows = list(rows)
-    for key, (measure, least_peak) in PEAKS.items():
-        measured = {row["epoch"]: row[key] for row in rows if row.get(key) is not None}
-        nearest = {epoch: min(measured, key=lambda m: (abs(m - epoch), m)) for epoch in kept if measured}
-        own = {epoch: at for epoch, at in nearest.items() if abs(at - epoch) == min(abs(at - other) for other in kept)}
-        if measured and (not own or max(own) != max(kept)):
-            return None
-        if own:
-            best, last = max(own, key=lambda epoch: (measured[own[epoch]], epoch)), max(own)
-            value, last_value = measured[own[best]], measured[own[last]]
-            if value < least_peak(last_value):
-                return None
-            return Peak(measure, best, own[best], value, last, last_value)
-    return None
+    for measure in ("kNN", "LiDAR"):
+        key = measure.lower()
+        if measured := {row["epoch"]: row[key] for row in rows if row.get(key) is not None}:
+            break
+    nearest = {epoch: min(measured, key=lambda m: (abs(m - epoch), m)) for epoch in kept if measured}
+    own = {epoch: at for epoch, at in nearest.items() if abs(at - epoch) == min(abs(at - other) for other in kept)}
+    if not own or max(own) != max(kept):
+        return None
+    best, last = max(own, key=lambda epoch: (measured[own[epoch]], epoch)), max(own)
+    value, last_value = measured[own[best]], measured[own[last]]
+    # kNN of 1,000 images has a standard error of about a point.
+    if value < (last_value + 1 if measure == "kNN" else 1.05 * last_value):
+        return None
+    return Peak(measure, best, own[best], value, last, last_value)

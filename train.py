@@ -49,15 +49,7 @@ from data import (
 )
 from defaults import APEX_GROUP_SIZE, DERIVED
 from guard import CollapseGuard, describe_collapse, describe_slow, diagnose_collapse
-from images import (
-    GIVEN,
-    BadImages,
-    GivenImages,
-    fingerprint,
-    has_validation_split,
-    open_images,
-    typical_side,
-)
+from images import GIVEN, BadImages, GivenImages, fingerprint, has_validation_split, open_images, typical_side
 from launch import UserError, log
 from model import SwAV, batchnorm_group, data_parallel, memory_layout, statistics_kept, sync_batchnorm
 from monitor import (
@@ -131,11 +123,12 @@ def main(args: argparse.Namespace, images: Dataset | None = None) -> None:
         log("options: " + launch.as_command_line({n: v for n, v in vars(args).items() if v not in (None, [])}))
         earlier = checkpoint.find(dump) if rank == 0 else None
         # A run that moves to another device keeps the precision and the range of 16-bit images that it began with.
-        kept = processes.share("reading the run so far", lambda: what_runs_keep(earlier))
-        dtype = machine.choose_precision(args.precision or kept["precision"], device)
+        kept = [earlier["options"].get("precision"), earlier.get("value_range")] if earlier else [None, None]
+        precision, value_range = processes.share("reading the run so far", lambda: kept)
+        dtype = machine.choose_precision(args.precision or precision, device)
         check_same_options(args, dtype)
         args.precision = machine.name_of(dtype)
-        images, settings, reasons = open_and_resolve(args, device, world_size, earlier, kept["value_range"], images)
+        images, settings, reasons = open_and_resolve(args, device, world_size, earlier, value_range, images)
         launch.log_to(dump / "log.txt")
         if rank == 0:
             facts = dict(world_size=world_size, device=str(device), sinkhorn=backend(device), sinkhorn_ext=report())
@@ -162,23 +155,17 @@ def check_same_options(args: argparse.Namespace, dtype: torch.dtype) -> None:
     processes.check_same("comparing options", options | {"--dump_path": args.dump_path, "precision": str(dtype)})
 
 
-def what_runs_keep(earlier: dict | None) -> dict[str, object]:
-    """What a run keeps unless the user sets it: precision and value_range. earlier: its newest checkpoint, or None."""
-    earlier = earlier or {"options": {}}
-    return {"precision": earlier["options"].get("precision"), "value_range": earlier.get("value_range")}
-
-
 def open_and_resolve(
     args: argparse.Namespace,
     device: torch.device,
     world_size: int,
     earlier: dict | None,
-    scale: tuple[float, float] | None,
+    value_range: tuple[float, float] | None,
     given: Dataset | None = None,
 ) -> tuple[Dataset, dict, dict]:
     """Open the images, resolve options and cache, together with the other processes: (images, settings, reasons).
 
-    earlier: the newest checkpoint of the run so far, in the first process. scale: its value_range. given: of --dataset
+    earlier: the newest checkpoint of the run so far, in the first process. value_range: as in it. given: of --dataset
     python, see `main`.
     """
     read_off: dict[str, str] = {}
@@ -190,7 +177,7 @@ def open_and_resolve(
     def open_them(is_first: bool) -> Dataset:
         if given is not None:
             return GivenImages(given)
-        return open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=scale)
+        return open_images(args.dataset, args.data_path, "pretrain", download=is_first, value_range=value_range)
 
     # The first process of each machine downloads, builds the index of tar files, and finds errors.
     images = processes.in_turn("opening the images", open_them)
@@ -272,11 +259,7 @@ def train(
     saver = checkpoint.Saver(dump, components | {"run_log": run_log}, settings, **saver_options)
     bad_images = BadImages(images, args.max_bad_images, dump)
     tracked = tracked_images(images, args.size_crops[0], rank, world_size).to(device, memory_format=layout)
-    validation = open_validation(args, images)
-    costs = dict(images=len(images), multi_crop=build_multicrop(args), knn_size=validation[1].size if validation else 0)
-    measured_epochs = quality_epochs(args.epochs, args.eval_every, **costs)
-    measures_quality = max(measured_epochs, default=0) > first_epoch
-    measured_on = images_to_measure(args, images, validation, rank, world_size) if measures_quality else None
+    measured_epochs, measured_on = plan_quality(args, images, first_epoch, rank, world_size)
     part_size = args.batch_size // args.accumulate  # images that fit into memory
     print_run_summary(args, images, loader, model, device, dtype)
 
@@ -326,17 +309,37 @@ def train(
 
         is_last = epoch + 1 == args.epochs
         batches = None if is_last else start_epoch(loader, epoch + 1)  # workers load while the checkpoint is written
-        codes, certainties = assigned_prototypes(model, criterion.codes, tracked, part_size)
+        assigned = assigned_prototypes(model, criterion.codes, tracked, part_size)
+        codes, certainties = map(processes.gather_shares, assigned)
         quality = measure(model, measured_on, device, part_size) if epoch + 1 in measured_epochs else {}
         run_log.log_codes(codes, certainties)
         run_log.log_epoch(codes_changed=guard.share_changed(codes), **quality)
-        warn_if_slow(guard, quality, epoch + 1, args.epochs)
+        if guard.is_slow(quality.get("trivial_r2"), run_log.share_done):
+            launch.show_progress(describe_slow(quality["trivial_r2"], epoch + 1), keep=True)
         saver.save_epoch(
             keep=is_last or (epoch + 1) % args.checkpoint_freq == 0,
             is_good=args.on_collapse == "recover" and not guard.epoch_is_stuck(run_log.epoch_loss),
         )
     saver.finish()
     log_end(dump)
+
+
+def plan_quality(
+    args: argparse.Namespace, images: Dataset, first_epoch: int, rank: int, world_size: int
+) -> tuple[range, tuple | None]:
+    """The epochs after which to measure quality, and this process's share of the images for it, if any are left.
+
+    The latter, for `measure`: crops for measures without labels, and images with labels, or None.
+    """
+    multi_crop, validation = build_multicrop(args), open_validation(args, images)
+    costs = dict(images=len(images), multi_crop=multi_crop, knn_size=validation[1].size if validation else 0)
+    epochs = quality_epochs(args.epochs, args.eval_every, **costs)
+    if max(epochs, default=0) <= first_epoch:
+        return epochs, None
+    crops = quality_crops(images, multi_crop, rank, world_size)
+    if world_size > 1:
+        processes.check_same("comparing images", {"validation images": validation and len(validation[0])})
+    return epochs, (crops, validation and knn_images(images, *validation, rank, world_size))
 
 
 def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset, CentreCrop] | None:
@@ -355,18 +358,8 @@ def open_validation(args: argparse.Namespace, images: Dataset) -> tuple[Dataset,
     return val_images, CentreCrop(resize, size)
 
 
-def images_to_measure(
-    args: argparse.Namespace, images: Dataset, validation: tuple | None, rank: int, world_size: int
-) -> tuple:
-    """This process's share of what `measure` takes: crops for label-free measures, and images with labels, or None."""
-    crops = quality_crops(images, build_multicrop(args), rank, world_size)
-    if world_size > 1:
-        processes.check_same("comparing images", {"validation images": validation and len(validation[0])})
-    return crops, validation and knn_images(images, *validation, rank, world_size)
-
-
 def measure(model: SwAV, measured_on: tuple, device: torch.device, batch_size: int) -> dict[str, float | None]:
-    """Measure what the model has learned. measured_on: of `images_to_measure`. Every process must call it."""
+    """Measure what the model has learned. measured_on: of `plan_quality`. Every process must call it."""
     crops, labelled = measured_on
     return measure_quality(model, crops, device, batch_size) | measure_knn(model, labelled, device, batch_size)
 
@@ -381,12 +374,7 @@ def log_end(dump: Path) -> None:
 
 
 def print_run_summary(
-    args: argparse.Namespace,
-    images: Dataset,
-    loader: DataLoader,
-    model: SwAV,
-    device: torch.device,
-    dtype: torch.dtype,
+    args: argparse.Namespace, images: Dataset, loader: DataLoader, model: SwAV, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Print what the run uses: device, processes, data, model."""
     world_size = launch.environment("WORLD_SIZE", 1)
@@ -436,12 +424,6 @@ def handle_collapse(args: argparse.Namespace, settings: dict, measures: dict, st
     launch.show_progress(message, keep=True)
     if args.on_collapse == "recover" and not gives_up:
         raise Collapse
-
-
-def warn_if_slow(guard: CollapseGuard, quality: dict, epoch: int, epochs: int) -> None:
-    """Print once that a run has learned little but colour and brightness. quality: of `measure_quality`, or empty."""
-    if guard.is_slow(quality.get("trivial_r2"), epoch / epochs):
-        launch.show_progress(describe_slow(quality["trivial_r2"], epoch), keep=True)
 
 
 def recover(args: argparse.Namespace, settings: dict) -> None:

@@ -243,7 +243,7 @@ ALLOWED = {
     "loss": {"sinkhorn_ext"},
     "machine": {"launch"},
     "processes": {"launch"},
-    "checkpoint": {"launch", "processes"},
+    "checkpoint": {"defaults", "launch", "processes"},
     "run_log": {"launch", "processes"},
     "run_folder": {"launch"},
     "decode": {"data"},

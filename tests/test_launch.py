@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
+from itertools import count
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, forked
 
 import eval_linear
 import launch
@@ -75,7 +76,7 @@ def test_help_all_shows_every_option_with_a_help_text(name, word, capsys):
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_help_of_a_script_exits_with_0(name):
-    done = script(sys.executable, ROOT / name, "--help")
+    done = forked(ROOT / name, "--help")
     assert done.returncode == 0 and done.stdout == PARSERS[name]().format_help() and not done.stderr
 
 
@@ -182,6 +183,18 @@ def test_a_progress_line_is_overwritten_only_on_a_terminal(on_terminal, expected
     launch.show_progress("one")
     launch.show_progress("two", keep=True)
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_long_loop_shows_how_long_the_rest_takes(on_terminal, tmp_path, monkeypatch, capsys):
+    ticks = count(0, 10)  # seconds
+    monkeypatch.setattr(launch.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(launch, "write_to_log", logged := [].append)
+    assert list(launch.track("abcd", "measuring")) == list("abcd")
+    out = capsys.readouterr().out
+    assert re.search(r"measuring: batch 2/4  ETA 0:\d\d:\d\d", out) and "batch 4" in launch.activity[0]
+    assert out.endswith("\r\033[2K" if on_terminal else "\n") and bool(logged.__self__) != on_terminal
 
 
 def test_only_the_first_process_logs(monkeypatch, capsys):

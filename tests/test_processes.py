@@ -1,10 +1,9 @@
 """processes.py: how a script ends, the backend, votes. Several processes that fail: test_faults_processes.py."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, run_processes, script
 
 import processes
@@ -50,29 +49,18 @@ def test_an_interrupt_ends_with_one_line_that_says_how_to_resume(capsys):
     assert capsys.readouterr().out == "\ninterrupted; the same command resumes\n"
 
 
-def run_with_a_bug(images: Path, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    """Train with an optimizer that raises ValueError at its first step."""
-    (folder / "main.py").write_text(
+def test_a_bug_keeps_its_traceback(images, tmp_path):
+    (tmp_path / "main.py").write_text(
         "import sys, processes, train\n"
         "def buggy_step(optimizer): raise ValueError('this is a bug')\n"
         "train.LARS.step = buggy_step\n"
         "processes.run_script(lambda: train.main(train.parse_args(sys.argv[1:])))\n"
     )
-    words = [*TINY, f"--data_path={images}", f"--dump_path={folder}/run", *more]
-    return script(sys.executable, folder / "main.py", *words, PYTHONPATH=str(ROOT))
-
-
-def test_a_bug_keeps_its_traceback(images, tmp_path):
-    failed = run_with_a_bug(images, tmp_path)
+    words = [*TINY, f"--data_path={images}", f"--dump_path={tmp_path}/run"]
+    failed = script(sys.executable, tmp_path / "main.py", *words, PYTHONPATH=str(ROOT))
     assert failed.returncode == 1
     assert failed.stderr.startswith("Traceback (most recent call last):") and "in buggy_step" in failed.stderr
     assert failed.stderr.endswith("ValueError: this is a bug\n") and "\nerror: " not in failed.stderr
-
-
-def test_a_user_error_of_a_script_is_one_line_and_exit_code_2(images, tmp_path):
-    refused = run_with_a_bug(images, tmp_path, "--batch_size", "1")
-    assert refused.returncode == 2
-    assert refused.stderr == "error: --batch_size: expected 2 or more (BatchNorm needs several images), got 1\n"
 
 
 # The backend
@@ -86,6 +74,18 @@ def test_the_backend_is_nccl_for_gpus_and_gloo_on_request(monkeypatch):
         processes.backend_of("cuda")
     monkeypatch.setenv("SWAV_BACKEND", "")
     assert (processes.backend_of("cuda"), processes.backend_of("cpu")) == ("nccl", "gloo")
+
+
+# Shares
+
+
+def gathered_shares(rank: int, world_size: int) -> list[torch.Tensor]:
+    return [processes.gather_shares(whole[rank::world_size]) for whole in (torch.arange(5), torch.arange(4) / 10)]
+
+
+def test_shares_are_joined_in_order():
+    for integers, floats in [gathered_shares(0, 1), *run_processes(gathered_shares, 2)]:
+        assert torch.equal(integers, torch.arange(5)) and torch.equal(floats, torch.arange(4) / 10)
 
 
 # Votes

@@ -136,22 +136,14 @@ def test_codes_of_tracked_images_are_recorded_after_each_epoch(images, tmp_path)
 
 
 def test_the_end_of_a_run_names_a_kept_checkpoint_that_was_better(images, tmp_path, monkeypatch, capsys):
-    values = iter([{"knn": 50.0}, {"knn": 80.0}, {"knn": 60.0}, {"knn": 70.0}])
-    monkeypatch.setattr(train, "measure_knn", lambda *_: next(values))
-    run_training(images, tmp_path / "run", "--eval_every", "1")
-    *_, peak, done = capsys.readouterr().out.splitlines()
-    assert peak == (
-        "quality peaked at epoch 2 of those kept: kNN 80 %, 70 % at epoch 4; evaluate also: "
-        f"python eval_linear.py {tmp_path / 'run' / 'checkpoints' / 'ckp-2.pth'}"
-    )
-    assert done.endswith(f"see it with: python look.py {tmp_path / 'run'}")
-
-
-def test_commands_that_a_run_prints_can_be_pasted_where_paths_have_spaces(images, tmp_path, monkeypatch, capsys):
     values, dump = iter([{"knn": 50.0}, {"knn": 80.0}, {"knn": 60.0}, {"knn": 70.0}]), tmp_path / "my photos"
     monkeypatch.setattr(train, "measure_knn", lambda *_: next(values))
     run_training(images, dump, "--eval_every", "1")
-    commands = [shlex.split(words) for words in re.findall(r"python (.+?)(?:;|$)", capsys.readouterr().out, re.M)]
+    *_, peak, done = lines = capsys.readouterr().out.splitlines()
+    start = "quality peaked at epoch 2 of those kept: kNN 80 %, 70 % at epoch 4; evaluate also: python eval_linear.py "
+    assert peak.startswith(start) and "see it with: python look.py " in done
+    # Commands can be pasted, although the path has spaces.
+    commands = [shlex.split(words) for words in re.findall(r"python (.+?)(?:;|$)", "\n".join(lines), re.M)]
     kept, newest = dump / "checkpoints" / "ckp-2.pth", dump / "checkpoint.pth"
     assert commands == [["eval_linear.py", str(kept)], ["eval_linear.py", str(newest)], ["look.py", str(dump)]]
     nan_at_step(1, "scores", monkeypatch)
@@ -178,11 +170,6 @@ def test_what_images_show_is_not_looked_at_if_the_user_decides(images, tmp_path,
     run_training(images, tmp_path / "two", "--epochs", "1", "--color_strength", "0.5")
     run_training(images, tmp_path / "one", "--epochs", "2")  # resumes: as in the run so far
     assert looked == [1]
-
-
-def test_workers_do_not_change_what_is_learned(images, tmp_path):
-    without, with_two = (run_training(images, tmp_path / w, "--workers", w, "--epochs", "2") for w in ("0", "2"))
-    assert_same(with_two["state_dict"], without["state_dict"])
 
 
 def losses(dump: Path) -> list[float]:
@@ -235,6 +222,7 @@ def test_a_compiled_run_learns_the_same_without_graph_breaks_or_late_compilation
 
 def test_activations_that_are_computed_again_change_nothing(images, tmp_path):
     kept = run_training(images, tmp_path / "kept", "--epochs", "2", "--precision", "bf16")
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
     again = run_training(
         images, tmp_path / "again", "--epochs", "2", "--precision", "bf16", "--checkpoint_activations", "on"
     )
@@ -428,11 +416,6 @@ def test_weights_and_crops_are_in_channels_last_format(images, tmp_path, monkeyp
     assert len(is_channels_last) > 8 and all(is_channels_last)
 
 
-def test_bf16_trains_on_a_cpu(images, tmp_path):
-    contents = run_training(images, tmp_path, "--precision", "bf16", "--epochs", "1")
-    assert all(weight.isfinite().all() for weight in contents["state_dict"].values())
-
-
 SPIN_COUNTS = [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
 
 
@@ -551,8 +534,6 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--accumulate 3", r"--accumulate: expected 1, 2 \(equal parts of 2 .* of the --batch_size 4\), got 3"),
         ("--batch_size 6 --accumulate 6", r"--accumulate: expected 1, 2, 3 \(equal parts .* --batch_size 6\), got 6"),
         ("--batch_size 11", r"--batch_size: expected at most 10 \(10 images"),
-        ("--workers -1", "--workers: expected .* from 0, got -1"),
-        ("--dump_path {tmp}/file/run", "--dump_path: expected a folder that can be written, got .*run"),
         ("--dataset shapes --data_path {tmp}", "--data_path: expected none for --dataset shapes.* --dataset folder"),
         ("--data_path {tmp}/one", "--data_path: expected 2 images or more .* got 1"),
         ("--dist_url tcp://x", "--dist_url: .*torchrun --nproc_per_node"),
@@ -560,9 +541,6 @@ def test_both_spellings_and_aliases_of_options_are_accepted():
         ("--rank 0", "--rank: .*torchrun"),
         ("--local_rank 0", "--local_rank: .*torchrun"),
         ("--precision fp16", "--precision fp16: .*GPU"),
-        ("--learning_rate 1", "unrecognized arguments: --learning_rate"),
-        ("--base_lr much", "--base_lr: expected a number above 0, got much"),
-        ("@{tmp}/none.args", "none.args"),
         ("--dataset cifar10 --data_path {tmp} --epochs 1", "data_path: cifar10 is not in"),
     ],
 )
@@ -570,7 +548,6 @@ def test_bad_options_are_refused_before_any_work(words, message, images, tmp_pat
     monkeypatch.setattr(
         torchvision.datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(RuntimeError("no net"))
     )
-    (tmp_path / "file").touch()
     (tmp_path / "one").mkdir()
     if "one" in words:
         Image.new("RGB", (20, 20)).save(tmp_path / "one" / "0.png")
@@ -956,17 +933,6 @@ def test_an_epoch_is_good_by_its_mean_loss_and_lowest_std_not_by_its_last_line(i
     assert len(epoch_losses) == 10 and epoch_losses != last_lines
     lines = [row["embedding_std"] for row in rows if "embedding_std" in row]  # two per epoch
     assert stds == [min(lines[max(0, end - 3) : end]) for end in range(2, 21, 2)]
-
-
-def test_recover_drops_the_queue_before_it_lowers_the_learning_rate(images, tmp_path, capsys, collapsing):
-    words = ["--on_collapse", "recover", "--relative_epsilon", "on", "--queue_length", "4", "--epoch_queue_starts", "0"]
-    train_stuck(images, tmp_path / "run", *words, base_lr=0.9)
-    out = capsys.readouterr().out
-    assert "likely cause: codes separate the 4 older embeddings of --queue_length from new ones" in out
-    recoveries = re.findall(r"recovering .* times\): back to (\d) epochs done, (.*)", out)
-    assert recoveries[0] == ("2", "--queue_length 4 -> 0") and recoveries[1][1].startswith("--base_lr 0.9 -> 0.3")
-    contents = torch.load(tmp_path / "run" / "checkpoint.pth")
-    assert contents["epoch"] == 10 and contents["queue"]["embeddings"].shape[1] == 0
 
 
 def test_two_processes_recover_together(images, tmp_path):

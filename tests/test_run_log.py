@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import run_processes, run_training
+from conftest import run_training
 
 from run_log import RunLog, find_peak, kept_epochs, read_rows
 
@@ -108,23 +108,6 @@ def test_codes_of_each_epoch_are_logged_once_also_by_resumed_runs(tmp_path):
         assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
         assert rows[1]["prototypes"] == [4, 1] and rows[1]["certainties"] == [0.333, 1.0]
     assert read_rows(tmp_path / "none.jsonl") == []
-
-
-def codes_of_shares(rank: int, world_size: int, folder: str) -> None:
-    from pathlib import Path
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        run_log = new_log(Path(folder))
-    list(run_log.timed_steps(0, iter("abc")))
-    share = torch.arange(5)[rank::world_size]
-    run_log.log_codes(share, share / 10)
-
-
-def test_codes_of_several_processes_are_logged_in_the_order_of_the_images(tmp_path):
-    run_processes(codes_of_shares, 2, str(tmp_path))
-    (row,) = read_rows(tmp_path / "codes.jsonl")
-    assert row["prototypes"] == [0, 1, 2, 3, 4] and row["certainties"] == [0, 0.1, 0.2, 0.3, 0.4]
 
 
 # Which checkpoint is best?
