@@ -112,7 +112,10 @@ class ImageFiles(Images):
         return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
-        return read_image(self.paths[index], self.value_range), int(self.labels[index]) if self.labelled else -1
+        return self.read_pixels(index), int(self.labels[index]) if self.labelled else -1
+
+    def read_pixels(self, index: int) -> torch.Tensor:
+        return read_image(self.paths[index], self.value_range)
 
     def name_of(self, index: int) -> str:
         return str(self.paths[index])
@@ -222,7 +225,6 @@ class ImageArrays(Dataset):
 
 def fingerprint(images: Dataset) -> dict[str, int | str]:
     """What tells a set of images from another: {"images": how many, "paths": sha256 of their `contents`}."""
-    images = images if hasattr(images, "contents") else images.images  # below a cache
     return {"images": len(images), "paths": hashlib.sha256(images.contents()).hexdigest()}
 
 
@@ -249,7 +251,6 @@ def look_at_some(images: Dataset, what: Callable[[int], Any]) -> list:
 
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, from a sample. Raises UserError if none can be read."""
-    images = getattr(images, "images", images)  # below a cache
     return int(np.median([min(size) for size in look_at_some(images, images.size_of)]))
 
 
@@ -293,16 +294,13 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     """(name, reason) of the images that this process and its loader's workers could not read since the last call."""
-    chosen = None  # indices of the images that are used
-    while hasattr(images, "images"):  # below a cache or a choice
-        if isinstance(images, ChosenImages):
-            chosen = images.indices if chosen is None else images.indices[chosen]
-        images = images.images
+    used = slice(None)  # indices of the images that are used, of those below
+    while isinstance(images, ChosenImages):
+        images, used = images.images, images.indices[used]
     if not isinstance(images, Images):
         return []
-    new, found = np.flatnonzero(images.bad.numpy() == 1), []
-    if chosen is not None:
-        new = np.intersect1d(new, chosen)
+    used, found = np.arange(len(images.bad))[used], []
+    new = used[images.bad.numpy()[used] == 1]
     images.bad[new] = 2
     for index in new.tolist():
         reason = "it could not be read once, but can be read now"

@@ -58,8 +58,6 @@ def class_of(images: Dataset, index: int) -> str | None:
 
     images: a Dataset with labels (those of lists and tar files may be -1, for none), or one with paths below a root.
     """
-    if not hasattr(images, "labels"):
-        images = getattr(images, "images", images)  # below a cache
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     if labels is not None:
         label = int(labels[index])
