@@ -159,7 +159,8 @@ class GivenImages(Images):
             if isinstance(image, Image.Image):
                 image.load()
         except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "reason", None) or shown(" ".join(str(error).split())) or type(error).__name__
+            reason = shown(" ".join(str(error).split())) or type(error).__name__
+            reason = error.reason if isinstance(error, UnreadableImage) else reason
             raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {reason}", reason) from None
         if isinstance(image, Image.Image):
             try:
