@@ -246,8 +246,8 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     """Convert a PIL image to uint8 [3, H, W], stored pixel by pixel, which resizes fastest; return such a tensor as is.
 
     Transparent images are laid over white. value_range: the values that become 0 and 255 in images of 16 bits (None:
-    0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and for the modes I and F without
-    a value_range.
+    0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and UnreadableImage for the modes
+    I and F without a value_range.
     """
     if torch.is_tensor(image):
         if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
@@ -256,7 +256,7 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
         image = Image.fromarray(to_8_bits(image, value_range))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
+        raise UnreadableImage(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
     elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

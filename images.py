@@ -49,13 +49,13 @@ from processes import run_script
 from shapes import SHAPES_CLASSES, draw_shapes
 from sources import (
     NAMED_SPLITS,
-    SPLIT_ENDINGS,
     check_data_path,
     counted,
     find_images,
     identity,
     refuse_one_class,
     split_paths,
+    splits_around,
 )
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
@@ -158,20 +158,15 @@ class GivenImages(Images):
             image = item[0] if isinstance(item, (tuple, list)) and len(item) else item
             if isinstance(image, Image.Image):
                 image.load()
+                return to_pixels(image), -1
         except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
             reason = shown(" ".join(str(error).split())) or type(error).__name__
             reason = error.reason if isinstance(error, UnreadableImage) else reason
             raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {reason}", reason) from None
-        if isinstance(image, Image.Image):
-            try:
-                return to_pixels(image), -1
-            except ValueError as error:  # a mode of an unknown range
-                raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {error}", str(error)) from None
         kind = f"{getattr(image, 'dtype', '')} {list(image.shape)}" if hasattr(image, "shape") else ""
         is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
         if is_array and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,)):
-            image = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
-            image = image.expand(3, -1, -1)
+            image = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1).expand(3, -1, -1)
         if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
             raise UserError(
                 f"images: expected items that are, or begin with, an image: PIL, uint8 tensor [3, H, W] or numpy uint8 "
@@ -332,11 +327,11 @@ class BadImages:
     def update(self) -> int:
         """Add what is new, and return how many are bad. Every process must call it; raises RunStopped if too many."""
         new = new_bad_images(self.images)
+        parts = [new]
         if dist.is_initialized():
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, new)
-            new = [bad for part in parts for bad in part]
-        new = {path: reason for path, reason in new if path not in self.reasons}
+        new = {path: reason for part in parts for path, reason in part if path not in self.reasons}
         self.reasons |= new
         if new and self.list_path and environment("RANK", 0) == 0:
             self._list(new)
@@ -446,18 +441,13 @@ def open_splits(
 
 def _open_folder(root: str, split: str, value_range: tuple[float, float] | None) -> ImageFiles:
     """Open a split of a folder with splits; for "pretrain" also a folder without them, a list of paths, tar files."""
-    splits = split_paths(root)
-    if split == "pretrain":
-        if splits:
-            log(f"data: {shown(root)} holds {splits[0]} and {splits[1]}: training uses {splits[0]} alone")
-            root = os.path.join(root, splits[0])
-    else:
-        name = os.path.basename(os.path.normpath(root))
-        if not splits and name in [f"train{ending}" for ending in SPLIT_ENDINGS]:
-            root = os.path.dirname(os.path.normpath(root))  # training was given train/, and val/ lies next to it
-            splits = split_paths(root)
+    if split != "pretrain":
+        root, splits = splits_around(root)
         splits = splits or ("train", validation_folder(root))
         root = os.path.join(root, splits[split == "val"])
+    elif splits := split_paths(root):
+        log(f"data: {shown(root)} holds {splits[0]} and {splits[1]}: training uses {splits[0]} alone")
+        root = os.path.join(root, splits[0])
     images = ImageFiles(root, value_range, labelled=split != "pretrain")
     if images.left_out:
         hint = "; .heic needs pip install pillow-heif" if images.left_out.keys() & {".heic", ".heif"} else ""
@@ -470,10 +460,7 @@ def has_validation_split(data_path: str | os.PathLike) -> bool:
 
     Without one, class folders are no labels: they may be anybody's way of sorting.
     """
-    path = os.path.abspath(data_path)
-    folder, name = os.path.split(path)
-    is_train = name in [f"train{ending}" for ending in SPLIT_ENDINGS]
-    return split_paths(path) is not None or (is_train and split_paths(folder) is not None)
+    return splits_around(os.fspath(data_path))[1] is not None
 
 
 def validation_folder(root: str) -> str:

@@ -241,6 +241,14 @@ def split_paths(root: str) -> tuple[str, str] | None:
     return None
 
 
+def splits_around(path: str) -> tuple[str, tuple[str, str] | None]:
+    """(folder that holds a path's splits, these): the folder around the path if that is the training split itself."""
+    folder, name = os.path.split(os.path.abspath(path))
+    is_train = name in [f"train{ending}" for ending in SPLIT_ENDINGS]
+    root = folder if is_train and not split_paths(path) else path
+    return root, split_paths(root)
+
+
 def _find_in_folder(root: str, labelled: bool) -> Found:
     hint = LABELS_HINT if labelled else ""
     try:
