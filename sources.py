@@ -313,7 +313,7 @@ def refuse_one_class(source: str, paths: Paths, name: str) -> None:
     raise UserError(f"data_path: expected two classes or more, found {shown(name)} alone; labels are {level}; {remedy}")
 
 
-def labels_of(images: TarImages, labelled: bool = True) -> list[bytes]:
+def labels_of(images: TarImages, labelled: bool) -> list[bytes]:
     """The label of each image: of its .cls file; if no image has one, the top folder of its name; else empty.
 
     labelled: raise UserError for an image without a label.
