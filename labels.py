@@ -126,11 +126,11 @@ def _log_left_out(images: int, total: int, classes: Iterable[str]) -> None:
 # Lists
 
 
-def read_lines(path: str | os.PathLike, option: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError, naming the option."""
+def read_lines(path: str | os.PathLike, option: str) -> dict[int, str]:
+    """{number: line} of the lines of a text file that are not empty. Raises UserError, naming the option."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line.strip() for line in file if line.strip()]
+            lines = {number: line.strip() for number, line in enumerate(file, 1) if line.strip()}
     except OSError as error:
         raise UserError(f"{option}: cannot read {os.fspath(path)!r}: {error.strerror}") from None
     if not lines:
@@ -158,7 +158,7 @@ def listed_images(images: Dataset, path: str | os.PathLike, option: str = "--sub
         for key in (name, f"{images.classes[images.labels[index]]}/{name}"):
             of_name.setdefault(key, []).append(index)
     indices, unmatched, lines = set(), [], read_lines(path, option)
-    for line in lines:
+    for line in lines.values():
         *folders, _ = line.replace("\\", "/").split("/")
         found = of_name.get(f"{folders[-1]}/{stem(line)}" if folders else stem(line), [])
         if len(found) > 1:
@@ -215,17 +215,17 @@ def labelled_by_list(
     are_numbers = all(name.isdecimal() for name in classes)
     if not are_numbers:
         label_of = {str(label): label for label in range(len(classes))} | label_of
-    if all(line.isdecimal() for line in lines):
+    if all(line.isdecimal() for line in lines.values()):
         if len(lines) != len(names):
             raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(names)} validation images")
-        wordnet_names = read_devkit(path, option)
-        class_of = {name: wordnet_names.get(int(line)) for name, line in zip(sorted(names), lines, strict=True)}
+        wordnet_names, numbers = read_devkit(path, option), map(int, lines.values())
+        class_of = {name: wordnet_names.get(number) for name, number in zip(sorted(names), numbers, strict=True)}
     else:
-        for number, line in enumerate(lines, 1):
+        for number, line in lines.items():
             if not re.search(r"[\s,]", line):
                 raise UserError(f"{option}: {path}, line {number}: expected NAME CLASS, got {line}")
         known = set(names)
-        class_of = dict(split_line(line, known, label_of) for line in lines)
+        class_of = dict(split_line(line, known, label_of) for line in lines.values())
     indices, labels, unmatched, unknown = [], [], [], Counter()
     for index, name in enumerate(names):
         if name not in class_of:
