@@ -445,9 +445,8 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
     checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, instead of these. Raises
     ValueError if resize is smaller than size.
     """
-    is_ours = isinstance(checkpoint.get("options"), dict)  # other programs save other things
-    known = checkpoint if is_ours else {"options": {}}
-    crop = max(known["options"].get("size_crops") or [224])
+    known = checkpoint if isinstance(checkpoint.get("options"), dict) else {}  # other programs save other things
+    crop = max(known.get("options", {}).get("size_crops") or [224])
     known_size, known_resize = known.get("sizes") or (crop, round(crop * 8 / 7))
     size = size or known_size
     resize = resize or round(size * known_resize / known_size)
@@ -655,9 +654,9 @@ def ordered_loader(
 
 def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
     """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
-    per_crop = (4 * PARAMS if crop_only else 0, 3 if crop_only else 12)  # bytes, and bytes of a pixel
+    params, pixel = (4 * PARAMS, 3) if crop_only else (0, 12)
     counts = zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True)
-    return batch_size * sum(count * (per_crop[0] + per_crop[1] * size**2) for size, count in counts)
+    return batch_size * sum(count * (params + pixel * size**2) for size, count in counts)
 
 
 def _worker_options(workers: int) -> dict:

@@ -31,24 +31,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data import UnreadableImage, to_pixels
-from decode import (
-    Member,
-    check_images,
-    ending_of,
-    image_size,
-    look_at,
-    loses_bits,
-    read_image,
-    shown,
-    value_limits,
-)
+from decode import Member, check_images, ending_of, image_size, look_at, loses_bits, read_image, shown, value_limits
 from labels import ChosenImages, align_classes, labelled_by_list, stratified
 from launch import OptionParser, RunStopped, UserError, environment, log, track, worker_count
 from machine import available_cores
 from processes import run_script
 from shapes import SHAPES_CLASSES, draw_shapes
 from sources import (
-    NAMED_SPLITS,
     check_data_path,
     counted,
     find_images,
@@ -56,6 +45,7 @@ from sources import (
     refuse_one_class,
     split_paths,
     splits_around,
+    validation_folder,
 )
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
@@ -186,11 +176,12 @@ class GivenImages(Images):
         sums = []
         for index in sample_of(self)[::10]:
             with suppress(UnreadableImage):
-                sums.append([zlib.crc32(self.read(index)[0].numpy().tobytes()) for _ in range(2)])
-        if any(first != second for first, second in sums):
-            log("images: items differ from one call to the next, so a resumed run is not the same bit for bit")
-            return b""
-        return json.dumps([first for first, _ in sums]).encode()
+                first, second = (zlib.crc32(self.read(index)[0].numpy().tobytes()) for _ in range(2))
+                if first != second:
+                    log("images: items differ from one call to the next, so a resumed run is not the same bit for bit")
+                    return b""
+                sums.append(first)
+        return json.dumps(sums).encode()
 
 
 class ImageArrays(Dataset):
@@ -423,9 +414,8 @@ def open_splits(
         chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
         others = np.setdiff1d(np.arange(len(train_images)), chosen)
         if not len(chosen):
-            raise UserError(
-                f"--val_share: expected two images or more of a class, got {len(train_images)} images in all"
-            )
+            got = f"{len(train_images)} images in all"
+            raise UserError(f"--val_share: expected two images or more of a class, got {got}")
         train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
     elif val_labels is not None:
         folder = os.path.dirname(os.path.normpath(train_images.root))
@@ -463,11 +453,6 @@ def has_validation_split(data_path: str | os.PathLike) -> bool:
     return splits_around(os.fspath(data_path))[1] is not None
 
 
-def validation_folder(root: str) -> str:
-    """The first of NAMED_SPLITS that a folder holds, "val" if it holds none."""
-    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), NAMED_SPLITS[0])
-
-
 def _open_torchvision(dataset: str, root: str | os.PathLike, split: str, download: bool) -> ImageArrays:
     sets = torchvision.datasets
     kinds = dict(cifar10=sets.CIFAR10, cifar100=sets.CIFAR100, stl10=sets.STL10, fashion_mnist=sets.FashionMNIST)
@@ -502,7 +487,8 @@ def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
 
 # Check images: python images.py DIR
 
-SIDES = {"below 32": 0, "32 to 95": 32, "96 to 223": 96, "224 to 511": 224, "from 512": 512}  # least pixels of each
+SIDES = {"below 32": (0, 31), "32 to 95": (32, 95), "96 to 223": (96, 223), "224 to 511": (224, 511),
+         "from 512": (512, sys.maxsize)}  # fmt: skip
 
 
 def check_folder(root: str, workers: int) -> int:
@@ -513,27 +499,21 @@ def check_folder(root: str, workers: int) -> int:
     options = dict(multiprocessing_context="fork") if workers and sys.platform == "linux" else {}
     check = partial(check_images, value_range=images.value_range)
     batches = DataLoader(images.paths, 32, num_workers=workers, collate_fn=check, **options)
-    endings, formats, modes, sides, lossy = Counter(map(ending_of, images.paths)), Counter(), Counter(), Counter(), 0
-    first, links, bad = {}, {}, {}
-    found = chain.from_iterable(track(batches, "checking", unit="batch of 32"))
-    for path, (facts, reason) in zip(images.paths, found, strict=True):
-        if facts:
-            format, mode, side, loses = facts
-            formats[format] += 1
-            modes[mode] += 1
-            sides[[name for name, least in SIDES.items() if side >= least][-1]] += 1
-            lossy += loses
-        if reason:
-            bad[path] = reason
+    found = list(chain.from_iterable(track(batches, "checking", unit="batch of 32")))
+    bad = {path: reason for path, (_, reason) in zip(images.paths, found, strict=True) if reason}
+    formats, modes, sides, losses = (Counter(facts[i] for facts, _ in found if facts) for i in range(4))
+    first, links = {}, {}
+    for path in images.paths:
         place = (path.tar, path.offset) if isinstance(path, Member) else identity(path)
         same = first.setdefault(place, path)
         if same != path:
             links[path] = same
-    for name, counts in dict(endings=endings, formats=formats, modes=modes).items():
+    for name, counts in dict(endings=Counter(map(ending_of, images.paths)), formats=formats, modes=modes).items():
         log(f"{name}: {counted(counts) or 'none'}")
-    log("shorter side in pixels: " + (", ".join(f"{name}: {sides[name]:,}" for name in SIDES if sides[name]) or "none"))
-    if lossy:
-        log(f"{lossy:,} files have {LOST_BITS}")
+    counts = {name: sum(sides[s] for s in sides if low <= s <= high) for name, (low, high) in SIDES.items()}
+    log("shorter side in pixels: " + (", ".join(f"{name}: {n:,}" for name, n in counts.items() if n) or "none"))
+    if losses[True]:
+        log(f"{losses[True]:,} files have {LOST_BITS}")
     log(f"left out, as no images: {counted(images.left_out) or 'none'}")
     log(f"links to an image that is counted already: {len(links):,}")
     for path, other in list(links.items())[:20]:
@@ -560,15 +540,10 @@ def main(argv: Sequence[str]) -> None:
         "Exit code 1 if an image cannot be read, else 0. Example: python images.py photos > found.txt",
     )
     parser.start_group("check", affects="nothing")
-    parser.common.append(
-        parser.group.add_argument(
-            "folder",
-            metavar="DIR",
-            help="A folder, a .txt list of paths or a .tar file, as for --data_path of train.py.",
-        )
-    )
-    parser.add("workers", None, worker_count, "Read in this many processes.", common="N",
-        default_text="one per CPU core")  # fmt: skip
+    what = "A folder, a .txt list of paths or a .tar file, as for --data_path of train.py."
+    parser.common.append(parser.group.add_argument("folder", metavar="DIR", help=what))
+    text = dict(common="N", default_text="one per CPU core")
+    parser.add("workers", None, worker_count, "Read in this many processes.", **text)
     args = parser.parse_args(argv)
     sys.exit(1 if check_folder(args.folder, available_cores() if args.workers is None else args.workers) else 0)
 

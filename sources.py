@@ -249,6 +249,11 @@ def splits_around(path: str) -> tuple[str, tuple[str, str] | None]:
     return root, split_paths(root)
 
 
+def validation_folder(root: str) -> str:
+    """The first of NAMED_SPLITS that a folder holds, "val" if it holds none."""
+    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), NAMED_SPLITS[0])
+
+
 def _find_in_folder(root: str, labelled: bool) -> Found:
     hint = LABELS_HINT if labelled else ""
     try:
