@@ -66,7 +66,7 @@ class Images(Dataset):
     labels = classes = value_range = None
 
     def __init__(self, count: int) -> None:
-        self.bad = torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.uint8)  # /dev/shm may be full
+        self.bad = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)  # /dev/shm may be full
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -487,6 +487,7 @@ def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
 
 # Check images: python images.py DIR
 
+# Of shorter sides in pixels: the least and the largest
 SIDES = {"below 32": (0, 31), "32 to 95": (32, 95), "96 to 223": (96, 223), "224 to 511": (224, 511),
          "from 512": (512, sys.maxsize)}  # fmt: skip
 
@@ -542,8 +543,8 @@ def main(argv: Sequence[str]) -> None:
     parser.start_group("check", affects="nothing")
     what = "A folder, a .txt list of paths or a .tar file, as for --data_path of train.py."
     parser.common.append(parser.group.add_argument("folder", metavar="DIR", help=what))
-    text = dict(common="N", default_text="one per CPU core")
-    parser.add("workers", None, worker_count, "Read in this many processes.", **text)
+    parser.add("workers", None, worker_count, "Read in this many processes.", common="N",
+        default_text="one per CPU core")  # fmt: skip
     args = parser.parse_args(argv)
     sys.exit(1 if check_folder(args.folder, available_cores() if args.workers is None else args.workers) else 0)
 

@@ -62,16 +62,14 @@ class Paths(Sequence):
 class TarPaths(Paths):
     """Members of tar files, in little memory; each element is a decode.Member."""
 
-    def __init__(
-        self, names: Sequence[bytes], tars: Sequence[str], of_tar: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
-    ) -> None:
-        super().__init__(names)
-        self.tars, self.of_tar, self.offsets, self.sizes = tars, of_tar, offsets, sizes
+    def __init__(self, tars: Sequence[str], images: TarImages) -> None:
+        super().__init__(images.names)
+        self.tars, self.of_tar, self.offsets, self.sizes = tars, images.of_tar, images.offsets, images.sizes
 
     def __getitem__(self, index: int | slice) -> Member | list[Member]:
         name = super().__getitem__(index)
         if isinstance(index, slice):
-            return name
+            return name  # a list of elements
         return Member(self.tars[self.of_tar[index]], name, int(self.offsets[index]), int(self.sizes[index]))
 
 
@@ -295,8 +293,7 @@ def _find_in_tars(tars: Sequence[str], index_path: str, labelled: bool) -> Found
         some = ", ".join(map(shown, tars[:3])) + (" ..." if len(tars) > 3 else "")
         raise UserError(f"data_path: expected image files in {some}, found none{others}")
     classes, labels = number_labels(labels_of(found, labelled))
-    paths = TarPaths(found.names, tars, found.of_tar, found.offsets, found.sizes)
-    return Found(paths, labels, classes, found.left_out)
+    return Found(TarPaths(tars, found), labels, classes, found.left_out)
 
 
 def refuse_one_class(source: str, paths: Paths, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import math
 import os
 import pickle
@@ -163,36 +162,6 @@ def test_a_path_without_images_is_refused_by_name(tmp_path, kind):
     for call in (ImageFiles, lambda path: open_images("folder", path)):
         with pytest.raises(UserError, match=f"^data_path: .*{path.name}"):
             call(path)
-
-
-def encoded(format):
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 60, 3), dtype=np.uint8)).save(file, format)
-    return bytearray(file.getvalue())
-
-
-def huge_bmp():
-    content = encoded("bmp")
-    content[18:26] = struct.pack("<ii", 60000, 60000)  # width and height
-    return content
-
-
-UNREADABLE = {
-    "text.jpg": lambda: b"no image",
-    "empty.png": lambda: b"",
-    "truncated.jpg": lambda: encoded("jpeg")[:500],
-    "truncated.png": lambda: encoded("png")[:500],
-    "wrong chunk.png": lambda: encoded("png").replace(b"IDAT", b"I\xa1AT"),
-    "wrong header.ppm": lambda: b"P6 2x0 200 255 ",
-    "huge.bmp": huge_bmp,
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_image_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(UNREADABLE[name]())
-    with pytest.raises(UnreadableImage, match=f"^data_path: .*{name}"):
-        ImageFiles(tmp_path)[0]
 
 
 # Images in memory
