@@ -45,7 +45,7 @@ class UnreadableImage(ValueError):
 # `augment` does the last step for a batch on the training device, `augment_one_by_one` in a loader's worker.
 
 JITTER_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5
-# What jitter blends an image with: black, its mean luminance, its luminance. (share of the luminance, of the mean)
+# What jitter blends an image with: black, its mean luminance, its luminance; as shares of luminance and mean luminance
 JITTER = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}
 BLEND_JITTER, HUE_JITTER = 0.8, 0.2  # at a color_strength of 1; of the hue in turns of the colour circle
 JITTER_ORDERS = tuple(permutations((*JITTER, "hue")))
@@ -164,9 +164,9 @@ class MultiCrop:
         order of crops (the first crop of all images, then the second one).
         """
         pixels = [to_pixels(image) for image in images]
-        boxes, params = self.sample([(image.shape[2], image.shape[1]) for image in pixels], rngs)
+        boxes_and_params = self.sample([(image.shape[2], image.shape[1]) for image in pixels], rngs)
         resolutions, ends = [], np.cumsum(self.nmb_crops)[:-1]
-        parts = (np.split(sampled.swapaxes(0, 1), ends) for sampled in (boxes, params))  # of [V, B, ...]
+        parts = (np.split(sampled.swapaxes(0, 1), ends) for sampled in boxes_and_params)  # of [V, B, ...]
         for size, boxes, params in zip(self.size_crops, *parts, strict=True):
             params = params.reshape(-1, PARAMS)
             places = zip(cycle(pixels), boxes.reshape(-1, 4).tolist(), by_name(params).vflip.tolist(), strict=False)
@@ -654,7 +654,7 @@ def ordered_loader(
 
 def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
     """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
-    params, pixel = (4 * PARAMS, 3) if crop_only else (0, 12)
+    params, pixel = (4 * PARAMS, 3) if crop_only else (0, 12)  # bytes
     counts = zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True)
     return batch_size * sum(count * (params + pixel * size**2) for size, count in counts)
 
