@@ -101,6 +101,8 @@ def load_backbone(path: Path, arch: str | None, contents: object = None) -> tupl
     deviation of red of 0.229, the paper's and ours with 0.228, a difference of half a percent.
     """
     found, architecture, trained = read_backbone(path, arch, contents=contents)
+    if arch not in (None, architecture["arch"]):
+        raise UserError(f"--arch: {path} holds a {architecture['arch']}, got {arch}")
     if found.others:
         log(f"{path} holds several networks: weights of {found.taken}* are used{not_taken(found)}")
     backbone = new_backbone(architecture)
@@ -118,7 +120,7 @@ def read_backbone(
 ) -> tuple[Found, dict, dict]:
     """Find the backbone in a file: (weights, architecture, options of its training), and check that it is whole.
 
-    option: that names the file, for messages. Otherwise as `load_backbone`.
+    arch: what to look for if it is one of timm's. option: that names the file. Otherwise as `load_backbone`.
     """
     try:
         contents = read_file(path) if contents is None else contents
@@ -140,8 +142,6 @@ def read_backbone(
     except ValueError as error:
         raise UserError(f"{option}: {str(error).removeprefix('checkpoint: ')}, in {path}") from None
     load_weights(network, found.weights, f"{option}: {path}")
-    if arch not in (None, architecture["arch"]):
-        raise UserError(f"--arch: {path} holds a {architecture['arch']}, got {arch}")
     if not all(tensor.isfinite().all() for tensor in found.weights.values()):
         raise UserError(f"{option}: {path} holds weights that are nan or inf")
     mean = getattr(network, "pretrained_cfg", {}).get("mean", MEAN)
@@ -217,13 +217,9 @@ def read_start(init: str, asked: Mapping[str, object]) -> dict[str, object]:
     """
     arch = asked["arch"] or "resnet50"
     path = start_file(init, arch, download=True)
-    found, architecture, _ = read_backbone(path, arch if arch.startswith(TIMM) else None, "--init")
+    found, architecture, _ = read_backbone(path, arch, "--init")
     refuse_other_shape(path, architecture, asked)
-    if architecture["arch"].startswith(TIMM):
-        found_options = {"arch": architecture["arch"]}
-    else:
-        found_options = {name: architecture[name] for name in SHAPE_OPTIONS}
-    read_off = {name: value for name, value in found_options.items() if asked[name] is None}
+    read_off = {name: architecture[name] for name in SHAPE_OPTIONS if name in architecture and asked[name] is None}
     taken = f" ({found.taken}*{not_taken(found)})" if found.taken else ""
     log(f"--init: starting from {path}{taken}, a {describe(architecture)}")
     if read_off:
@@ -252,7 +248,7 @@ def refuse_other_shape(path: Path, architecture: Mapping, asked: Mapping[str, ob
 def start_from(model: SwAV, init: str, arch: str) -> None:
     """Give a model's backbone the weights that --init names. Head and prototypes keep theirs. Raises UserError."""
     path = start_file(init, arch, download=True)
-    found, _, _ = read_backbone(path, arch if arch.startswith(TIMM) else None, "--init")
+    found, _, _ = read_backbone(path, arch, "--init")
     prefix = "backbone." if arch.startswith(TIMM) else ""
     try:
         result = model.load_state_dict({prefix + name: part for name, part in found.weights.items()}, strict=False)
@@ -272,7 +268,7 @@ def start_backbone(trained: Mapping) -> nn.Module | None:
     path = start_file(init, arch, download=False) if init and trained.get("init_sha256") else None
     if path is None or not path.is_file() or sha256(path) != trained["init_sha256"]:
         return None
-    found, architecture, _ = read_backbone(path, arch if arch.startswith(TIMM) else None)
+    found, architecture, _ = read_backbone(path, arch)
     backbone = new_backbone({**architecture, "sizes": trained["size_crops"]} if arch.startswith(TIMM) else architecture)
     load_weights(backbone, found.weights, f"checkpoint: {path}")
     return backbone

@@ -4,7 +4,6 @@ sizes = sizes_to_cache(images, "auto")    # None if they do not fit; on the firs
 images = cache_images(images, sizes)      # on all processes
 """
 
-import errno
 import math
 import os
 import socket
@@ -24,8 +23,8 @@ from machine import memory_left, shared_memory_left
 from processes import exchange
 
 
-class CachedImages(Dataset):
-    """Image files, decoded once into memory that all processes and workers of a machine share.
+class CachedImages(ImageFiles):
+    """The same image files, decoded once into memory that all processes and workers of a machine share.
 
     sizes: (width, height) of each image, (0, 0) if unknown. path: the file that holds the memory (on Linux below
     /dev/shm), the same one for all processes and empty at first. It may be unlinked once all have opened it.
@@ -34,30 +33,23 @@ class CachedImages(Dataset):
     in_memory = True
 
     def __init__(self, images: ImageFiles, sizes: Sequence[tuple[int, int]], path: str) -> None:
-        self.images, self.root, self.source = images, images.root, images.source
+        vars(self).update(vars(images))
         self.sizes = np.array(sizes)  # an array, like paths: each worker would end up with a copy of a list
         # One byte per image, 1 if it is decoded, then the images.
         self.ends = len(images) + np.cumsum(3 * self.sizes.prod(axis=1))
         self.memory = torch.from_file(path, shared=True, size=int(self.ends[-1]), dtype=torch.uint8)
         self.is_decoded = self.memory[: len(images)].numpy()
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        return self.images.value_range
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def read_pixels(self, index: int) -> torch.Tensor:
         (width, height), end = self.sizes[index].tolist(), int(self.ends[index])
         pixels = self.memory[end - 3 * width * height : end].view(height, width, 3).permute(2, 0, 1)
         if not self.is_decoded[index]:
-            read = self.images[index][0]
+            read = super().read_pixels(index)
             if read.shape != pixels.shape:  # the header could not be read, or the file has changed
-                return read, -1
+                return read
             pixels.copy_(read)
             self.is_decoded[index] = 1  # two workers may decode it at the same time: they write the same
-        return pixels, -1
+        return pixels
 
 
 def sizes_to_cache(images: Dataset, cache: str, for_workers: int = 0) -> list[tuple[int, int]] | None:
@@ -115,14 +107,8 @@ def _allocate_cache(sizes: Sequence[tuple[int, int]]) -> str | None:
     total, path = len(sizes) + sum(3 * width * height for width, height in sizes), None
     try:
         descriptor, path = tempfile.mkstemp(prefix="swav-", dir="/dev/shm")
-        with open(descriptor, "wb", buffering=0) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, total)
-            else:
-                for start in range(0, total, 2**24):
-                    file.write(bytes(min(2**24, total - start)))
-                if os.path.getsize(path) < total:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open(descriptor, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, total)
         np.save(path + ".npy", sizes)
     except OSError as error:
         if path:

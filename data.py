@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import permutations
+from itertools import cycle, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +45,9 @@ class UnreadableImage(ValueError):
 # `augment` does the last step for a batch on the training device, `augment_one_by_one` in a loader's worker.
 
 JITTER_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5
-JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8}  # at a color_strength of 1
-HUE_JITTER = 0.2  # in turns of the colour circle, at a color_strength of 1
+# What jitter blends an image with: black, its mean luminance, its luminance; as shares of luminance and mean luminance
+JITTER = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}
+BLEND_JITTER, HUE_JITTER = 0.8, 0.2  # at a color_strength of 1; of the hue in turns of the colour circle
 JITTER_ORDERS = tuple(permutations((*JITTER, "hue")))
 MIN_BLUR, MAX_BLUR = 0.1, 2.0  # sigmas in pixels, published for crops of 224 and of 96 pixels
 BLUR_REACH = 6  # pixels to each side of the largest blur kernel
@@ -61,10 +62,9 @@ PARAMS = 5 + 3 * BLENDS  # augmentation parameters of a crop
 class CropParams(NamedTuple):
     """Augmentation parameters of crops by name, as views of an array or tensor [..., PARAMS] (see `by_name`).
 
-    Brightness, contrast and saturation each blend the image with another one: with black, with its mean luminance,
-    with its luminance. A blend is (weight of the other image, share of the luminance in it, share of the mean
-    luminance in it). Their order is random, and so is the place of the hue shift among them. Three of the six slots
-    stay unused: their weight is 0.
+    A blend is (weight of the other image, share of the luminance in it, share of the mean luminance in it), see JITTER.
+    The order of blends is random, and so is the place of the hue shift among them. Three of the six slots stay unused:
+    their weight is 0.
     """
 
     vflip: np.ndarray | torch.Tensor  # [...], 1 for a vertical flip, else 0; MultiCrop.crop does it
@@ -119,20 +119,16 @@ class MultiCrop:
         lists = dict(nmb_crops=nmb_crops, min_scale_crops=min_scale_crops, max_scale_crops=max_scale_crops)
         for name, values in lists.items():
             if len(values) != len(size_crops):
-                raise ValueError(
-                    f"{name}: expected {len(size_crops)} values, one for each of size_crops {list(size_crops)}, "
-                    f"got {list(values)}"
-                )
+                expected = f"{len(size_crops)} values, one for each of size_crops {list(size_crops)}"
+                raise ValueError(f"{name}: expected {expected}, got {list(values)}")
         if min(size_crops, default=0) < SMALLEST_CROP:
             raise ValueError(f"size_crops: expected {SMALLEST_CROP} pixels or more each, got {list(size_crops)}")
         if min(nmb_crops) < 1:
             raise ValueError(f"nmb_crops: expected 1 or more each, got {list(nmb_crops)}")
         scales = tuple(zip(min_scale_crops, max_scale_crops, strict=True))
         if not all(0 < low <= high <= 1 for low, high in scales):
-            raise ValueError(
-                "min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, "
-                f"got {list(min_scale_crops)} and {list(max_scale_crops)}"
-            )
+            got = f"{list(min_scale_crops)} and {list(max_scale_crops)}"
+            raise ValueError(f"min_scale_crops, max_scale_crops: expected 0 < min <= max <= 1, got {got}")
         if not 0 <= blur_sigma <= MAX_BLUR:
             raise ValueError(f"blur_sigma: expected 0 to {MAX_BLUR:g} pixels, got {blur_sigma:g}")
         for name, value in dict(hflip=hflip, vflip=vflip, color_strength=color_strength, grayscale=grayscale).items():
@@ -168,20 +164,16 @@ class MultiCrop:
         order of crops (the first crop of all images, then the second one).
         """
         pixels = [to_pixels(image) for image in images]
-        boxes, params = self.sample([(image.shape[2], image.shape[1]) for image in pixels], rngs)
-        resolutions, start = [], 0
-        for size, count in zip(self.size_crops, self.nmb_crops, strict=True):
-            crops = []
+        boxes_and_params = self.sample([(image.shape[2], image.shape[1]) for image in pixels], rngs)
+        resolutions, ends = [], np.cumsum(self.nmb_crops)[:-1]
+        parts = (np.split(sampled.swapaxes(0, 1), ends) for sampled in boxes_and_params)  # of [V, B, ...]
+        for size, boxes, params in zip(self.size_crops, *parts, strict=True):
+            params = params.reshape(-1, PARAMS)
+            places = zip(cycle(pixels), boxes.reshape(-1, 4).tolist(), by_name(params).vflip.tolist(), strict=False)
             with torch.inference_mode():  # entered once, as entering it for each crop takes a sixth of the time
-                for nth in range(start, start + count):
-                    vflips = by_name(params[:, nth]).vflip.tolist()
-                    for image, box, vflip in zip(pixels, boxes[:, nth].tolist(), vflips, strict=True):
-                        crop = crop_and_resize(image, box, size)
-                        crops.append(crop[:, ::-1] if vflip else crop)
+                crops = [crop_and_resize(image, box, size)[:, :: -1 if vflip else 1] for image, box, vflip in places]
             # numpy stacks and splits colour planes three times as fast as torch
-            params_of_crops = params[:, start : start + count].swapaxes(0, 1).reshape(-1, PARAMS)
-            resolutions.append((torch.from_numpy(np.stack(crops)), params_of_crops))
-            start += count
+            resolutions.append((torch.from_numpy(np.stack(crops)), params))
         return resolutions
 
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator | None = None) -> list[torch.Tensor]:
@@ -215,7 +207,7 @@ def sample_boxes(sizes: np.ndarray, scales: np.ndarray, uniforms: np.ndarray) ->
 
 
 def sample_params(
-    uniforms: np.ndarray, blur_sigma: float, hflip: float = 0.5, color_strength: float = 1.0, grayscale: float = 0.2
+    uniforms: np.ndarray, blur_sigma: float, hflip: float, color_strength: float, grayscale: float
 ) -> np.ndarray:
     """Sample augmentation parameters float32 [..., PARAMS], from uniforms [..., 10] in [0, 1).
 
@@ -232,10 +224,8 @@ def sample_params(
     named.sigma[...] = (is_blurred < BLUR_PROBABILITY) * (min_sigma + (blur_sigma - min_sigma) * sigma)
     named.hue[...] = is_jittered * color_strength * HUE_JITTER * (2 * hue - 1)
     blends = np.zeros((*order.shape, len(JITTER), 3))
-    for i, (name, strength) in enumerate(JITTER.items()):
-        blends[..., i, 0] = is_jittered * color_strength * strength * (1 - 2 * factors[i])
-        blends[..., i, 1] = is_jittered * (name == "saturation")
-        blends[..., i, 2] = is_jittered * (name == "contrast")
+    blends[..., 0] = np.moveaxis(is_jittered * color_strength * BLEND_JITTER * (1 - 2 * np.stack(factors)), 0, -1)
+    blends[..., 1:] = is_jittered[..., None, None] * np.array(list(JITTER.values()))
     np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], blends, axis=-2)
     return params.astype(np.float32)
 
@@ -256,8 +246,8 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     """Convert a PIL image to uint8 [3, H, W], stored pixel by pixel, which resizes fastest; return such a tensor as is.
 
     Transparent images are laid over white. value_range: the values that become 0 and 255 in images of 16 bits (None:
-    0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and for the modes I and F without
-    a value_range.
+    0 and 65535) and in Pillow's modes I and F. Raises ValueError for another tensor, and UnreadableImage for the modes
+    I and F without a value_range.
     """
     if torch.is_tensor(image):
         if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
@@ -266,7 +256,7 @@ def to_pixels(image: Image.Image | torch.Tensor, value_range: tuple[float, float
     if has_16_bits(image) or (image.mode in ("I", "F") and value_range):
         image = Image.fromarray(to_8_bits(image, value_range))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
+        raise UnreadableImage(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode} of an unknown range")
     elif image.mode.endswith(("A", "a")) or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -455,9 +445,8 @@ def expected_crop(checkpoint: Mapping, size: int | None = None, resize: int | No
     checkpoint: as torch.load gives it, see checkpoint.py. size, resize: in pixels, instead of these. Raises
     ValueError if resize is smaller than size.
     """
-    is_ours = isinstance(checkpoint.get("options"), dict)  # other programs save other things
-    known = checkpoint if is_ours else {"options": {}}
-    crop = max(known["options"].get("size_crops") or [224])
+    known = checkpoint if isinstance(checkpoint.get("options"), dict) else {}  # other programs save other things
+    crop = max(known.get("options", {}).get("size_crops") or [224])
     known_size, known_resize = known.get("sizes") or (crop, round(crop * 8 / 7))
     size = size or known_size
     resize = resize or round(size * known_resize / known_size)
@@ -665,9 +654,9 @@ def ordered_loader(
 
 def batch_bytes(multi_crop: MultiCrop, batch_size: int, *, crop_only: bool) -> int:
     """Bytes of a batch of a `training_loader`: uint8 crops and their parameters with crop_only, else float32 crops."""
-    per_crop = (4 * PARAMS if crop_only else 0, 3 if crop_only else 12)  # bytes, and bytes of a pixel
+    params, pixel = (4 * PARAMS, 3) if crop_only else (0, 12)  # bytes
     counts = zip(multi_crop.size_crops, multi_crop.nmb_crops, strict=True)
-    return batch_size * sum(count * (per_crop[0] + per_crop[1] * size**2) for size, count in counts)
+    return batch_size * sum(count * (params + pixel * size**2) for size, count in counts)
 
 
 def _worker_options(workers: int) -> dict:

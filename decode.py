@@ -105,7 +105,8 @@ def look_at(path: str, what: Callable[[Image.Image], Any], whole: bool = False) 
 
 @contextmanager
 def _open_file(path: str, whole: bool) -> Iterator[BinaryIO]:
-    with open(path, "rb", opener=_open_without_waiting) as file:
+    no_waiting = getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its other end
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | no_waiting)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
@@ -128,10 +129,6 @@ def _open_member(member: Member) -> io.BytesIO:
 def _opened_tar(path: str) -> io.FileIO:
     """A tar file to read by os.pread, which moves no position: forked processes may share it."""
     return io.FileIO(path)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its other end
 
 
 def _reason(path: str, error: Exception) -> tuple[str, bool]:
@@ -263,11 +260,11 @@ def check_images(paths: Sequence[str], value_range: tuple[float, float] | None) 
     """((format, mode, shorter side, loses bits), why it cannot be read) of each file; None for what is not known."""
     found = []
     for path in paths:
-        facts = None
+        facts = reason = None
         try:
             facts = look_at(path, lambda image: (image.format, image.mode, min(size_of(image)), loses_bits(image)))
             read_image(path, value_range)
-            found.append((facts, None))
         except UnreadableImage as error:
-            found.append((facts, error.reason))
+            reason = error.reason
+        found.append((facts, reason))
     return found

@@ -22,7 +22,6 @@ PREFERRED = re.compile(r"teacher|(?<![a-z])ema(?![a-z])")
 # MoCo: not the encoder of the keys; MoCo v3, BYOL, solo-learn, lightly: not the moving average.
 SECONDARY = re.compile(r"student|momentum|target|encoder_k|key_encoder|encoder_key")
 
-
 COUNTERS = "num_batches_tracked"  # which old files do not have
 
 

@@ -56,16 +56,15 @@ def _new(file: str, class_name: str) -> object:
     return kind.__new__(kind)
 
 
-def _reduced(file: str, thing: object) -> tuple:
+def _reduced(thing: object) -> tuple:
     load = functools.partial(torch.hub.load, _FOLDER, "_new", source="local")
+    file = type(thing).__module__.removeprefix("swav_") + ".py"
     return load, (file, type(thing).__name__), thing.__dict__
 
 
-for _module, _file in ((model, "model.py"), (foreign, "foreign.py"), (data, "data.py")):
-    for _class in vars(_module).values():
-        is_ours = isinstance(_class, type) and _class.__module__ == _module.__name__
-        if is_ours and (issubclass(_class, torch.nn.Module) or _class is data.CentreCrop):
-            copyreg.pickle(_class, functools.partial(_reduced, _file))
+for _class in (*vars(model).values(), data.CentreCrop):
+    if isinstance(_class, type) and _class.__module__.startswith("swav_"):
+        copyreg.pickle(_class, _reduced)
 
 
 def from_checkpoint(path: str | os.PathLike, size: int | None = None, resize: int | None = None) -> nn.Module:

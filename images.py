@@ -31,31 +31,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data import UnreadableImage, to_pixels
-from decode import (
-    Member,
-    check_images,
-    ending_of,
-    image_size,
-    look_at,
-    loses_bits,
-    read_image,
-    shown,
-    value_limits,
-)
+from decode import Member, check_images, ending_of, image_size, look_at, loses_bits, read_image, shown, value_limits
 from labels import ChosenImages, align_classes, labelled_by_list, stratified
 from launch import OptionParser, RunStopped, UserError, environment, log, track, worker_count
 from machine import available_cores
 from processes import run_script
 from shapes import SHAPES_CLASSES, draw_shapes
 from sources import (
-    NAMED_SPLITS,
-    SPLIT_ENDINGS,
     check_data_path,
     counted,
     find_images,
     identity,
     refuse_one_class,
     split_paths,
+    splits_around,
+    validation_folder,
 )
 
 DATASETS = ("shapes", "folder", "cifar10", "cifar100", "stl10", "fashion_mnist")
@@ -76,7 +66,7 @@ class Images(Dataset):
     labels = classes = value_range = None
 
     def __init__(self, count: int) -> None:
-        self.bad = torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.uint8)  # /dev/shm may be full
+        self.bad = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)  # /dev/shm may be full
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -112,7 +102,10 @@ class ImageFiles(Images):
         return len(self.paths)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
-        return read_image(self.paths[index], self.value_range), int(self.labels[index]) if self.labelled else -1
+        return self.read_pixels(index), int(self.labels[index]) if self.labelled else -1
+
+    def read_pixels(self, index: int) -> torch.Tensor:
+        return read_image(self.paths[index], self.value_range)
 
     def name_of(self, index: int) -> str:
         return str(self.paths[index])
@@ -155,19 +148,15 @@ class GivenImages(Images):
             image = item[0] if isinstance(item, (tuple, list)) and len(item) else item
             if isinstance(image, Image.Image):
                 image.load()
-        except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "reason", None) or shown(" ".join(str(error).split())) or type(error).__name__
-            raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {reason}", reason) from None
-        if isinstance(image, Image.Image):
-            try:
                 return to_pixels(image), -1
-            except ValueError as error:  # a mode of an unknown range
-                raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {error}", str(error)) from None
+        except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = shown(" ".join(str(error).split())) or type(error).__name__
+            reason = error.reason if isinstance(error, UnreadableImage) else reason
+            raise UnreadableImage(f"images: cannot read {self.name_of(index)}: {reason}", reason) from None
         kind = f"{getattr(image, 'dtype', '')} {list(image.shape)}" if hasattr(image, "shape") else ""
         is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
         if is_array and image.ndim > 1 and image.shape[2:] in ((), (1,), (3,)):
-            image = torch.from_numpy(np.array(image)).reshape(*image.shape[:2], -1).permute(2, 0, 1)
-            image = image.expand(3, -1, -1)
+            image = torch.from_numpy(np.atleast_3d(image).copy()).permute(2, 0, 1).expand(3, -1, -1)
         if not torch.is_tensor(image) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
             raise UserError(
                 f"images: expected items that are, or begin with, an image: PIL, uint8 tensor [3, H, W] or numpy uint8 "
@@ -187,11 +176,12 @@ class GivenImages(Images):
         sums = []
         for index in sample_of(self)[::10]:
             with suppress(UnreadableImage):
-                sums.append([zlib.crc32(self.read(index)[0].numpy().tobytes()) for _ in range(2)])
-        if any(first != second for first, second in sums):
-            log("images: items differ from one call to the next, so a resumed run is not the same bit for bit")
-            return b""
-        return json.dumps([first for first, _ in sums]).encode()
+                first, second = (zlib.crc32(self.read(index)[0].numpy().tobytes()) for _ in range(2))
+                if first != second:
+                    log("images: items differ from one call to the next, so a resumed run is not the same bit for bit")
+                    return b""
+                sums.append(first)
+        return json.dumps(sums).encode()
 
 
 class ImageArrays(Dataset):
@@ -222,7 +212,6 @@ class ImageArrays(Dataset):
 
 def fingerprint(images: Dataset) -> dict[str, int | str]:
     """What tells a set of images from another: {"images": how many, "paths": sha256 of their `contents`}."""
-    images = images if hasattr(images, "contents") else images.images  # below a cache
     return {"images": len(images), "paths": hashlib.sha256(images.contents()).hexdigest()}
 
 
@@ -249,7 +238,6 @@ def look_at_some(images: Dataset, what: Callable[[int], Any]) -> list:
 
 def typical_side(images: Dataset) -> int:
     """Median of the images' shorter sides in pixels, from a sample. Raises UserError if none can be read."""
-    images = getattr(images, "images", images)  # below a cache
     return int(np.median([min(size) for size in look_at_some(images, images.size_of)]))
 
 
@@ -293,16 +281,13 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     """(name, reason) of the images that this process and its loader's workers could not read since the last call."""
-    chosen = None  # indices of the images that are used
-    while hasattr(images, "images"):  # below a cache or a choice
-        if isinstance(images, ChosenImages):
-            chosen = images.indices if chosen is None else images.indices[chosen]
-        images = images.images
+    used = slice(None)  # indices of the images that are used, of those below
+    while isinstance(images, ChosenImages):
+        images, used = images.images, images.indices[used]
     if not isinstance(images, Images):
         return []
-    new, found = np.flatnonzero(images.bad.numpy() == 1), []
-    if chosen is not None:
-        new = np.intersect1d(new, chosen)
+    used, found = np.arange(len(images.bad))[used], []
+    new = used[images.bad.numpy()[used] == 1]
     images.bad[new] = 2
     for index in new.tolist():
         reason = "it could not be read once, but can be read now"
@@ -333,11 +318,11 @@ class BadImages:
     def update(self) -> int:
         """Add what is new, and return how many are bad. Every process must call it; raises RunStopped if too many."""
         new = new_bad_images(self.images)
+        parts = [new]
         if dist.is_initialized():
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, new)
-            new = [bad for part in parts for bad in part]
-        new = {path: reason for path, reason in new if path not in self.reasons}
+        new = {path: reason for part in parts for path, reason in part if path not in self.reasons}
         self.reasons |= new
         if new and self.list_path and environment("RANK", 0) == 0:
             self._list(new)
@@ -429,9 +414,8 @@ def open_splits(
         chosen = stratified(train_images.labels, val_share, seed, leave_one=True)
         others = np.setdiff1d(np.arange(len(train_images)), chosen)
         if not len(chosen):
-            raise UserError(
-                f"--val_share: expected two images or more of a class, got {len(train_images)} images in all"
-            )
+            got = f"{len(train_images)} images in all"
+            raise UserError(f"--val_share: expected two images or more of a class, got {got}")
         train_images, val_images = (ChosenImages(train_images, indices) for indices in (others, chosen))
     elif val_labels is not None:
         folder = os.path.dirname(os.path.normpath(train_images.root))
@@ -447,18 +431,13 @@ def open_splits(
 
 def _open_folder(root: str, split: str, value_range: tuple[float, float] | None) -> ImageFiles:
     """Open a split of a folder with splits; for "pretrain" also a folder without them, a list of paths, tar files."""
-    splits = split_paths(root)
-    if split == "pretrain":
-        if splits:
-            log(f"data: {shown(root)} holds {splits[0]} and {splits[1]}: training uses {splits[0]} alone")
-            root = os.path.join(root, splits[0])
-    else:
-        name = os.path.basename(os.path.normpath(root))
-        if not splits and name in [f"train{ending}" for ending in SPLIT_ENDINGS]:
-            root = os.path.dirname(os.path.normpath(root))  # training was given train/, and val/ lies next to it
-            splits = split_paths(root)
+    if split != "pretrain":
+        root, splits = splits_around(root)
         splits = splits or ("train", validation_folder(root))
         root = os.path.join(root, splits[split == "val"])
+    elif splits := split_paths(root):
+        log(f"data: {shown(root)} holds {splits[0]} and {splits[1]}: training uses {splits[0]} alone")
+        root = os.path.join(root, splits[0])
     images = ImageFiles(root, value_range, labelled=split != "pretrain")
     if images.left_out:
         hint = "; .heic needs pip install pillow-heif" if images.left_out.keys() & {".heic", ".heif"} else ""
@@ -471,15 +450,7 @@ def has_validation_split(data_path: str | os.PathLike) -> bool:
 
     Without one, class folders are no labels: they may be anybody's way of sorting.
     """
-    path = os.path.abspath(data_path)
-    folder, name = os.path.split(path)
-    is_train = name in [f"train{ending}" for ending in SPLIT_ENDINGS]
-    return split_paths(path) is not None or (is_train and split_paths(folder) is not None)
-
-
-def validation_folder(root: str) -> str:
-    """The first of NAMED_SPLITS that a folder holds, "val" if it holds none."""
-    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), NAMED_SPLITS[0])
+    return splits_around(os.fspath(data_path))[1] is not None
 
 
 def _open_torchvision(dataset: str, root: str | os.PathLike, split: str, download: bool) -> ImageArrays:
@@ -516,7 +487,9 @@ def _read_fashion_mnist(root: str | os.PathLike, prefix: str) -> ImageArrays:
 
 # Check images: python images.py DIR
 
-SIDES = {"below 32": 0, "32 to 95": 32, "96 to 223": 96, "224 to 511": 224, "from 512": 512}  # least pixels of each
+# Of shorter sides in pixels: the least and the largest
+SIDES = {"below 32": (0, 31), "32 to 95": (32, 95), "96 to 223": (96, 223), "224 to 511": (224, 511),
+         "from 512": (512, sys.maxsize)}  # fmt: skip
 
 
 def check_folder(root: str, workers: int) -> int:
@@ -527,27 +500,21 @@ def check_folder(root: str, workers: int) -> int:
     options = dict(multiprocessing_context="fork") if workers and sys.platform == "linux" else {}
     check = partial(check_images, value_range=images.value_range)
     batches = DataLoader(images.paths, 32, num_workers=workers, collate_fn=check, **options)
-    endings, formats, modes, sides, lossy = Counter(map(ending_of, images.paths)), Counter(), Counter(), Counter(), 0
-    first, links, bad = {}, {}, {}
-    found = chain.from_iterable(track(batches, "checking", unit="batch of 32"))
-    for path, (facts, reason) in zip(images.paths, found, strict=True):
-        if facts:
-            format, mode, side, loses = facts
-            formats[format] += 1
-            modes[mode] += 1
-            sides[[name for name, least in SIDES.items() if side >= least][-1]] += 1
-            lossy += loses
-        if reason:
-            bad[path] = reason
+    found = list(chain.from_iterable(track(batches, "checking", unit="batch of 32")))
+    bad = {path: reason for path, (_, reason) in zip(images.paths, found, strict=True) if reason}
+    formats, modes, sides, losses = (Counter(facts[i] for facts, _ in found if facts) for i in range(4))
+    first, links = {}, {}
+    for path in images.paths:
         place = (path.tar, path.offset) if isinstance(path, Member) else identity(path)
         same = first.setdefault(place, path)
         if same != path:
             links[path] = same
-    for name, counts in dict(endings=endings, formats=formats, modes=modes).items():
+    for name, counts in dict(endings=Counter(map(ending_of, images.paths)), formats=formats, modes=modes).items():
         log(f"{name}: {counted(counts) or 'none'}")
-    log("shorter side in pixels: " + (", ".join(f"{name}: {sides[name]:,}" for name in SIDES if sides[name]) or "none"))
-    if lossy:
-        log(f"{lossy:,} files have {LOST_BITS}")
+    counts = {name: sum(sides[s] for s in sides if low <= s <= high) for name, (low, high) in SIDES.items()}
+    log("shorter side in pixels: " + (", ".join(f"{name}: {n:,}" for name, n in counts.items() if n) or "none"))
+    if losses[True]:
+        log(f"{losses[True]:,} files have {LOST_BITS}")
     log(f"left out, as no images: {counted(images.left_out) or 'none'}")
     log(f"links to an image that is counted already: {len(links):,}")
     for path, other in list(links.items())[:20]:
@@ -574,13 +541,8 @@ def main(argv: Sequence[str]) -> None:
         "Exit code 1 if an image cannot be read, else 0. Example: python images.py photos > found.txt",
     )
     parser.start_group("check", affects="nothing")
-    parser.common.append(
-        parser.group.add_argument(
-            "folder",
-            metavar="DIR",
-            help="A folder, a .txt list of paths or a .tar file, as for --data_path of train.py.",
-        )
-    )
+    what = "A folder, a .txt list of paths or a .tar file, as for --data_path of train.py."
+    parser.common.append(parser.group.add_argument("folder", metavar="DIR", help=what))
     parser.add("workers", None, worker_count, "Read in this many processes.", common="N",
         default_text="one per CPU core")  # fmt: skip
     args = parser.parse_args(argv)

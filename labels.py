@@ -58,8 +58,6 @@ def class_of(images: Dataset, index: int) -> str | None:
 
     images: a Dataset with labels (those of lists and tar files may be -1, for none), or one with paths below a root.
     """
-    if not hasattr(images, "labels"):
-        images = getattr(images, "images", images)  # below a cache
     labels, classes = getattr(images, "labels", None), getattr(images, "classes", None)
     if labels is not None:
         label = int(labels[index])
@@ -105,10 +103,7 @@ def align_classes(train_images: Dataset, val_images: Dataset) -> Dataset:
         )
     if not is_known.all():
         unknown = [name for name in old_classes if name not in new_label]
-        log(
-            f"data: left out {np.sum(~is_known):,} of {len(old_labels):,} validation images: their classes have no "
-            f"training images ({some(unknown)})"
-        )
+        _log_left_out(np.sum(~is_known), len(old_labels), unknown)
     if list(old_classes) != list(train_images.classes):
         indices = np.flatnonzero(is_known)
         labels = [new_label[old_classes[label]] for label in old_labels[indices]]
@@ -123,17 +118,21 @@ def align_classes(train_images: Dataset, val_images: Dataset) -> Dataset:
     return val_images
 
 
+def _log_left_out(images: int, total: int, classes: Iterable[str]) -> None:
+    why = f"their classes have no training images ({some(classes)})"
+    log(f"data: left out {images:,} of {total:,} validation images: {why}")
+
+
 # Lists
 
 
-def read_lines(path: str | os.PathLike, option: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises UserError, naming the option."""
+def read_lines(path: str | os.PathLike, option: str) -> dict[int, str]:
+    """{number: line} of the lines of a text file that are not empty. Raises UserError, naming the option."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line.strip() for line in file]
+            lines = {number: line.strip() for number, line in enumerate(file, 1) if line.strip()}
     except OSError as error:
         raise UserError(f"{option}: cannot read {os.fspath(path)!r}: {error.strerror}") from None
-    lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{option}: expected lines in {os.fspath(path)!r}, found none")
     return lines
@@ -159,7 +158,7 @@ def listed_images(images: Dataset, path: str | os.PathLike, option: str = "--sub
         for key in (name, f"{images.classes[images.labels[index]]}/{name}"):
             of_name.setdefault(key, []).append(index)
     indices, unmatched, lines = set(), [], read_lines(path, option)
-    for line in lines:
+    for line in lines.values():
         *folders, _ = line.replace("\\", "/").split("/")
         found = of_name.get(f"{folders[-1]}/{stem(line)}" if folders else stem(line), [])
         if len(found) > 1:
@@ -211,28 +210,24 @@ def labelled_by_list(
     line in the order of the files' names; its meta.mat then has to lie beside it. Images of classes that are not in
     `classes` are left out, and counted.
     """
-    lines = read_lines(path, option)
+    lines, names = read_lines(path, option), list(map(stem, images.paths))
     label_of = {name: label for label, name in enumerate(classes)}
     are_numbers = all(name.isdecimal() for name in classes)
     if not are_numbers:
         label_of = {str(label): label for label in range(len(classes))} | label_of
-    if all(line.isdecimal() for line in lines):
-        if len(lines) != len(images.paths):
-            raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(images.paths)} validation images")
-        wordnet_names = read_devkit(path, option)
-        order = np.argsort([stem(file) for file in images.paths])
-        class_of = {
-            stem(images.paths[int(i)]): wordnet_names.get(int(line)) for i, line in zip(order, lines, strict=True)
-        }
+    if all(line.isdecimal() for line in lines.values()):
+        if len(lines) != len(names):
+            raise UserError(f"{option}: {path} has {len(lines)} numbers for {len(names)} validation images")
+        wordnet_names, numbers = read_devkit(path, option), map(int, lines.values())
+        class_of = {name: wordnet_names.get(number) for name, number in zip(sorted(names), numbers, strict=True)}
     else:
-        bad = next((i for i, line in enumerate(lines) if not re.search(r"[\s,]", line)), None)
-        if bad is not None:
-            raise UserError(f"{option}: {path}, line {bad + 1}: expected NAME CLASS, got {lines[bad]}")
-        names = set(map(stem, images.paths))
-        class_of = dict(split_line(line, names, label_of) for line in lines)
+        for number, line in lines.items():
+            if not re.search(r"[\s,]", line):
+                raise UserError(f"{option}: {path}, line {number}: expected NAME CLASS, got {line}")
+        known = set(names)
+        class_of = dict(split_line(line, known, label_of) for line in lines.values())
     indices, labels, unmatched, unknown = [], [], [], Counter()
-    for index, file in enumerate(images.paths):
-        name = stem(file)
+    for index, name in enumerate(names):
         if name not in class_of:
             unmatched.append(name)
         elif class_of[name] not in label_of:
@@ -245,17 +240,14 @@ def labelled_by_list(
         else:
             indices.append(index)
             labels.append(label_of[class_of[name]])
-    _refuse_if_many(unmatched, len(images.paths), f"{option}: {path}: validation images without a class")
+    _refuse_if_many(unmatched, len(names), f"{option}: {path}: validation images without a class")
     if not indices:
         raise UserError(
             f"{option}: {path}: expected classes of the training images, such as {classes[0]}"
             f"{'' if are_numbers else f', or their numbers, 0 to {len(classes) - 1}'}, got {some(unknown)}"
         )
     if unknown:
-        log(
-            f"data: left out {unknown.total():,} of {len(images.paths):,} validation images: their classes have no "
-            f"training images ({some(unknown)})"
-        )
+        _log_left_out(unknown.total(), len(names), unknown)
     return ChosenImages(images, np.array(indices), np.array(labels), classes)
 
 

@@ -62,16 +62,14 @@ class Paths(Sequence):
 class TarPaths(Paths):
     """Members of tar files, in little memory; each element is a decode.Member."""
 
-    def __init__(
-        self, names: Sequence[bytes], tars: Sequence[str], of_tar: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
-    ) -> None:
-        super().__init__(names)
-        self.tars, self.of_tar, self.offsets, self.sizes = tars, of_tar, offsets, sizes
+    def __init__(self, tars: Sequence[str], images: TarImages) -> None:
+        super().__init__(images.names)
+        self.tars, self.of_tar, self.offsets, self.sizes = tars, images.of_tar, images.offsets, images.sizes
 
     def __getitem__(self, index: int | slice) -> Member | list[Member]:
         name = super().__getitem__(index)
         if isinstance(index, slice):
-            return name
+            return name  # a list of elements
         return Member(self.tars[self.of_tar[index]], name, int(self.offsets[index]), int(self.sizes[index]))
 
 
@@ -241,6 +239,19 @@ def split_paths(root: str) -> tuple[str, str] | None:
     return None
 
 
+def splits_around(path: str) -> tuple[str, tuple[str, str] | None]:
+    """(folder that holds a path's splits, these): the folder around the path if that is the training split itself."""
+    folder, name = os.path.split(os.path.abspath(path))
+    is_train = name in [f"train{ending}" for ending in SPLIT_ENDINGS]
+    root = folder if is_train and not split_paths(path) else path
+    return root, split_paths(root)
+
+
+def validation_folder(root: str) -> str:
+    """The first of NAMED_SPLITS that a folder holds, "val" if it holds none."""
+    return next((name for name in NAMED_SPLITS if os.path.isdir(os.path.join(root, name))), NAMED_SPLITS[0])
+
+
 def _find_in_folder(root: str, labelled: bool) -> Found:
     hint = LABELS_HINT if labelled else ""
     try:
@@ -282,8 +293,7 @@ def _find_in_tars(tars: Sequence[str], index_path: str, labelled: bool) -> Found
         some = ", ".join(map(shown, tars[:3])) + (" ..." if len(tars) > 3 else "")
         raise UserError(f"data_path: expected image files in {some}, found none{others}")
     classes, labels = number_labels(labels_of(found, labelled))
-    paths = TarPaths(found.names, tars, found.of_tar, found.offsets, found.sizes)
-    return Found(paths, labels, classes, found.left_out)
+    return Found(TarPaths(tars, found), labels, classes, found.left_out)
 
 
 def refuse_one_class(source: str, paths: Paths, name: str) -> None:
@@ -305,7 +315,7 @@ def refuse_one_class(source: str, paths: Paths, name: str) -> None:
     raise UserError(f"data_path: expected two classes or more, found {shown(name)} alone; labels are {level}; {remedy}")
 
 
-def labels_of(images: TarImages, labelled: bool = True) -> list[bytes]:
+def labels_of(images: TarImages, labelled: bool) -> list[bytes]:
     """The label of each image: of its .cls file; if no image has one, the top folder of its name; else empty.
 
     labelled: raise UserError for an image without a label.

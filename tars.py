@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import NamedTuple
 from zipfile import BadZipFile
 
@@ -78,15 +79,12 @@ def open_tars(tars: Sequence[str], index_path: str) -> TarImages:
     for tar in tars:
         if shards[tar].damage:
             log(f"data: {shown(tar)} {shards[tar].damage}")
-    rows = [(name, number) for number, tar in enumerate(tars) for name in shards[tar].names]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    columns = [[value for tar in tars for value in getattr(shards[tar], name)] for name in ("offsets", "sizes")]
-    offsets, sizes = (np.array(column, np.int64)[order] for column in columns)
-    of_tar = np.array([rows[i][1] for i in order], np.int64)
-    labels = [label for tar in tars for label in shards[tar].labels]
-    names = [rows[i][0] for i in order]
+    rows = []
+    for number, shard in enumerate(shards[tar] for tar in tars):
+        rows += zip(shard.names, repeat(number), shard.offsets, shard.sizes, shard.labels)  # names differ in a tar file
+    names, *numbers, labels = map(list, zip(*sorted(rows), strict=True)) if rows else [[]] * 5
     left_out = sum((Counter(shards[tar].left_out) for tar in tars), Counter())
-    return TarImages(names, of_tar, offsets, sizes, [labels[i] for i in order], left_out)
+    return TarImages(names, *(np.array(column, np.int64) for column in numbers), labels, left_out)
 
 
 # Build an index

@@ -189,7 +189,7 @@ def random_crops(count, size, seed=0):
     rng = np.random.default_rng(seed)
     slopes = rng.uniform(-3, 3, (2, count, 3, 1, 1)) * np.stack(np.meshgrid(*2 * [np.arange(size)]))[:, None, None]
     pixels = rng.uniform(40, 215, (count, 3, 1, 1)) + slopes.sum(0) + rng.normal(0, 8, (count, 3, size, size))
-    params = sample_params(rng.random((count, 10)), blur_sigma=2.0)
+    params = sample_params(rng.random((count, 10)), blur_sigma=2.0, hflip=0.5, color_strength=1.0, grayscale=0.2)
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), params
 
 

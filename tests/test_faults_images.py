@@ -122,6 +122,7 @@ UNREADABLE = {
     "huge.png": (png_of_size(60000, 60000), "as an image: it has more than 179 megapixels.* cut it into tiles"),
     "huge.jpg": (jpeg_of_size(65000, 65000), "as an image: it has more than 179 megapixels.* cut it into tiles"),
     "no pixels.ppm": (written(b"P6 0 20 255 "), "as an image: "),
+    "no number.ppm": (written(b"P6 2x0 200 255 "), "as an image: "),
     "dead link.png": (lambda path: path.symlink_to("no where"), r": No such file or directory, a link to no where"),
     "link to itself.png": (lambda path: path.symlink_to(path), ": Too many levels of symbolic links"),
     "pipe.png": (os.mkfifo, "as an image: it is not a regular file"),

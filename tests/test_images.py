@@ -2,12 +2,12 @@
 
 import gzip
 import hashlib
-import io
 import math
 import os
 import pickle
 import struct
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ import train
 from cache import CachedImages, cache_bytes, sizes_to_cache
 from data import MultiCrop, UnreadableImage, to_pixels, training_loader
 from decode import image_size, read_image
-from images import GivenImages, ImageArrays, ImageFiles, fingerprint, open_images, open_splits, typical_side
+from images import BadImages, GivenImages, ImageArrays, ImageFiles, fingerprint, open_images, open_splits, typical_side
 from labels import class_of
 from launch import RunStopped, UserError
 from shapes import draw_shape
@@ -162,36 +162,6 @@ def test_a_path_without_images_is_refused_by_name(tmp_path, kind):
     for call in (ImageFiles, lambda path: open_images("folder", path)):
         with pytest.raises(UserError, match=f"^data_path: .*{path.name}"):
             call(path)
-
-
-def encoded(format):
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (47, 60, 3), dtype=np.uint8)).save(file, format)
-    return bytearray(file.getvalue())
-
-
-def huge_bmp():
-    content = encoded("bmp")
-    content[18:26] = struct.pack("<ii", 60000, 60000)  # width and height
-    return content
-
-
-UNREADABLE = {
-    "text.jpg": lambda: b"no image",
-    "empty.png": lambda: b"",
-    "truncated.jpg": lambda: encoded("jpeg")[:500],
-    "truncated.png": lambda: encoded("png")[:500],
-    "wrong chunk.png": lambda: encoded("png").replace(b"IDAT", b"I\xa1AT"),
-    "wrong header.ppm": lambda: b"P6 2x0 200 255 ",
-    "huge.bmp": huge_bmp,
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_image_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(UNREADABLE[name]())
-    with pytest.raises(UnreadableImage, match=f"^data_path: .*{name}"):
-        ImageFiles(tmp_path)[0]
 
 
 # Images in memory
@@ -626,6 +596,18 @@ def test_a_bad_item_is_counted_and_another_one_takes_its_place(images, tmp_path)
     assert (tmp_path / "bad_images.txt").read_text() == "image file is truncated\titem 4\n"
     with pytest.raises(RunStopped, match="^1 of 10 images cannot be read, .*: item 4 .image file is truncated"):
         train_on(Given(images / "train", bad=4), tmp_path / "b", "--max_bad_images", "0", "--log_freq", "1")
+
+
+def test_an_item_that_cannot_be_downloaded_is_a_bad_image(tmp_path):
+    class Remote(list):
+        def __getitem__(self, index):
+            raise URLError(OSError("no route to host"))  # whose reason is no text
+
+    images = GivenImages(Remote([0]))
+    with pytest.raises(UnreadableImage, match="^images: cannot read item 0: .*no route to host"):
+        images[0]
+    assert BadImages(images, folder=tmp_path).update() == 1
+    assert (tmp_path / "bad_images.txt").read_text() == "<urlopen error no route to host>\titem 0\n"
 
 
 def test_items_that_differ_between_calls_have_no_checksum(images, capsys):

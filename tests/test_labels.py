@@ -266,7 +266,7 @@ def test_what_a_file_of_classes_lacks_is_said_or_refused(tmp_path, capsys):
     assert "data: left out 1 of 4 validation images: their classes have no training images (zebra)" in out
     for text, message in [
         ("v_0 a\n", "validation images without a class: 3 of 4"),
-        ("v_0 a\nv_1\nv_2 b\n", "labels.txt, line 2: expected NAME CLASS, got v_1"),
+        ("v_0 a\n\nv_1\nv_2 b\n", "labels.txt, line 3: expected NAME CLASS, got v_1"),
         ("v_0 x\nv_1 y\nv_2 x\nv_3 9", "expected classes of the training images, such as a, .* 0 to 1, got x, y, 9"),
         ("1\n2\n1\n", "has 3 numbers for 4 validation images"),
         ("1\n2\n1\n2\n", "holds numbers alone, as ImageNet's ground truth does, whose classes are named by"),
