@@ -502,9 +502,11 @@ def resume(
     if "rng" in checkpoint:
         torch.set_rng_state(checkpoint["rng"])
     epochs_done, step_of_epoch, losses = (checkpoint[name] for name in ("epoch", "step_of_epoch", "losses"))
-    if step != epochs_done * steps_per_epoch + step_of_epoch:  # another global batch, or other images
-        before = (step - step_of_epoch) / max(1, epochs_done)
-        log(f"steps per epoch: now {steps_per_epoch}, before {before:.0f}: the schedule follows the new number")
+    images, batch = checkpoint.get("images"), checkpoint["options"].get("global_batch_size")
+    # Within the first epoch the steps done do not tell; older checkpoints, which lack these, are of whole epochs.
+    before = images["images"] // batch if images and batch else step // max(1, epochs_done)
+    if before != steps_per_epoch:  # another global batch, or other images
+        log(f"steps per epoch: now {steps_per_epoch}, before {before}: the schedule follows the new number")
         step_of_epoch, losses = 0, []
     within = f", and {step_of_epoch} of {steps_per_epoch} steps of the next" if step_of_epoch else ""
     log(f"resuming from {dump}: {epochs_done} of {options['epochs']} epochs done{within}")

@@ -32,7 +32,10 @@ def replay(path: str, data_path: str | None, device: torch.device, given: Datase
             f"--replay: the run of {path} had its images from Python; run it again with them: "
             f'train.main(train.parse_args(["--replay", "{path}"]), images=dataset)'
         )
-    images = open_images(args.dataset, data_path or args.data_path) if given is None else GivenImages(given)
+    if given is None:
+        images = open_images(args.dataset, data_path or args.data_path, value_range=contents.get("value_range"))
+    else:
+        images = GivenImages(given)
     keys = [(contents["epoch"] - 1, index) for index in contents["image_indices"]]
     batch, _ = CroppedBatches(images, build_multicrop(args), args.seed).__getitems__(keys)
     dtype, model, criterion = machine.choose_precision(args.precision, device), build_model(args), build_loss(args, 1)

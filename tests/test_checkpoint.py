@@ -292,6 +292,23 @@ def test_a_run_stopped_after_any_step_ends_as_one_that_was_not(stops, workers, i
     assert_as_straight(tmp_path, straight)
 
 
+@pytest.mark.parametrize("steps, before, batch_size, now", [(4, 5, "4", 2), (1, 2, "2", 5)])
+def test_a_first_epoch_begins_again_with_another_batch(
+    steps, before, batch_size, now, images, tmp_path, monkeypatch, capsys
+):
+    first = {5: "2", 2: "4"}[before]
+    stop_after(monkeypatch, steps)
+    with pytest.raises(RunStopped, match=f"stopped after step {steps}"):
+        run_training(images, tmp_path, "--queue_length", "0", "--batch_size", first)
+    stop_after(monkeypatch, 100)
+    words = ["--queue_length", "0", "--batch_size", batch_size, "--epochs", "2", "--resume_anyway"]
+    contents = run_training(images, tmp_path, *words)
+    out = capsys.readouterr().out
+    assert f"steps per epoch: now {now}, before {before}" in out and "0 of 2 epochs done\n" in out
+    assert contents["step"] == 2 * now
+    assert [row["step"] for row in without_times(tmp_path) if "epoch_loss" in row] == [now, 2 * now]
+
+
 def test_saves_within_an_epoch_and_keeps_the_last_two(images, straight, tmp_path, monkeypatch):
     seen, write = [], checkpoint.write
 

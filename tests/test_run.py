@@ -39,6 +39,7 @@ import launch
 import loss
 import monitor
 import options
+import replay
 import run_log
 import sinkhorn_ext
 import train
@@ -828,6 +829,24 @@ def test_replay_has_the_queue_that_the_bad_step_had(step, log_freq, is_full, ima
     ours, our_filled = queues[-1]
     assert len(ours[0]) >= 2 and torch.equal(ours, queue[:, : ours.shape[1]])
     assert (our_filled == ours.shape[1]) == is_full
+
+
+def test_replay_scales_16_bits_as_the_run_did(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        values = np.random.default_rng(i).integers(0, 4000, (20, 24), dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / "images" / f"{i}.png")
+    nan_at_step(1, "scores", monkeypatch)
+    with pytest.raises(RunStopped):
+        run_training(tmp_path / "images", tmp_path / "run")
+    monkeypatch.undo()
+    known = torch.load(tmp_path / "run" / "bad_step-0.pth")["value_range"]
+    for i in range(8):  # now their own values tell another range
+        Image.fromarray(np.full((20, 24), 9000 * (i + 1) // 8, np.uint16)).save(tmp_path / "images" / f"{i}.png")
+    opened, open_images = [], replay.open_images
+    monkeypatch.setattr(replay, "open_images", lambda *a, **k: opened.append(open_images(*a, **k)) or opened[0])
+    train.replay(str(tmp_path / "run" / "bad_step-0.pth"), None, torch.device("cpu"))
+    assert known[1] < 4000 and opened[0].value_range == known
 
 
 def test_a_bad_step_in_parts_is_not_applied_and_replayed(images, tmp_path, monkeypatch, capsys):
