@@ -7,7 +7,6 @@ codes.jsonl has the prototypes of the images that a run tracks, after an epoch.
 
 import errno
 import json
-import math
 import os
 import shlex
 import time
@@ -22,12 +21,13 @@ from launch import environment, log, show_progress
 from processes import mean_over_processes
 
 
-def step_of(row: str) -> float:
-    """The step of a row of metrics.jsonl; infinite for a row that an interruption cut short."""
+def parse_row(line: str) -> dict | None:
+    """A row of metrics.jsonl or codes.jsonl; None for one that an interruption cut short."""
     try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"epoch", "step"} <= row.keys() else None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -36,23 +36,27 @@ def read_rows(path: Path) -> list[dict]:
         lines = path.read_bytes().splitlines()
     except OSError:
         return []
-    return [json.loads(line) for line in lines if math.isfinite(step_of(line))]
+    return [row for row in map(parse_row, lines) if row is not None]
 
 
 class Rows:
-    """A file of JSON rows, each with its "step", to which a run appends.
+    """A file of JSON rows, each with its "epoch" and "step", to which a run appends.
 
-    steps_done: rows of later steps, and half a row, are dropped: they are of an interrupted run. Rows that a full disk
-    does not take wait for the next one.
+    epochs_done, steps: rows of these epochs are kept, and of the next one those of these steps. All others, and half a
+    row, are of an interrupted run. Rows that a full disk does not take wait for the next one.
     """
 
-    def __init__(self, path: Path, steps_done: int) -> None:
+    def __init__(self, path: Path, epochs_done: int, steps: range) -> None:
         self.name, self.unwritten = path.name, b""
-        rows = path.read_text().splitlines() if path.exists() else []
-        kept = [row for row in rows if step_of(row) <= steps_done]
-        if kept != rows:
+        lines, kept = path.read_text().splitlines() if path.exists() else [], []
+        for line in lines:
+            row = parse_row(line)
+            # Steps of earlier epochs may have higher numbers, if the batch was smaller then.
+            if row and (row["epoch"] <= epochs_done or (row["epoch"] == epochs_done + 1 and row["step"] in steps)):
+                kept.append(line)
+        if kept != lines:
             unfinished = path.with_name(path.name + ".tmp")
-            unfinished.write_text("".join(row + "\n" for row in kept))
+            unfinished.write_text("".join(line + "\n" for line in kept))
             os.replace(unfinished, path)
         self.file = path.open("ab", buffering=0)
 
@@ -76,7 +80,7 @@ class Rows:
 class RunLog:
     """Logs a run and counts what a line reports: steps, time, time spent waiting for data, losses. One per process.
 
-    steps_done: rows of later steps, from an interrupted run, are dropped. ln_k: ln(nmb_prototypes).
+    steps_done: rows of later steps, from an interrupted run, are dropped (see `Rows`). ln_k: ln(nmb_prototypes).
     epoch_losses: losses of the epoch so far, means over processes; a resumed run sets those from before.
     """
 
@@ -103,7 +107,8 @@ class RunLog:
         self.metrics = self.codes = self.board = None  # of the first process
         if environment("RANK", 0) != 0:
             return
-        self.metrics, self.codes = (Rows(dump / name, steps_done) for name in ("metrics.jsonl", "codes.jsonl"))
+        kept = self.epoch, range(self.epoch * steps_per_epoch + 1, steps_done + 1)
+        self.metrics, self.codes = (Rows(dump / name, *kept) for name in ("metrics.jsonl", "codes.jsonl"))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # needs a package that few have
 

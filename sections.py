@@ -49,8 +49,9 @@ class Run(NamedTuple):
 
     def epochs_at(self, row: dict) -> float:
         """Epochs done at a row, with a fraction."""
-        steps = next((r["step"] / r["epoch"] for r in self.rows if "epoch_loss" in r), self.rows[-1]["step"])
-        return row["step"] / steps
+        ends = [r for r in self.rows if "epoch_loss" in r] or [{"step": self.rows[-1]["step"], "epoch": 1}]
+        end = next((r for r in ends if r["epoch"] >= row["epoch"]), ends[-1])  # a resumed run may have another batch
+        return row["step"] / end["step"] * end["epoch"]
 
 
 class Seen(NamedTuple):

@@ -10,9 +10,9 @@ from conftest import run_training
 from run_log import RunLog, find_peak, kept_epochs, read_rows
 
 
-def new_log(dump, steps_done: int = 0) -> RunLog:
+def new_log(dump, steps_done: int = 0, steps_per_epoch: int = 3) -> RunLog:
     """Of a run of 2 epochs of 3 steps, with a line after every second step."""
-    options = dict(steps_per_epoch=3, images_per_step=4, log_freq=2, ln_k=1.0, device=torch.device("cpu"))
+    options = dict(steps_per_epoch=steps_per_epoch, images_per_step=4, log_freq=2, ln_k=1.0, device=torch.device("cpu"))
     return RunLog(dump, epochs=2, steps_done=steps_done, **options)
 
 
@@ -68,6 +68,15 @@ def test_rows_of_later_epochs_and_half_written_rows_are_dropped(tmp_path):
     path.write_text('{"epoch": 1, "step": 3}\n{"epoch": 2, "step": 4}\n{"epoch": 1, "st{"epoch": 1}\n{"epoch": 1, "st')
     new_log(tmp_path, steps_done=3)
     assert path.read_text() == '{"epoch": 1, "step": 3}\n'
+
+
+def test_rows_of_finished_epochs_are_kept_when_the_steps_per_epoch_change(tmp_path):
+    """The third epoch, which was interrupted, begins again with batches of another size."""
+    path, finished = tmp_path / "metrics.jsonl", '{"epoch": 1, "step": 5}\n{"epoch": 2, "step": 10}\n'
+    for steps_per_epoch in (3, 50):  # 5 before
+        path.write_text(finished + '{"epoch": 3, "step": 11}\n')
+        new_log(tmp_path, steps_done=2 * steps_per_epoch, steps_per_epoch=steps_per_epoch)
+        assert path.read_text() == finished
 
 
 def test_only_the_first_process_writes_metrics(tmp_path, monkeypatch, capsys):
