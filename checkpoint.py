@@ -271,7 +271,7 @@ class Saver:
         if self.unsaved:
             raise RunStopped(
                 f"{stopped or 'the run is complete'}, but its last state is not saved in {self.dump}: {self.unsaved}; "
-                "make room and run the same command again, which repeats what came after the newest checkpoint",
+                "when this is mended, the same command repeats what came after the newest checkpoint",
                 code=3,
             )
         if stopped:

@@ -46,9 +46,9 @@ class UnreadableImage(ValueError):
 
 JITTER_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5
 # What jitter blends an image with: black, its mean luminance, its luminance; as shares of luminance and mean luminance
-JITTER = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}
+BLENDED_WITH = {"brightness": (0, 0), "contrast": (0, 1), "saturation": (1, 0)}
 BLEND_JITTER, HUE_JITTER = 0.8, 0.2  # at a color_strength of 1; of the hue in turns of the colour circle
-JITTER_ORDERS = tuple(permutations((*JITTER, "hue")))
+JITTER_ORDERS = tuple(permutations((*BLENDED_WITH, "hue")))
 MIN_BLUR, MAX_BLUR = 0.1, 2.0  # sigmas in pixels, published for crops of 224 and of 96 pixels
 BLUR_REACH = 6  # pixels to each side of the largest blur kernel
 SMALLEST_CROP = BLUR_REACH + 1  # pixels; a blur reflects at the border
@@ -62,9 +62,9 @@ PARAMS = 5 + 3 * BLENDS  # augmentation parameters of a crop
 class CropParams(NamedTuple):
     """Augmentation parameters of crops by name, as views of an array or tensor [..., PARAMS] (see `by_name`).
 
-    A blend is (weight of the other image, share of the luminance in it, share of the mean luminance in it), see JITTER.
-    The order of blends is random, and so is the place of the hue shift among them. Three of the six slots stay unused:
-    their weight is 0.
+    A blend is (weight of the other image, share of the luminance in it, share of the mean luminance in it), see
+    BLENDED_WITH. The order of blends is random, and so is the place of the hue shift among them. Three of the six slots
+    stay unused: their weight is 0.
     """
 
     vflip: np.ndarray | torch.Tensor  # [...], 1 for a vertical flip, else 0; MultiCrop.crop does it
@@ -88,7 +88,7 @@ def blend_slot(name: str, order: Sequence[str]) -> int:
 
 
 # Slots of brightness, contrast and saturation, for each order: [24, 3].
-BLEND_SLOTS = np.array([[blend_slot(name, order) for name in JITTER] for order in JITTER_ORDERS])
+BLEND_SLOTS = np.array([[blend_slot(name, order) for name in BLENDED_WITH] for order in JITTER_ORDERS])
 
 
 class MultiCrop:
@@ -223,9 +223,9 @@ def sample_params(
     named.grey[...] = grey < grayscale
     named.sigma[...] = (is_blurred < BLUR_PROBABILITY) * (min_sigma + (blur_sigma - min_sigma) * sigma)
     named.hue[...] = is_jittered * color_strength * HUE_JITTER * (2 * hue - 1)
-    blends = np.zeros((*order.shape, len(JITTER), 3))
+    blends = np.zeros((*order.shape, len(BLENDED_WITH), 3))
     blends[..., 0] = np.moveaxis(is_jittered * color_strength * BLEND_JITTER * (1 - 2 * np.stack(factors)), 0, -1)
-    blends[..., 1:] = is_jittered[..., None, None] * np.array(list(JITTER.values()))
+    blends[..., 1:] = is_jittered[..., None, None] * np.array(list(BLENDED_WITH.values()))
     np.put_along_axis(named.blends, BLEND_SLOTS[order][..., None], blends, axis=-2)
     return params.astype(np.float32)
 

@@ -378,8 +378,10 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     # What decides the trained weights: neighbours do not. Images may have moved.
     deciding = {name: value for name, value in settings.items() if not name.startswith("knn")}
     deciding |= {"classes": list(train_images.classes), **found}
-    unfinished = {"checkpoint": f".{settings['kind']}.unfinished", RANDOM: f".{settings['kind']}_random.unfinished"}
-    progress = {name: Progress(path.with_suffix(unfinished[name]), deciding) for name in networks}
+    progress = {"checkpoint": Progress(path.with_suffix(f".{settings['kind']}.unfinished"), deciding)}
+    if args.finetune:
+        own = {"weights": weights_checksum(networks[RANDOM])} if RANDOM in networks else {}
+        progress[RANDOM] = Progress(path.with_suffix(".finetune_random.unfinished"), deciding | own)
     crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)

@@ -14,6 +14,7 @@ which preprocessing the weights expect.
 import argparse
 import csv
 import errno
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -179,7 +180,6 @@ class Source(NamedTuple):
     backbone: nn.Module
     trained: dict  # options of its training, {} if unknown
     images: ImageFiles
-    names: list[str]  # of the images, relative to their folder
     crop: CentreCrop
     device: torch.device
 
@@ -193,9 +193,13 @@ def open_source(args: argparse.Namespace, folder: str, contents: Mapping | None 
     crop = CentreCrop(resize, size, images.value_range)
     log(f"{shown(path)}: {architecture['arch']}; {shown(folder)}: {len(images):,} images; {device}")
     log(f"images: {exchange.describe_preprocessing(crop)}")
-    names = [os.path.relpath(str(image), images.root) for image in images.paths]
     backbone.to(device, memory_format=torch.channels_last).eval()
-    return Source(path, backbone, trained, images, names, crop, device)
+    return Source(path, backbone, trained, images, crop, device)
+
+
+def names_of(images: ImageFiles) -> list[str]:
+    """The paths of images, relative to their folder."""
+    return [os.path.relpath(str(image), images.root) for image in images.paths]
 
 
 @torch.no_grad()
@@ -242,7 +246,7 @@ def export_features(args: argparse.Namespace) -> None:
     """Write a feature vector of each image, as .npz or .csv."""
     folder, out = args.paths[0], Path(args.paths[1])
     source = open_source(args, folder)
-    names, width = source.names, source.backbone.num_features
+    names, width = names_of(source.images), source.backbone.num_features
 
     def rows() -> Iterator[list]:
         for indices, features in features_of(source, args):
@@ -270,14 +274,16 @@ def export_clusters(args: argparse.Namespace) -> None:
     contents = read_file(path)
     head, prototypes = exchange.load_head(contents, path)
     source = open_source(args, folder, contents)
-    temperature = source.trained.get("temperature", 0.1)
+    names, temperature = names_of(source.images), source.trained.get("temperature", 0.1)
     log(f"{prototypes.out_features} prototypes; certainty at temperature {temperature:g}")
 
     def rows() -> Iterator[list]:
         for indices, features in features_of(source, args):
             found = nearest_prototypes(features, head, prototypes, temperature)
+            if not all(map(math.isfinite, found[1])):
+                raise RunStopped("clusters: certainties are inf or nan: the head's weights are, or overflow", code=4)
             for i, first, certainty, second in zip(indices, *found, strict=True):
-                yield [source.names[i], first, f"{certainty:.4f}", second]
+                yield [names[i], first, f"{certainty:.4f}", second]
 
     with complete_file(out, source.path) as path:
         write_csv(path, ["file", "prototype", "certainty", "second_choice"], rows())

@@ -276,13 +276,18 @@ def features_and_knn(
 
 
 def evaluate_features(
-    network: nn.Module, train_images: Dataset, *evaluation: object, **options: object
+    network: nn.Module,
+    train_images: Dataset,
+    val_images: Dataset,
+    transform: Callable,
+    device: torch.device,
+    **options: object,
 ) -> dict[str, dict | float]:
     """Evaluate a network's features: the row of `features_and_knn`, and accuracies of a logistic regression, "linear".
 
-    Takes what `features_and_knn` takes.
+    options: as `features_and_knn` takes them.
     """
-    splits, row = features_and_knn(network, train_images, *evaluation, **options)
+    splits, row = features_and_knn(network, train_images, val_images, transform, device, **options)
     scores = logistic_regression(*splits[:3], classes=len(train_images.classes))
     return row | {"linear": accuracies(scores, splits[3])}
 

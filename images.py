@@ -148,7 +148,10 @@ class GivenImages(Images):
             image = item[0] if isinstance(item, (tuple, list)) and len(item) else item
             if isinstance(image, Image.Image):
                 image.load()
-                return to_pixels(image), -1
+                try:
+                    return to_pixels(image), -1
+                except ValueError as error:  # Pillow cannot convert some modes
+                    raise UnreadableImage(str(error)) from None
         except (UnreadableImage, OSError, SyntaxError, Image.DecompressionBombError) as error:
             reason = shown(" ".join(str(error).split())) or type(error).__name__
             reason = error.reason if isinstance(error, UnreadableImage) else reason
@@ -281,13 +284,14 @@ def find_value_range(images: ImageFiles) -> tuple[float, float] | None:
 
 def new_bad_images(images: Dataset) -> list[tuple[str, str]]:
     """(name, reason) of the images that this process and its loader's workers could not read since the last call."""
-    used = slice(None)  # indices of the images that are used, of those below
+    used = None  # indices of the images that are used, of those below; None: all
     while isinstance(images, ChosenImages):
-        images, used = images.images, images.indices[used]
+        images, used = images.images, images.indices if used is None else images.indices[used]
     if not isinstance(images, Images):
         return []
-    used, found = np.arange(len(images.bad))[used], []
-    new = used[images.bad.numpy()[used] == 1]
+    new, found = np.flatnonzero(images.bad.numpy() == 1), []
+    if used is not None:
+        new = np.intersect1d(new, used)
     images.bad[new] = 2
     for index in new.tolist():
         reason = "it could not be read once, but can be read now"

@@ -207,17 +207,21 @@ class OptionParser(argparse.ArgumentParser):
             print(self.format_help(all_options=True), end="")
             self.exit()
         try:
-            return super().parse_intermixed_args(words)
+            return self._parse(words)
         except UserError as error:
             end = 0
             for place, of_line in lines:  # the first line with which the error comes
                 end += len(of_line)
                 try:
-                    super().parse_intermixed_args(words[:end])
+                    self._parse(words[:end])
                 except UserError as same:
                     if place and str(same) == str(error):
                         raise UserError(f"{place}: {error}") from None
             raise
+
+    def _parse(self, words: list[str]) -> argparse.Namespace:
+        """Parse words. Options may stand between paths, except where there is a --, which older Pythons would lose."""
+        return super().parse_args(words) if "--" in words else super().parse_intermixed_args(words)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (python {self.prog} --help-all lists the options)")

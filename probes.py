@@ -191,6 +191,7 @@ def linear_probe(
     classes: int,
     rates: Sequence[tuple[float, float]] = ((0.3, 1e-6),),
     epochs: int = 100,
+    batch_size: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
     **loading: int,
@@ -199,7 +200,7 @@ def linear_probe(
 
     rates: (learning rate, weight decay) of each classifier; all see the same batches, and the backbone runs once.
     backbone: has num_features, is on the device and in evaluation mode. validation: (features [N, F], labels [N]).
-    loading: batch_size of each process, rank, world_size and workers. Learning rates are for the batches of all.
+    batch_size: per process; learning rates are for the batches of all. loading: rank, world_size and workers.
     """
     torch.manual_seed(seed)
     heads = Heads(backbone.num_features, classes, len(rates)).to(device)
@@ -222,7 +223,8 @@ def linear_probe(
 
     return heads, _fit(
         network, heads, optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs)), images, transform,
-        validate, device, progress or Progress(), title="linear probe", epochs=epochs, seed=seed, **loading,
+        validate, device, progress or Progress(), title="linear probe", epochs=epochs, seed=seed, batch_size=batch_size,
+        **loading,
     )  # fmt: skip
 
 
@@ -239,6 +241,7 @@ def fine_tune(
     lr_last_layer: float = 0.2,
     weight_decay: float = 0.0,
     epochs: int = 20,
+    batch_size: int = 256,
     seed: int = 0,
     title: str = "fine-tuning",
     progress: Progress | None = None,
@@ -247,8 +250,8 @@ def fine_tune(
     """Train a backbone and a classifier on its features with labels: SGD on random crops. Returns (network, of `_fit`).
 
     network: `backbone`, which changes in place, then `heads`, the classifier. lr: of the backbone; its BatchNorm
-    trains, with statistics of all processes. loading: as in `linear_probe`. Learning rates fall to GAMMA after each of
-    DECAYS, as in the published program for 1 % and 10 % of ImageNet's labels (epochs 12 and 16 of 20).
+    trains, with statistics of all processes. batch_size, loading: as in `linear_probe`. Learning rates fall to GAMMA
+    after each of DECAYS, as in the published program for 1 % and 10 % of ImageNet's labels (epochs 12 and 16 of 20).
     """
     torch.manual_seed(seed)
     network = nn.Sequential(OrderedDict(backbone=backbone, heads=Heads(backbone.num_features, classes))).to(device)
@@ -272,12 +275,13 @@ def fine_tune(
         network.eval()
         images_to_scores = nn.Sequential(network, nn.Flatten(0, 1))  # [1, B, classes] -> [B, classes]
         evaluated = val_images, val_transform, device, "validation images"
-        scores, labels = extract_features(images_to_scores, *evaluated, **loading)
+        scores, labels = extract_features(images_to_scores, *evaluated, batch_size=batch_size, **loading)
         return scores.unsqueeze(0), labels
 
     return network, _fit(
         scores_of, network, optimizer, lambda epoch: decay_factor(epoch, epochs), images, transform, validate,
-        device, progress or Progress(), title=title, epochs=epochs, seed=seed, layout=layout, **loading,
+        device, progress or Progress(), title=title, epochs=epochs, seed=seed, batch_size=batch_size, layout=layout,
+        **loading,
     )  # fmt: skip
 
 

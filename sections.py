@@ -47,11 +47,16 @@ class Run(NamedTuple):
     def options(self) -> dict:
         return self.contents["options"]
 
-    def epochs_at(self, row: dict) -> float:
-        """Epochs done at a row, with a fraction."""
-        ends = [r for r in self.rows if "epoch_loss" in r] or [{"step": self.rows[-1]["step"], "epoch": 1}]
-        end = next((r for r in ends if r["epoch"] >= row["epoch"]), ends[-1])  # a resumed run may have another batch
-        return row["step"] / end["step"] * end["epoch"]
+    def epochs(self) -> list[float]:
+        """Epochs done at each row, with a fraction."""
+        # Epochs differ in steps if the run was resumed with another batch.
+        steps = {row["epoch"]: row["step"] / row["epoch"] for row in self.rows if "epoch_loss" in row}
+        images, batch = self.contents.get("images"), self.options.get("global_batch_size")
+        if images and batch:
+            newest = images["images"] // batch
+        else:  # an older checkpoint
+            newest = next(reversed(steps.values()), max((row["step"] for row in self.rows), default=1))
+        return [row["step"] / steps.get(row["epoch"], newest) for row in self.rows]
 
 
 class Seen(NamedTuple):
@@ -185,9 +190,9 @@ CURVES = (
 def guard_words(run: Run) -> list[tuple[float, str]]:
     """(epochs done, what was said) for each warning of guard.py."""
     cause, words, guard = diagnose_collapse(run.options)[0], [], CollapseGuard(2)
-    for row in run.rows:
+    for row, epochs in zip(run.rows, run.epochs(), strict=True):
         if row.get("collapsing"):
-            words.append((run.epochs_at(row), describe_collapse(row, cause, row["step"])))
+            words.append((epochs, describe_collapse(row, cause, row["step"])))
         value = row.get("trivial_r2")
         if value is not None and guard.is_slow(value, row["epoch"] / run.options["epochs"]):
             words.append((row["epoch"], describe_slow(value, row["epoch"])))
@@ -196,11 +201,11 @@ def guard_words(run: Run) -> list[tuple[float, str]]:
 
 def curves(run: Run) -> str:
     """Training curves, with the guard's words at their place."""
-    words, charts, missing = guard_words(run), [], []
+    words, rows, charts, missing = guard_words(run), list(zip(run.epochs(), run.rows, strict=True)), [], []
     for title, ylabel, keys, meaning in CURVES:
         lines = {}
         for name, key in keys.items():
-            points = [(run.epochs_at(row), row[key]) for row in run.rows if row.get(key) is not None]
+            points = [(epochs, row[key]) for epochs, row in rows if row.get(key) is not None]
             if points:
                 lines[name] = tuple(zip(*points, strict=True))
         if not lines:

@@ -82,7 +82,8 @@ def open_tars(tars: Sequence[str], index_path: str) -> TarImages:
     rows = []
     for number, shard in enumerate(shards[tar] for tar in tars):
         rows += zip(shard.names, repeat(number), shard.offsets, shard.sizes, shard.labels)  # names differ in a tar file
-    names, *numbers, labels = map(list, zip(*sorted(rows), strict=True)) if rows else [[]] * 5
+    rows.sort()
+    names, *numbers, labels = ([row[i] for row in rows] for i in range(5))
     left_out = sum((Counter(shards[tar].left_out) for tar in tars), Counter())
     return TarImages(names, *(np.array(column, np.int64) for column in numbers), labels, left_out)
 

@@ -26,9 +26,7 @@ def run(
     """Measure each size and print both tables. Return one row per size, with that of the second table in "relative"."""
     print(f"\nloss: swapped loss in float32, V={CROPS}, forward and backward with given potentials, ms")
     print("published: a log_softmax for each pair of crops; compiled: the same with torch.compile;")
-    print(
-        "batched: one for all crops; fallback: ours without compiled kernels; read+write: floor, a copy of the scores;"
-    )
+    print("batched: one for all crops; fallback: ours without kernels; read+write: floor, a copy of the scores;")
     print("peak: MB that are needed besides the scores")
     rows = []
     for images in batch_size or [64, 256]:

@@ -20,7 +20,7 @@ def run(
 ) -> list[dict]:
     """Measure each size and print the table. Return one row per size."""
     print(f"\nsinkhorn: codes of scores in float32, {ITERATIONS} rounds, ms")
-    print("published: the matrix form; compiled: the same with torch.compile; fallback: ours without compiled kernels;")
+    print("published: the matrix form; compiled: the same with torch.compile; fallback: ours without kernels;")
     print("ours: into a reused out=; new: into new memory; read+write, exp: floors, one pass over the scores each")
     rows = []
     for images in batch_size or [64, 256, 1024, 4096]:

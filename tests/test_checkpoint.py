@@ -14,7 +14,18 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STUCK, TINY, assert_same, forked_ranks, run_training, script, train_stuck, without_times
+from conftest import (
+    ROOT,
+    STUCK,
+    TINY,
+    assert_same,
+    forked_ranks,
+    run_training,
+    script,
+    torchrun,
+    train_stuck,
+    without_times,
+)
 
 import checkpoint
 import launch
@@ -199,7 +210,7 @@ def test_a_finished_run_is_left_alone(images, tmp_path, capsys):
 def test_two_processes_train_and_resume_on_two_and_on_one(images, tmp_path, capsys):
     folders = straight, twice, once = [tmp_path / name for name in ("straight", "twice", "once")]
     command = [ROOT / "train.py", *TINY, f"--data_path={images}", "--queue_length", "16", "--batch_size", "2"]
-    done = forked_ranks(2, *command, "--dump_path", straight)
+    done = torchrun(2, *command, "--dump_path", straight)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("options: ") == 1 and "2 processes (gloo)" in done.stdout
     half = torch.load(straight / "checkpoints" / "ckp-2.pth")

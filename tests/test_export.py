@@ -131,6 +131,15 @@ def test_clusters_are_the_nearest_prototypes(trained, photos, tmp_path):
         assert [float(row[2]) for row in rows] == pytest.approx(certainties[:, 0].tolist(), abs=1e-4)
 
 
+def test_clusters_of_a_damaged_head_are_refused(trained, photos, tmp_path):
+    contents = torch.load(trained / "checkpoint.pth", weights_only=True)
+    contents["state_dict"]["prototypes.weight"][0, 0] = torch.nan
+    torch.save(contents, tmp_path / "damaged.pth")
+    with pytest.raises(RunStopped, match="certainties are inf or nan") as stopped:
+        run(tmp_path / "damaged.pth", "clusters", photos, tmp_path / "c.csv", "--size", "16")
+    assert stopped.value.code == 4 and not (tmp_path / "c.csv").exists()
+
+
 def test_a_single_prototype_has_no_second_choice():
     found = export.nearest_prototypes(torch.randn(2, 3), torch.nn.Identity(), torch.nn.Linear(3, 1), 0.1)
     assert found == ([0, 0], [1, 1], [-1, -1])

@@ -610,6 +610,11 @@ def test_an_item_that_cannot_be_downloaded_is_a_bad_image(tmp_path):
     assert (tmp_path / "bad_images.txt").read_text() == "<urlopen error no route to host>\titem 0\n"
 
 
+def test_an_image_that_pillow_cannot_convert_is_a_bad_image():
+    with pytest.raises(UnreadableImage, match="^images: cannot read item 0: conversion from La "):
+        GivenImages([Image.new("La", (9, 9))])[0]
+
+
 def test_items_that_differ_between_calls_have_no_checksum(images, capsys):
     print_of = fingerprint(GivenImages(Given(images / "train", "random")))
     assert print_of == {"images": 10, "paths": hashlib.sha256(b"").hexdigest()}

@@ -110,6 +110,15 @@ def test_options_come_with_underscores_or_hyphens_from_a_file_or_the_command_lin
         assert (args.step_count, args.side_lengths) == (8, [1, 2])
 
 
+def test_paths_that_begin_with_a_hyphen_come_after_two():
+    parser = launch.OptionParser(prog="x.py")
+    parser.start_group("all", affects="nothing")
+    parser.add("size", None, int, "A size.")
+    parser.group.add_argument("paths", nargs="*")
+    assert parser.parse_args(["a", "--size", "2", "b"]) == argparse.Namespace(size=2, paths=["a", "b"])
+    assert parser.parse_args(["--size", "2", "--", "-a", "b"]) == argparse.Namespace(size=2, paths=["-a", "b"])
+
+
 def test_the_default_ends_the_help_text_as_one_sentence():
     text = small_parser().format_help(all_options=True)
     assert "Take this many steps (default: 3)." in text and "sides in pixels (default: 4 5)." in text

@@ -73,6 +73,20 @@ def test_an_interrupted_training_resumes_bit_for_bit(train, tmp_path, monkeypatc
     assert not path.exists()
 
 
+def test_batches_have_256_images_unless_said_otherwise(monkeypatch):
+    sizes, loader = [], probes.training_loader
+
+    def loader_of(images, transform, batch_size, **options):
+        sizes.append(batch_size)
+        return loader(images, transform, batch_size, **options)
+
+    monkeypatch.setattr(probes, "training_loader", loader_of)
+    images, crops, validation = squares(300), (ProbeCrop(16), CentreCrop(16, 16)), (torch.zeros(2, 64), torch.zeros(2))
+    linear_probe(backbone(), images, crops[0], validation, CPU, classes=2, epochs=1)
+    fine_tune(backbone(), images, images, *crops, CPU, classes=2, epochs=1)
+    assert sizes == [256, 256]
+
+
 def test_other_settings_or_a_damaged_file_start_anew_and_say_so(tmp_path, capsys):
     path = tmp_path / "a.unfinished"
     _, fitted = probe()

@@ -99,6 +99,19 @@ def test_curves_name_what_is_there_and_what_is_missing(tmp_path):
     assert "metrics.jsonl is missing or empty: Loss" in empty and "<img" not in empty
 
 
+def test_epochs_of_rows_where_a_run_was_resumed_with_another_batch(tmp_path):
+    rows = [
+        {"epoch": 1, "step": 5},
+        epoch_row(1),
+        epoch_row(2),
+        {"epoch": 3, "step": 42},
+    ]  # 20 in epoch 3
+    run = new_run(tmp_path, rows)
+    run.contents["options"] = {**OPTIONS, "global_batch_size": 2}
+    run.contents["images"]["images"] = 41
+    assert run.epochs() == pytest.approx([0.5, 1, 2, 2.1])
+
+
 def test_crops_are_those_of_the_first_epoch(tmp_path):
     from data import CroppedBatches, MultiCrop, augment, by_name, to_uint8
 
