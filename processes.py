@@ -46,8 +46,8 @@ def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
     """Run a script's main function; an error that its user can do something about becomes one line.
 
     Exit code 2 for a UserError, that of a RunStopped, 1 for other errors. Of many processes, an error of one ends all:
-    each machine's first process prints it, with host and rank. The traceback goes to the file of `log_to`; that of a
-    bug is printed too. Loader workers do not outlive the script.
+    each machine's first process prints it, with host and rank. The traceback goes to the file of `log_to` (of a
+    RunStopped the message); that of a bug is printed too. Loader workers do not outlive the script.
     """
     with suppress(AttributeError):  # of a stdout that somebody replaced
         sys.stdout.reconfigure(errors="backslashreplace")  # a path in another encoding must not end a run
@@ -60,7 +60,7 @@ def run_script(main: Callable[[], object], after_interrupt: str = "") -> None:
         log(f"\ninterrupted{after_interrupt}")
         code = 130
     except Exception as error:
-        launch.write_to_log(traceback.format_exc())
+        launch.write_to_log(f"{error}\n" if isinstance(error, RunStopped) else traceback.format_exc())
         code = _report(error)
     finally:
         launch.kill_children()

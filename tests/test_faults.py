@@ -64,6 +64,8 @@ def test_a_signal_saves_and_gives_the_exit_code_that_resumes(name, code, start, 
     assert run.wait(timeout=LIMIT) == code
     out = (tmp_path / "out.txt").read_text()
     assert f"{name}: stopped after step " in out and "the same command resumes" in out and "Traceback" not in out
+    last_line = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last_line.startswith(f"{name}: stopped after step ") and last_line in out
     contents = torch.load(tmp_path / "checkpoint.pth")
     assert f"stopped after step {contents['step']}, saved in " in out and contents["step"] >= 7
     assert not (tmp_path / "run.lock").exists()
