@@ -312,7 +312,7 @@ def load_run(path: Path) -> dict:
     options = contents.get("options") if isinstance(contents, dict) else None
     if not isinstance(options, dict) or not {"state_dict", "epoch"} <= contents.keys():
         raise UserError("it is not a checkpoint of train.py")
-    for name, value in (("color_strength", 1.0), ("accumulate", 1)):  # which older versions do not have
+    for name, value in (("color_strength", 1.0), ("hflip", 0.5), ("accumulate", 1)):  # which older versions do not have
         options.setdefault(name, value)
     older = {"recovered": options.pop("recovered", []), "user_options": options.pop("asked", None)}
     older |= {"step_of_epoch": 0, "losses": [], "guard": None}

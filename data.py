@@ -405,17 +405,20 @@ def blur_each(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
 
 
 class ProbeCrop:
-    """Training transform of a linear probe: random resized crop (area 0.08 to 1) and flip -> normalised [3, S, S]."""
+    """Training transform of a linear probe: random resized crop (area 0.08 to 1) and flip -> normalised [3, S, S].
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    hflip: probability of a horizontal flip.
+    """
+
+    def __init__(self, size: int, hflip: float = 0.5) -> None:
+        self.size, self.hflip = size, hflip
 
     def __call__(self, image: Image.Image | torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         pixels, (*uniforms, flip) = to_pixels(image), rng.random(BOX_UNIFORMS + 1)
         size = np.array([pixels.shape[2], pixels.shape[1]])
         box = sample_boxes(size, np.array([0.08, 1.0]), np.array(uniforms))
         crop = torch.from_numpy(crop_and_resize(pixels, box.tolist(), self.size))
-        return normalize((crop.flip(2) if flip < 0.5 else crop).float())
+        return normalize((crop.flip(2) if flip < self.hflip else crop).float())
 
 
 LONGEST = 8  # longer side of an image over the shorter one

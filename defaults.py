@@ -18,9 +18,11 @@ RELATIVE_EPSILON = 0.3  # in units of the scores' standard deviation
 PLAIN_GROUND = 0.25  # from here on objects lie on a plain ground (photographs 0.14, patches of them 0.18, digits 0.35)
 MEAN_IMAGE = 0.1  # from here on images are aligned (photographs 0.02, digits and clothes 0.3)
 BETWEEN_CELLS = 0.27  # below, images are textures (drawn ones 0.2, photographs 0.5, noise of 1 / frequency 0.34)
+# From both on, flips give images that the set lacks: of hands or digits, but not of letters written anywhere
+MIRROR_IMAGES, ALIGNED = 2 / 3, 0.25
 CROP_LISTS = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
 DERIVED = (
-    "batch_size", *CROP_LISTS, "crops_for_assign", "color_strength", "blur_sigma", "stem", "nmb_prototypes",
+    "batch_size", *CROP_LISTS, "crops_for_assign", "hflip", "color_strength", "blur_sigma", "stem", "nmb_prototypes",
     "temperature", "relative_epsilon", "epsilon", "queue_length", "epoch_queue_starts", "freeze_prototypes_niters",
     "base_lr", "final_lr", "warmup_epochs", "start_warmup", "sync_bn",
 )  # fmt: skip
@@ -58,6 +60,10 @@ def derive(
     resolutions = next((len(given[name]) for name in CROP_LISTS if given.get(name) is not None), None)
     kind = "unknown" if described is None or images >= LARGE_SET else kind_of_images(described)
     side = crop_options(choose, images=images, image_side=image_side, resolutions=resolutions, kind=kind)
+    if kind != "unknown" and described["mean_image"] >= ALIGNED and described["mirror_images"] >= MIRROR_IMAGES:
+        choose("hflip", 0.0, "aligned objects that face one way: flips would make images that the set lacks")
+    else:
+        choose("hflip", 0.5, "as in the paper")
     if images >= LARGE_SET:
         paper_options(choose, images=images, world_size=world_size, epochs=epochs)
     else:

@@ -382,7 +382,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if args.finetune:
         own = {"weights": weights_checksum(networks[RANDOM])} if RANDOM in networks else {}
         progress[RANDOM] = Progress(path.with_suffix(".finetune_random.unfinished"), deciding | own)
-    crops = ProbeCrop(size), CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
+    probe_crop = ProbeCrop(size, trained.get("hflip", 0.5))  # letters are not mirrored here either
+    crops = probe_crop, CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)
     result = {

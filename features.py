@@ -329,12 +329,14 @@ def baselines(
 
 
 def describe_images(images: Dataset) -> dict[str, float]:
-    """Describe what images show by three shares from 0 to 1, of at most 200 images as squares of 32 pixels.
+    """Describe what images show by four shares from 0 to 1, of at most 200 images as squares of 32 pixels.
 
     plain_ground: share of an image's pixels whose brightness lies within 0.1 std of one value (median over images).
     mean_image: share of the brightness's variance, over images and places, that is in the mean image: high for aligned
     images.
     between_cells: share of the brightness's variance within images that lies between 4 x 4 cells: low for textures.
+    mirror_images: share of images whose mirror image is less like the other images than they are: 0.5 where the set
+    could hold mirror images too, more for letters and for objects that all face one way.
     """
     crop = CentreCrop(32, 32)
     chosen = track(some_images(len(images), 200), "describing images")
@@ -348,11 +350,19 @@ def describe_images(images: Dataset) -> dict[str, float]:
     mean_image = brightness.mean(0).var(correction=0)
     if len(brightness) > 1:  # the mean of few images differs from place to place by chance
         mean_image = mean_image - brightness.var(0).mean() / len(brightness)
+    likeness = (_most_alike(turned, brightness) for turned in (brightness, brightness.flip(2)))
     return {
         "plain_ground": plain.median().item(),
         "mean_image": max(0.0, (mean_image / brightness.var(correction=0).clamp_min(1e-4)).item()),
         "between_cells": (cells.var(1, correction=0).sum() / variances.sum().clamp_min(1e-4)).item(),
+        "mirror_images": (0.5 + 0.5 * torch.sub(*likeness).sign().mean()).item(),
     }
+
+
+def _most_alike(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The correlation of each of images [N, H, W] with the most similar of others [N, H, W], but for its own: [N]."""
+    ours, theirs = (F.normalize((x - x.mean((1, 2), keepdim=True)).flatten(1)) for x in (images, others))
+    return (ours @ theirs.T).fill_diagonal_(-1).amax(1)
 
 
 # Quality without labels

@@ -54,7 +54,7 @@ def option_parser() -> launch.OptionParser:
     add("min_scale_crops", None, positive, "smallest area of a crop as a share of the image; raise it if images are "
         "centred objects, such as letters", nargs="+")  # fmt: skip
     add("max_scale_crops", None, positive, "largest area of a crop as a share of the image", nargs="+")
-    add("hflip", 0.5, nonnegative, "probability of a horizontal flip; 0 for letters, digits and signs")
+    add("hflip", None, nonnegative, "probability of a horizontal flip; 0 for letters, digits and signs")
     add("vflip", 0.0, nonnegative, "probability of a vertical flip; 0.5 for images without a top, such as aerial ones")
     add("color_strength", None, nonnegative, "strength of the colour jitter: 1 as in the paper, 0 for none; lower "
         "it if colours tell your images apart")  # fmt: skip
@@ -273,7 +273,7 @@ def resolve_options(
         args.stem = given["stem"] = "imagenet"
     facts = dict(images=len(images), image_side=typical_side(images), world_size=world_size, epochs=args.epochs)
     facts["init"] = args.init is not None
-    if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength"} <= given.keys():
+    if len(images) < LARGE_SET and not {"min_scale_crops", "color_strength", "hflip"} <= given.keys():
         try:
             facts["described"] = describe_images(images)
         except UnreadableImage as error:

@@ -653,11 +653,11 @@ def test_a_batch_for_another_number_of_processes_is_said_how_to_write(large_set,
 
 
 def as_older_version(contents: dict) -> dict:
-    """The same, as versions wrote it that kept `recovered` and `asked` among the options and had no color_strength."""
+    """The same, as versions wrote it that kept `recovered` and `asked` among the options, without colour jitter."""
     names = "relative_epsilon", "epsilon", "base_lr", "final_lr", "start_warmup"
     asked = {name: contents["user_options"].get(name) for name in names}
     options = contents["options"] | {"recovered": contents["recovered"], "asked": asked}
-    options.pop("color_strength")
+    options.pop("color_strength"), options.pop("hflip")
     keys = "epoch", "step", "state_dict", "optimizer", "scaler", "queue"
     return {name: contents[name] for name in keys} | {"options": options}
 
@@ -689,13 +689,14 @@ def test_a_finished_run_of_an_older_version_is_left_alone(images, tmp_path, caps
         run_training(images, tmp_path, "--epochs", "1", "--base_lr", "0.5")
 
 
-def test_a_run_of_an_older_version_keeps_its_colour_jitter(images, tmp_path, monkeypatch):
-    photographs = dict(plain_ground=0.1, mean_image=0.0, between_cells=0.5)
-    monkeypatch.setattr(options, "describe_images", lambda images: photographs)
+@pytest.mark.parametrize("name, mean_image, now, then", [("color_strength", 0, 0.5, 1), ("hflip", 0.4, 0, 0.5)])
+def test_a_run_of_an_older_version_keeps_its_augmentation(name, mean_image, now, then, images, tmp_path, monkeypatch):
+    described = dict(plain_ground=0.1, mean_image=mean_image, between_cells=0.5, mirror_images=0.9)
+    monkeypatch.setattr(options, "describe_images", lambda images: described)
     contents = run_training(images, tmp_path, "--epochs", "1")
-    assert contents["options"]["color_strength"] == 0.5
+    assert contents["options"][name] == now
     torch.save(as_older_version(contents), tmp_path / "checkpoint.pth")
-    assert run_training(images, tmp_path, "--epochs", "2")["options"]["color_strength"] == 1
+    assert run_training(images, tmp_path, "--epochs", "2")["options"][name] == then
 
 
 # Roll back after a collapse

@@ -592,6 +592,8 @@ def test_probe_crop_crops_and_flips_but_keeps_colours():
         assert crop[1].abs().max() < 1e-5
     sides = [torch.sign(crop[0, 0, 0] - crop[0, 0, -1]).item() for crop in crops if crop[0, 0].std() > 0.1]
     assert 0.3 < np.mean([side > 0 for side in sides]) < 0.7
+    unturned = [ProbeCrop(16, hflip=0)(half, rng) for _ in range(50)]
+    assert all(crop[0, 0, 0] >= crop[0, 0, -1] for crop in unturned)
 
 
 # Order

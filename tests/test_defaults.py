@@ -4,7 +4,17 @@ import pytest
 
 import options
 import train
-from defaults import BETWEEN_CELLS, CROP_LISTS, DERIVED, MEAN_IMAGE, PLAIN_GROUND, derive, kind_of_images
+from defaults import (
+    ALIGNED,
+    BETWEEN_CELLS,
+    CROP_LISTS,
+    DERIVED,
+    MEAN_IMAGE,
+    MIRROR_IMAGES,
+    PLAIN_GROUND,
+    derive,
+    kind_of_images,
+)
 
 IMAGENET = dict(images=1_281_167, image_side=375)
 SMALL = dict(images=1400, image_side=32, world_size=1, epochs=30)
@@ -163,7 +173,7 @@ def test_all_large_crops_of_small_sets_get_codes(given, assigning):
     assert values(**SMALL | {"images": 500_000}, given=given)["crops_for_assign"] == [0, 1]
 
 
-PHOTOGRAPHS = dict(plain_ground=0.14, mean_image=0.02, between_cells=0.5)
+PHOTOGRAPHS = dict(plain_ground=0.14, mean_image=0.02, between_cells=0.5, mirror_images=0.5)
 OTHERS = {
     "objects on a plain ground": PHOTOGRAPHS | {"plain_ground": 0.4},
     "aligned objects": PHOTOGRAPHS | {"mean_image": 0.3},
@@ -191,6 +201,17 @@ def test_other_images_get_milder_crops_and_the_papers_jitter(kind, described):
     assert derived["min_scale_crops"][0] == [0.4] and derived["color_strength"][0] == 1
 
 
+@pytest.mark.parametrize("kind, described", OTHERS.items())
+def test_aligned_objects_that_face_one_way_are_not_mirrored(kind, described):
+    one_way = described | {"mean_image": ALIGNED, "mirror_images": MIRROR_IMAGES}
+    derived = derive(**SMALL, given={}, described=one_way)
+    value, reason = derived.pop("hflip")
+    assert value == 0 and "face one way" in reason
+    for name in ("mean_image", "mirror_images"):
+        others = derive(**SMALL, given={}, described=one_way | {name: one_way[name] - 0.001})
+        assert others.pop("hflip") == (0.5, "as in the paper") and others == derived
+
+
 def test_kinds_change_at_their_thresholds():
     assert kind_of_images(PHOTOGRAPHS) == "photographs"
     assert kind_of_images(PHOTOGRAPHS | {"plain_ground": PLAIN_GROUND - 0.001}) == "photographs"
@@ -205,9 +226,12 @@ def test_what_images_show_changes_nothing_that_the_user_sets_and_nothing_for_lar
     assert not given.keys() & values(**SMALL, given=given, described=PHOTOGRAPHS).keys()
     assert values(**SMALL, given={"min_scale_crops": [0.3]}, described=PHOTOGRAPHS)["color_strength"] == 0.5
     assert values(**SMALL, given={"color_strength": 0.8}, described=PHOTOGRAPHS)["min_scale_crops"] == [0.14]
+    letters = OTHERS["aligned objects"] | {"mirror_images": 0.9}
+    assert "hflip" not in values(**SMALL, given={"hflip": 0.5}, described=letters)
     for side in (64, 375):
         large = SMALL | dict(images=1_281_167, image_side=side, epochs=200)
-        assert derive(**large, given={}, described=PHOTOGRAPHS) == derive(**large, given={})
+        for described in (PHOTOGRAPHS, letters):
+            assert derive(**large, given={}, described=described) == derive(**large, given={})
 
 
 def test_a_start_from_weights_changes_no_value_and_says_so():

@@ -72,6 +72,17 @@ def test_raw_pixels_are_not_enlarged(trained, images, monkeypatch, tmp_path):
     assert sizes == [40, 20]  # of features, of pixels
 
 
+def test_the_probe_mirrors_images_as_training_did(trained, images, monkeypatch, tmp_path):
+    path, seen, crop = copied(trained, tmp_path), [], eval_linear.ProbeCrop
+    monkeypatch.setattr(eval_linear, "ProbeCrop", lambda *words: seen.append(words[1]) or crop(*words))
+    contents = torch.load(path, weights_only=True)
+    for flips in (0.5, 0.0, None):  # None: weights of others do not say it
+        options = {name: value for name, value in contents["options"].items() if name != "hflip"}
+        torch.save(contents | {"options": options | ({} if flips is None else {"hflip": flips})}, path)
+        evaluate(path, "--data_path", images, "--cached", "--compare", "off")
+    assert seen == [0.5, 0, 0.5]
+
+
 def test_a_probe_whose_loss_is_not_finite_stops(trained, images):
     with pytest.raises(RunStopped, match="linear probe: the loss is nan in epoch .; try a lower --lr") as stopped:
         evaluate(trained, "--data_path", images, "--lr", "1e38", "--epochs", "4")

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from data import CentreCrop
-from defaults import kind_of_images
+from defaults import MIRROR_IMAGES, kind_of_images
 from features import (
     accuracies,
     accuracy_by_class,
@@ -222,10 +222,19 @@ def test_aligned_images_share_their_mean_image():
     assert kind_of_images(described) == "aligned objects" and describe_images(noise)["mean_image"] < 0.02
 
 
+def test_mirror_images_of_letters_look_foreign_unless_the_set_holds_some():
+    both = letters(200).pixels.copy()
+    both[:100] = both[:100, :, ::-1]
+    one_way, mixed = (describe_images(ImageArrays(pixels, np.zeros(200))) for pixels in (letters(200).pixels, both))
+    assert one_way["mirror_images"] > MIRROR_IMAGES > 0.6 > mixed["mirror_images"] > 0.4
+    assert 0.4 < describe_images(photographs(200))["mirror_images"] < 0.6
+
+
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_images_of_one_value_are_described(value):
     images = ImageArrays(np.full((3, 20, 30, 3), value, np.uint8), np.zeros(3))
-    assert all(math.isfinite(share) for share in describe_images(images).values())
+    described = describe_images(images)
+    assert all(math.isfinite(share) for share in described.values()) and described["mirror_images"] == 0.5
 
 
 # Quality without labels

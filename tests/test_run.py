@@ -167,8 +167,8 @@ def test_what_images_show_is_not_looked_at_if_the_user_decides(images, tmp_path,
     looked = []
     monkeypatch.setattr(options, "describe_images", lambda images: looked.append(1) or describe_images(images))
     run_training(images, tmp_path / "one", "--epochs", "1")
-    assert looked == [1]  # TINY has crops, but no --color_strength
-    run_training(images, tmp_path / "two", "--epochs", "1", "--color_strength", "0.5")
+    assert looked == [1]  # TINY has crops, but neither --color_strength nor --hflip
+    run_training(images, tmp_path / "two", "--epochs", "1", "--color_strength", "0.5", "--hflip", "0.5")
     run_training(images, tmp_path / "one", "--epochs", "2")  # resumes: as in the run so far
     assert looked == [1]
 
