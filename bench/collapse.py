@@ -35,7 +35,7 @@ from optim import LARS
 NETWORK = "--arch resnet18 --width 16 --blocks 1 1 1 1 --hidden_mlp 256 --device cpu --workers 0"
 PUBLISHED = (
     "--batch_size 64 --nmb_prototypes 3000 --temperature 0.1 --relative_epsilon off --epsilon 0.05 --queue_length 0 "
-    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --blur_sigma 2 --crops_for_assign 0 1"
+    "--base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --blur_sigma 2 --hflip 0.5 --crops_for_assign 0 1"
 )
 # name: (options of train.py, change to the program that no option makes, see `ChangedProgram`)
 SETTINGS: dict[str, tuple[str, str]] = {
