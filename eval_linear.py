@@ -382,7 +382,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if args.finetune:
         own = {"weights": weights_checksum(networks[RANDOM])} if RANDOM in networks else {}
         progress[RANDOM] = Progress(path.with_suffix(".finetune_random.unfinished"), deciding | own)
-    probe_crop = ProbeCrop(size, trained.get("hflip", 0.5))  # letters are not mirrored here either
+    probe_crop = ProbeCrop(size, trained.get("hflip", 0.5))  # flips as in training
     crops = probe_crop, CentreCrop(resize, size), CentreCrop(min(resize, side), min(size, side))
     setup = Setup(networks, progress, trained, *splits.values(), bad_images, *crops, device, loading, settings)
     outcomes, rated, weights = (evaluate_finetuned if args.finetune else evaluate_frozen)(setup)
